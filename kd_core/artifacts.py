@@ -1,0 +1,233 @@
+"""Artifacts: payload objects and the record that is written last.
+
+    artifacts/<stage>/<fingerprint>/<digest>/<file>   payload, content-addressed by the digest over all files
+    artifacts/<stage>/<fingerprint>/record.json       written last, conditionally; only its existence means done
+
+Two workers that did the same work both upload, one record wins, the other adopts it. Reading verifies every sha256.
+"""
+
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+from kd_core.errors import ArtifactError, IntegrityError
+from kd_core.fingerprint import canonical_json, fingerprint, sha256_bytes, sha256_file
+from kd_core.store import Store
+
+__all__ = ["Artifact", "Payload", "Record", "find", "open_artifact", "publish", "read_bytes", "workspace"]
+
+SCHEMA_VERSION = 1
+_PACKAGES = ("knowledge-distillery", "torch", "transformers", "datasets", "accelerate", "pyarrow", "duckdb")
+
+
+@dataclass(frozen=True)
+class Payload:
+    """One file of an artifact: name (may contain '/'), size and sha256 (64 hex)."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was made, from what, by what; the commit of an artifact.
+
+    Attributes:
+        stage: name of the stage.
+        fingerprint: 32 hex over identity and upstream.
+        identity: the stage's own resolved fields, plain data.
+        upstream: stage name -> fingerprint.
+        files: payload objects.
+        summary: a small result: counts, metrics, rates. Plain data.
+        provenance: code and package versions, host kind, time; no part of identity.
+    """
+
+    stage: str
+    fingerprint: str
+    identity: Mapping[str, Any]
+    upstream: Mapping[str, str]
+    files: tuple[Payload, ...]
+    summary: Mapping[str, Any]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """32 hex over the names and checksums of all files: the identity of the bytes."""
+        return files_digest(self.files)
+
+    @property
+    def prefix(self) -> str:
+        """Key prefix of the payload, without a trailing slash."""
+        return f"{artifact_prefix(self.stage, self.fingerprint)}/{self.digest}"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A small, picklable reference to a finished artifact: what stages hand to each other."""
+
+    stage: str
+    fingerprint: str
+    digest: str
+    seconds: float = 0.0
+    hit: bool = True
+
+
+def files_digest(files: tuple[Payload, ...]) -> str:
+    """32 hex over names and checksums, independent of order."""
+    return fingerprint({file.name: file.sha256 for file in files})
+
+
+def artifact_prefix(stage: str, fp: str) -> str:
+    """Key prefix of all that belongs to one (stage, fingerprint)."""
+    return f"artifacts/{stage}/{fp}"
+
+
+def _record_key(stage: str, fp: str) -> str:
+    return f"{artifact_prefix(stage, fp)}/record.json"
+
+
+def find(store: Store, stage: str, fp: str) -> Record | None:
+    """The record of a finished artifact, or None.
+
+    Raises:
+        IntegrityError: the record is there and cannot be read as one, or its own checksum does not hold.
+    """
+    key = _record_key(stage, fp)
+    if store.info(key) is None:
+        return None
+    return _parse_record(store, key)
+
+
+def _parse_record(store: Store, key: str) -> Record:
+    try:
+        raw = json.loads(store.get(key))
+        body = raw["record"]
+        if sha256_bytes(canonical_json(body)) != raw["sha256"]:
+            raise ValueError("its checksum does not hold")
+        if raw["schema"] != SCHEMA_VERSION:
+            raise ValueError(f"schema {raw['schema']}, and this version reads {SCHEMA_VERSION}")
+        return Record(**{**body, "files": tuple(Payload(**file) for file in body["files"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{store.uri}/{key}: not a valid record ({error}); delete this object to have the stage computed again") from error
+
+
+def open_artifact(store: Store, artifact: Artifact) -> Record:
+    """The record behind a reference.
+
+    Raises:
+        ArtifactError: there is none, or it holds other bytes than the reference names.
+    """
+    record = find(store, artifact.stage, artifact.fingerprint)
+    if record is None:
+        raise ArtifactError(f"{store.uri}/{_record_key(artifact.stage, artifact.fingerprint)} is gone; run the recipe again to make it")
+    if record.digest != artifact.digest:
+        raise ArtifactError(f"{artifact.stage} {artifact.fingerprint}: expected bytes {artifact.digest}, the store holds {record.digest}")
+    return record
+
+
+def expect_identity(record: Record, identity: Mapping[str, Any], upstream: Mapping[str, str]) -> None:
+    """Assert that a record was made from this identity, field by field.
+
+    Raises:
+        ArtifactError: with the differing fields; a fingerprint collision or an edited record, never a cache miss.
+    """
+    stored = {**record.identity, **{f"upstream.{k}": v for k, v in record.upstream.items()}}
+    wanted = {**identity, **{f"upstream.{k}": v for k, v in upstream.items()}}
+    names = sorted(set(stored) | set(wanted))
+    differ = [n for n in names if canonical_json(stored.get(n)) != canonical_json(wanted.get(n))]
+    if differ:
+        lines = "; ".join(f"{n}: stored {stored.get(n)!r}, recipe {wanted.get(n)!r}" for n in differ)
+        raise ArtifactError(f"{record.stage} {record.fingerprint} was made from something else: {lines}")
+
+
+@contextmanager
+def workspace() -> Iterator[Path]:
+    """A temporary directory in which a stage builds its files."""
+    with tempfile.TemporaryDirectory(prefix="kd-") as name:
+        yield Path(name)
+
+
+def provenance() -> dict[str, Any]:
+    """Versions and time, for the record."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"packages": versions, "python": platform.python_version(), "machine": platform.machine(), "unix_time": int(time.time())}
+
+
+def publish(
+    store: Store,
+    directory: Path,
+    *,
+    stage: str,
+    fp: str,
+    identity: Mapping[str, Any],
+    upstream: Mapping[str, str],
+    summary: Mapping[str, Any],
+) -> Record:
+    """Upload every file below a directory, then write the record; adopt the record of whoever was first.
+
+    Returns:
+        The record that the store holds: ours, or an equal right to the same fingerprint by another worker.
+    """
+    files = tuple(
+        Payload(path.relative_to(directory).as_posix(), path.stat().st_size, sha256_file(path))
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    )
+    record = Record(stage, fp, dict(identity), dict(upstream), files, dict(summary), provenance())
+    for file in files:
+        key = f"{record.prefix}/{file.name}"
+        if not store.create(key, directory / file.name):
+            raise IntegrityError(f"{store.uri}/{key} holds other bytes than its address says; delete it and run again")
+    body = cast(dict[str, Any], json.loads(canonical_json(asdict(record))))
+    data = json.dumps({"schema": SCHEMA_VERSION, "record": body, "sha256": sha256_bytes(canonical_json(body))}, indent=1).encode()
+    key = _record_key(stage, fp)
+    return record if store.create(key, data) else _parse_record(store, key)
+
+
+def read_bytes(store: Store, record: Record, name: str) -> bytes:
+    """One payload file, with its checksum verified.
+
+    Raises:
+        ArtifactError: the record has no such file.
+        IntegrityError: size or checksum differ from the record.
+    """
+    file = next((file for file in record.files if file.name == name), None)
+    if file is None:
+        raise ArtifactError(f"{record.stage} {record.fingerprint} has no file {name!r}; it has {[f.name for f in record.files]}")
+    data = store.get(f"{record.prefix}/{name}")
+    if sha256_bytes(data) != file.sha256:
+        raise IntegrityError(f"{store.uri}/{record.prefix}/{name}: sha256 differs from the record; delete the artifact's record to recompute it")
+    return data
+
+
+def materialize(store: Store, record: Record, directory: Path) -> Path:
+    """All payload files as local files, verified: in place for a local store, else downloaded below ``directory``.
+
+    Returns:
+        The directory that holds them.
+    """
+    target = directory / record.digest
+    for file in record.files:
+        key = f"{record.prefix}/{file.name}"
+        path = store.local_path(key)
+        if path is None:
+            path = target / file.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            store.download(key, path)
+        if not path.is_file() or sha256_file(path) != file.sha256:
+            raise IntegrityError(f"{store.uri}/{key}: sha256 differs from the record; delete the artifact's record to recompute it")
+    local = store.local_path(record.prefix + "/x")
+    return local.parent if local is not None else target
