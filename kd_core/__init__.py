@@ -1,0 +1,1 @@
+"""The distillation library: recipes, artifacts, stages. Never imports prefect or mlflow."""

@@ -1,0 +1,33 @@
+"""Named points at which a test can break the program: ``KD_FAILPOINT=name:nth:action``.
+
+Owns fault injection for kill-and-resume tests. Without the environment variable a point costs one dictionary look-up.
+Actions: ``kill`` (SIGKILL to this process, as the machine would) and ``error`` (an OSError).
+"""
+
+import os
+import signal
+from collections import Counter
+
+__all__ = ["reach"]
+
+_reached: Counter[str] = Counter()
+
+
+def reach(name: str) -> None:
+    """Pass a named point; break here if the environment says so.
+
+    Raises:
+        OSError: under action 'error', at the nth passage.
+    """
+    wanted = os.environ.get("KD_FAILPOINT")
+    if not wanted:
+        return
+    point, nth, action = wanted.split(":")
+    if point != name:
+        return
+    _reached[name] += 1
+    if _reached[name] != int(nth):
+        return
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise OSError(f"fail point {wanted}")

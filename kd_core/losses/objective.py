@@ -1,0 +1,64 @@
+"""The weighted objective of one optimiser step, and its parts for the log.
+
+    L = hard_weight * CE(student, label) + soft_weight * T^2 * D(teacher_T || student_T)
+
+a mean over the supervised tokens of the whole step. Callers pass sums of micro-batches divided by the step's token
+count, so splits of the batch cannot change it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kd_core.errors import SoftLabelError
+from kd_core.losses.divergences import forward_kl
+from kd_core.recipe import Objective
+from kd_core.softlabels.targets import Targets
+from kd_core.train.schedules import value_at
+
+__all__ = ["StepWeights", "step_weights", "supervised_loss"]
+
+
+@dataclass(frozen=True)
+class StepWeights:
+    """The objective's numbers at one step: weights and temperature as they act."""
+
+    hard: float
+    soft: float
+    temperature: float
+
+
+def step_weights(objective: Objective, *, step: int, steps: int) -> StepWeights:
+    """Weights and temperature at a step (0-based) of ``steps``. Without soft supervision: cross-entropy alone, weight 1."""
+    if objective.supervision != "soft":
+        return StepWeights(hard=1.0, soft=0.0, temperature=1.0)
+    share = step / max(1, steps - 1)
+    return StepWeights(value_at(objective.hard_weight, share), value_at(objective.soft_weight, share), value_at(objective.temperature, share))
+
+
+def supervised_loss(logits_NV: Tensor, labels_N: Tensor, targets: Targets | None, weights: StepWeights) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective summed over positions, and its parts.
+
+    Args:
+        logits_NV: student logits at supervised positions, cut to the shared columns.
+        labels_N: the tokens that stand there, int64.
+        targets: soft labels of the same positions; required when weights.soft > 0.
+        weights: numbers of this step.
+
+    Returns:
+        The objective, a scalar sum over N in nats; and detached sums {'hard': CE, 'soft': D without T^2}.
+
+    Raises:
+        SoftLabelError: soft labels are asked for and missing; there is no fallback to hard labels.
+    """
+    hard = torch.nn.functional.cross_entropy(logits_NV.float(), labels_N, reduction="sum")
+    parts = {"hard": hard.detach()}
+    loss = weights.hard * hard
+    if weights.soft > 0.0:
+        if targets is None:
+            raise SoftLabelError("the objective has a soft part and these rows have no soft labels")
+        soft = forward_kl(logits_NV, targets, temperature=weights.temperature).sum()
+        parts["soft"] = soft.detach()
+        loss = loss + weights.soft * weights.temperature**2 * soft
+    return loss, parts

@@ -1,0 +1,191 @@
+"""Recipes from YAML, overrides, and errors as one clear line with the path in the YAML.
+
+Owns everything between a file's bytes and a valid ``Recipe``. It refuses unknown keys, doubled YAML keys, and says
+where: ``student.architecture.num_heads: ... (recipes/quickstart.yaml)``.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from kd_core.errors import RecipeError
+from kd_core.recipe import Recipe
+
+__all__ = ["dump_recipe", "load_recipe", "parse_recipe"]
+
+_MAX_PROBLEMS = 5
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice (plain PyYAML keeps the last one silently)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{origin}:{mark.line + 1}:{mark.column + 1}" if mark else origin
+        raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file and apply ``a.b=value`` overrides.
+
+    Args:
+        path: a YAML file.
+        overrides: each 'dotted.path=YAML value'; list items by number ('prompts.sources.0.num=4400').
+
+    Raises:
+        RecipeError: no such file, not YAML, a bad override, or not a valid recipe.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RecipeError(f"{file}: cannot be read ({reason}); pass the path of a recipe such as recipes/quickstart.yaml") from None
+    data = _load_yaml(text, str(file))
+    if not isinstance(data, dict):
+        raise RecipeError(f"{file}: expected a mapping of recipe fields, found {type(data).__name__}")
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_recipe(data, origin=str(file))
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise RecipeError(f"--set {override!r}: expected path=value, for example --set training.steps=300")
+    value = _load_yaml(text, f"--set {path}") if text.strip() else None
+    *parents, last = path.strip().split(".")
+    here: Any = data
+    for i, part in enumerate(parents):
+        here = _descend(here, part, ".".join(parents[: i + 1]), override)
+    if isinstance(here, list):
+        here[_index(here, last, path, override)] = value
+    else:
+        here[last] = value
+
+
+def _descend(here: Any, part: str, path: str, override: str) -> Any:
+    if isinstance(here, list):
+        return here[_index(here, part, path, override)]
+    if here.get(part) is None:
+        here[part] = {}
+    if not isinstance(here[part], (dict, list)):
+        raise RecipeError(f"--set {override}: {path} is the value {here[part]!r} and has no fields below it")
+    return here[part]
+
+
+def _index(items: list[Any], part: str, path: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise RecipeError(f"--set {override}: {path} is a list of {len(items)}; use a number from 0 to {len(items) - 1}")
+    return int(part)
+
+
+def parse_recipe(data: Mapping[str, Any], *, origin: str) -> Recipe:
+    """Validate plain data as a recipe.
+
+    Args:
+        data: fields of a recipe.
+        origin: file name for messages.
+
+    Raises:
+        RecipeError: one line a problem: path in the YAML, what is wrong, what is allowed.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        lines = [_problem_line(problem, data) for problem in problems[:_MAX_PROBLEMS]]
+        if len(problems) > _MAX_PROBLEMS:
+            lines.append(f"and {len(problems) - _MAX_PROBLEMS} more problems")
+        raise RecipeError("\n".join(f"{origin}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def _problem_line(problem: Any, data: Mapping[str, Any]) -> str:
+    path = _yaml_path(problem["loc"], data)
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        allowed = _fields_at(problem["loc"][:-1])
+        close = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"{path}: unknown field; {hint}allowed: {', '.join(allowed)}"
+    if kind == "missing":
+        return f"{path}: this field is required and is not there"
+    if kind == "union_tag_invalid":
+        return f"{path}.kind: found {context['tag']!r}; allowed: {context['expected_tags']}"
+    if kind == "union_tag_not_found":
+        return f"{path}: expected fields with a 'kind', found {problem['input']!r}; allowed kinds: {_tags_at(problem['loc'])}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}: {message[0].lower()}{message[1:]}, found {problem['input']!r}"
+
+
+def _yaml_path(loc: tuple[str | int, ...], data: Any) -> str:
+    """The error's location without the union tags that pydantic weaves in: they are no keys of the YAML."""
+    path, here = "", data
+    for position, part in enumerate(loc):
+        last = position == len(loc) - 1
+        if isinstance(here, Mapping) and isinstance(part, str):
+            if part not in here and not last and here.get("kind") == part:
+                continue
+            path, here = (f"{path}.{part}" if path else part), here.get(part)
+        elif isinstance(here, (list, tuple)) and isinstance(part, int):
+            path, here = f"{path}[{part}]", here[part] if part < len(here) else None
+        elif last and isinstance(part, str):
+            path = f"{path}.{part}" if not path.endswith(part) else path
+    return path
+
+
+def _models_at(loc: tuple[str | int, ...]) -> list[type[BaseModel]]:
+    """The recipe models that a pydantic error location leads to."""
+    models: list[type[BaseModel]] = [Recipe]
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        tagged = [m for m in models if part in _tags(m)]
+        if tagged and not any(part in m.model_fields for m in models):
+            models = tagged
+            continue
+        models = [leaf for m in models if part in m.model_fields for leaf in _leaf_models(m.model_fields[str(part)].annotation)]
+    return models
+
+
+def _leaf_models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [leaf for inner in get_args(annotation) for leaf in _leaf_models(inner)]
+
+
+def _tags(model: type[BaseModel]) -> tuple[str, ...]:
+    kind = model.model_fields.get("kind")
+    return get_args(kind.annotation) if kind else ()
+
+
+def _fields_at(loc: tuple[str | int, ...]) -> list[str]:
+    return sorted({name for model in _models_at(loc) for name in model.model_fields})
+
+
+def _tags_at(loc: tuple[str | int, ...]) -> str:
+    return ", ".join(sorted({tag for model in _models_at(loc) for tag in _tags(model)}))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every field written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

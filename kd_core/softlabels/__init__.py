@@ -1,0 +1,6 @@
+"""The teacher's distribution, reduced by a policy, as bytes, in shards."""
+
+from kd_core.softlabels.codec import decode, encode
+from kd_core.softlabels.targets import Common, DenseTargets, SampledTargets, Targets, TopKTargets, concatenate, make_targets
+
+__all__ = ["Common", "DenseTargets", "SampledTargets", "Targets", "TopKTargets", "concatenate", "decode", "encode", "make_targets"]

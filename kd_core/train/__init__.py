@@ -1,0 +1,1 @@
+"""One readable training loop on accelerate, its schedules, data and checkpoints."""

@@ -1,0 +1,78 @@
+"""Checkpoints: atomic, verified, the newest complete one wins.
+
+    checkpoints/<fingerprint>/<step>/state.pt      weights, optimiser, metrics so far
+    checkpoints/<fingerprint>/<step>/record.json   written last, with the sha256
+
+Only tensors and plain values are loaded (``weights_only``). The two newest are kept; a finished run removes all.
+"""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kd_core.errors import IntegrityError
+from kd_core.failpoints import reach
+from kd_core.fingerprint import sha256_file
+from kd_core.store import Store
+
+__all__ = ["Checkpoints"]
+
+_KEEP = 2
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one training run, named by its fingerprint."""
+
+    store: Store
+    fingerprint: str
+
+    def _prefix(self, step: int | None = None) -> str:
+        return f"checkpoints/{self.fingerprint}/" + ("" if step is None else f"{step:08d}")
+
+    def steps(self) -> list[int]:
+        """Steps of complete checkpoints, rising."""
+        return sorted(int(info.key.split("/")[-2]) for info in self.store.list(self._prefix()) if info.key.endswith("/record.json"))
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write the state after ``step`` optimiser steps, then forget all but the two newest."""
+        with tempfile.TemporaryDirectory(prefix="kd-") as name:
+            path = Path(name) / "state.pt"
+            torch.save(state, path)
+            sha256 = sha256_file(path)
+            self.store.create(f"{self._prefix(step)}/{sha256}.pt", path)
+        reach("checkpoint.state")
+        self.store.create(f"{self._prefix(step)}/record.json", json.dumps({"sha256": sha256}).encode())
+        reach("checkpoint.record")
+        for old in self.steps()[:-_KEEP]:
+            self._remove(self._prefix(old))
+
+    def load_newest(self, device: torch.device) -> tuple[int, dict[str, Any]] | None:
+        """(step, state) of the newest complete checkpoint, or None.
+
+        Raises:
+            IntegrityError: its bytes are not the recorded ones.
+        """
+        steps = self.steps()
+        if not steps:
+            return None
+        record = json.loads(self.store.get(f"{self._prefix(steps[-1])}/record.json"))
+        key = f"{self._prefix(steps[-1])}/{record['sha256']}.pt"
+        with tempfile.TemporaryDirectory(prefix="kd-") as name:
+            path = Path(name) / "state.pt"
+            self.store.download(key, path)
+            if sha256_file(path) != record["sha256"]:
+                raise IntegrityError(f"{self.store.uri}/{key}: sha256 differs from its record; delete {self._prefix(steps[-1])} to resume from the one before")
+            return steps[-1], torch.load(path, map_location=device, weights_only=True)
+
+    def clear(self) -> None:
+        """Remove all checkpoints of this run."""
+        self._remove(self._prefix())
+
+    def _remove(self, prefix: str) -> None:
+        for info in sorted(self.store.list(prefix), key=lambda info: not info.key.endswith("/record.json")):
+            self.store.delete(info.key)
