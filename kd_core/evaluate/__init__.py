@@ -1,0 +1,1 @@
+"""Measuring models: suites, generation, scores, intervals and the report."""
