@@ -1,0 +1,60 @@
+"""The row of a prompt: as a source gives it, and as every later stage reads it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import pyarrow as pa
+
+from kd_core.prompts.cleaning import Side
+
+__all__ = ["PROMPT_SCHEMA", "PromptRow", "RawRow", "to_table"]
+
+
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """What a source says, before cleaning; `at` names file and line for messages."""
+
+    at: str
+    prompt: str | None
+    gold: str | None
+    reference: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """One prompt.
+
+    Attributes:
+        prompt_id: 32 hex over the normalised prompt.
+        prompt: the cleaned text.
+        gold: the worked gold answer, or None.
+        reference: the final answer to verify against, or None.
+        split: the side it falls on, by hash of its text.
+        source: 'file:train.jsonl', 'dataset:openai/gsm8k' or 'reasoning_gym:chain_sum'.
+    """
+
+    prompt_id: str
+    prompt: str
+    gold: str | None
+    reference: str | None
+    split: Side
+    source: str
+
+
+PROMPT_SCHEMA = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("gold", pa.string()),
+        pa.field("reference", pa.string()),
+        pa.field("split", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+    ]
+)
+
+
+def to_table(rows: Iterable[PromptRow]) -> pa.Table:
+    """Rows as a table of PROMPT_SCHEMA, sorted by prompt_id."""
+    ordered = sorted(rows, key=lambda row: row.prompt_id)
+    columns = {field.name: [getattr(row, field.name) for row in ordered] for field in fields(PromptRow)}
+    return pa.table(columns, schema=PROMPT_SCHEMA)

@@ -1,0 +1,116 @@
+"""The three kinds of source behind three questions: which rows, which identity, about how many.
+
+Owns the dispatch and the Hugging Face data sets; files and generated families have modules of their own. Identity is
+content: a moved file is the same file, and a data set is its pinned revision.
+"""
+
+from collections.abc import Iterator
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from kd_core.errors import SourceError
+from kd_core.prompts.files import file_rows, file_sha256, find_source_files
+from kd_core.prompts.generated import generate_rows
+from kd_core.prompts.rows import RawRow
+from kd_core.prompts.templates import Template, compile_template, fill
+from kd_core.recipe import DatasetSource, FileSource, ReasoningGymSource, S3Options, Source
+
+__all__ = ["estimate_rows", "read_source", "source_identity"]
+
+
+def read_source(source: Source, *, where: str, s3: S3Options) -> Iterator[tuple[str, RawRow]]:
+    """Every row of a source with its label ('file:train.jsonl', 'dataset:openai/gsm8k', 'reasoning_gym:chain_sum').
+
+    Args:
+        source: the source as the recipe states it.
+        where: the recipe's path to it, such as 'prompts.sources.0', for messages.
+        s3: how to reach s3:// files.
+
+    Raises:
+        SourceError: it cannot be read, or has another form than stated.
+    """
+    match source:
+        case FileSource():
+            yield from islice(_file_source_rows(source, where, s3), source.limit)
+        case DatasetSource():
+            yield from ((f"dataset:{source.id}", row) for row in _dataset_rows(source, where))
+        case ReasoningGymSource():
+            yield from ((f"reasoning_gym:{source.task}", row) for row in generate_rows(source, where=where))
+
+
+def source_identity(source: Source, *, s3: S3Options, where: str = "source") -> dict[str, Any]:
+    """Plain data that decides a source's rows, for the fingerprint; reads files, never the network of a data set.
+
+    Args:
+        source: the source as the recipe states it.
+        s3: how to reach s3:// files.
+        where: the recipe's path to it, for messages.
+
+    Returns:
+        Its kind and own fields; for files the sha256 and base name of each, instead of the path.
+
+    Raises:
+        SourceError: a file is missing, or a template is not one.
+    """
+    match source:
+        case FileSource():
+            _templates(source, where)
+            files = find_source_files(source.path, where=where, s3=s3)
+            content = [{"name": file.name, "sha256": file_sha256(file)} for file in files]
+            return {"files": content, **source.model_dump(mode="json", exclude={"path"})}
+        case DatasetSource():
+            _templates(source, where)
+            return source.model_dump(mode="json")
+        case ReasoningGymSource():
+            return {"version": metadata.version("reasoning-gym"), **source.model_dump(mode="json")}
+
+
+def estimate_rows(source: Source) -> int | None:
+    """How many rows at most, without reading anything; None where only reading would tell."""
+    return source.num if isinstance(source, ReasoningGymSource) else source.limit
+
+
+def _templates(source: FileSource | DatasetSource, where: str) -> tuple[Template, Template | None, Template | None]:
+    return (
+        compile_template(source.prompt, where=f"{where}.prompt"),
+        None if source.gold is None else compile_template(source.gold, where=f"{where}.gold"),
+        None if source.reference is None else compile_template(source.reference, where=f"{where}.reference"),
+    )
+
+
+def _file_source_rows(source: FileSource, where: str, s3: S3Options) -> Iterator[tuple[str, RawRow]]:
+    prompt, gold, reference = _templates(source, where)
+    for file in find_source_files(source.path, where=where, s3=s3):
+        for row in file_rows(file, prompt=prompt, gold=gold, reference=reference):
+            yield f"file:{file.name}", row
+
+
+def _dataset_rows(source: DatasetSource, where: str) -> Iterator[RawRow]:
+    prompt, gold, reference = _templates(source, where)
+    rows = _load_dataset(source, where)
+    if source.limit is not None:
+        rows = rows.select(range(min(source.limit, len(rows))))
+    columns = {column for template in (prompt, gold, reference) if template for column in template.columns}
+    if columns <= set(rows.column_names):
+        rows = rows.select_columns(sorted(columns))  # images and audio of other columns are not decoded
+    for number, row in enumerate(rows):
+        at = f"{source.id} {source.split} row {number}"
+        yield RawRow(at, fill(prompt, row, at=at), fill(gold, row, at=at), fill(reference, row, at=at))
+
+
+def _load_dataset(source: DatasetSource, where: str) -> Any:
+    import datasets
+
+    if Path(source.id).exists():  # load_dataset would prefer it to the hub, and no revision pins it
+        raise SourceError(
+            f"{where}.id: {source.id!r} is also a local path, which would be read instead of the hub; use kind: file for local data"
+        )
+    try:
+        return datasets.load_dataset(source.id, source.config, split=source.split, revision=source.revision)
+    except Exception as error:  # the hub client raises a different one for each way of being offline, absent or gated
+        raise SourceError(
+            f"{where}: data set {source.id} (config {source.config}, split {source.split}, revision {source.revision[:12]}) "
+            f"cannot be loaded: {type(error).__name__}: {error}; check the id, config, split and network, or download it and use kind: file"
+        ) from error
