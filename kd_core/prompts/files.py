@@ -66,7 +66,7 @@ def _find_local(path: str) -> list[SourceFile]:
     paths = [base]
     if not base.exists() and _WILDCARDS & set(path):
         paths = [Path(name) for name in sorted(glob.glob(str(base), recursive=True))]
-    return [SourceFile(str(file), file.name, partial(file.open, "rb")) for file in paths if file.is_file()]
+    return [SourceFile(str(file), file.name, partial(_open_path, file)) for file in paths if file.is_file()]
 
 
 def _find_in_bucket(address: str, s3: S3Options) -> list[SourceFile]:
@@ -80,8 +80,17 @@ def _find_in_bucket(address: str, s3: S3Options) -> list[SourceFile]:
     if first_wildcard is None:
         keys = [key] if store.info(key) is not None else []
     else:
-        keys = [info.key for info in store.list(key[:first_wildcard]) if fnmatch.fnmatchcase(info.key, key)]
+        keys = [info.key for info in store.list(key[:first_wildcard]) if _matches(info.key, key)]
     return [SourceFile(f"s3://{bucket}/{k}", PurePosixPath(k).name, partial(_open_object, store, k)) for k in keys]
+
+
+def _matches(key: str, pattern: str) -> bool:
+    parts, patterns = key.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))  # as locally, '*' stays within one part
+
+
+def _open_path(path: Path) -> io.BufferedReader:
+    return path.open("rb")
 
 
 def _open_object(store: "Store", key: str) -> io.BytesIO:
