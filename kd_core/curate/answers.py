@@ -105,7 +105,7 @@ def curate_answers(answers: pa.Table, prompts: pa.Table, *, curate: Curate, task
             "verify": curate.verify,
             "max_answers_per_prompt": curate.max_answers_per_prompt,
         }
-        decided: pa.Table = connection.execute(_REASONS, parameters).to_arrow_table()
+        decided: pa.Table = connection.sql(_REASONS, params=parameters).to_arrow_table()
     is_kept = pc.is_null(decided["reason"])
     kept = answers.take(decided.filter(is_kept)["row"])
     refused = decided.filter(pc.invert(is_kept))
