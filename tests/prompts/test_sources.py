@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import kd_core.store
+from infra.stack import StackInfo
 from kd_core.errors import SourceError
 from kd_core.prompts import estimate_rows, source_identity
 from kd_core.prompts.rows import RawRow
@@ -199,3 +200,16 @@ def test_a_local_directory_never_stands_in_for_a_pinned_data_set(tmp_path: Path,
     write_jsonl(tmp_path / "example/none/train.jsonl", ROWS)
     with pytest.raises(SourceError, match="is also a local path"):
         read(dataset_source())
+
+
+@pytest.mark.stack
+def test_objects_of_a_real_bucket_are_read_like_files(s3_environment: StackInfo) -> None:
+    s3 = S3Options(endpoint=s3_environment.urls["s3"])
+    bucket = kd_core.store.S3Store(s3_environment.bucket, "", options=s3)
+    for name in ("b", "a"):
+        bucket.create(f"prompts-source/{name}.jsonl", json.dumps({"q": name}).encode() + b"\n")
+    bucket.close()
+    source = file_source(f"s3://{s3_environment.bucket}/prompts-source/*.jsonl")
+    found = [(label, row.prompt) for label, row in read_source(source, where="prompts.sources.0", s3=s3)]
+    assert found == [("file:a.jsonl", "a"), ("file:b.jsonl", "b")]
+    assert [file["name"] for file in source_identity(source, s3=s3)["files"]] == ["a.jsonl", "b.jsonl"]
