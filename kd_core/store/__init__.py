@@ -1,7 +1,33 @@
-"""Object storage: one protocol, a local directory and S3."""
+"""Object storage: one protocol, a local directory and S3, and the one function that chooses between them."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kd_core.errors import StoreError
 from kd_core.store.base import ObjectInfo, Store, check_key
 from kd_core.store.local import LocalStore
-from kd_core.store.s3 import S3Store, open_store
+from kd_core.store.s3 import S3Store
+
+if TYPE_CHECKING:
+    from kd_core.recipe import S3Options
 
 __all__ = ["LocalStore", "ObjectInfo", "S3Store", "Store", "check_key", "open_store"]
+
+
+def open_store(uri: str, options: "S3Options") -> Store:
+    """Open the store at a URI, and reach it: an S3 bucket must be there, a local directory is made at the first write.
+
+    Args:
+        uri: s3://bucket, s3://bucket/prefix, or a local directory.
+        options: how to reach S3; unused for a local directory.
+
+    Raises:
+        StoreError: another scheme, or a bucket that cannot be reached (the message says why and what to do).
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return LocalStore(Path(uri))
+    bucket, _, prefix = rest.partition("/")
+    if scheme != "s3" or not bucket:
+        raise StoreError(f"store {uri!r} is not understood; use s3://bucket/prefix or a local directory")
+    return S3Store(bucket, prefix.strip("/"), options=options)

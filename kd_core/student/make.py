@@ -40,7 +40,7 @@ def student_from_blocks(teacher: LoadedModel, every_nth_block: int) -> PreTraine
     """Blocks 0, n, 2n ... of the teacher, with its embeddings, final norm and head.
 
     Raises:
-        RecipeError: n leaves the teacher whole although a smaller student was asked for.
+        RecipeError: the teacher has not that many blocks.
         TeacherError: the architecture keeps its blocks somewhere else than in ``layers``.
     """
     blocks = getattr(teacher.model.base_model, "layers", None)

@@ -1,0 +1,156 @@
+"""Measuring one model on the suites: sampled answers, held-out loss, distance to the teacher, speed.
+
+Axes: B rows, T positions, V vocabulary columns, N supervised positions.
+
+Every model meets the same items, and the same random streams for its samples (a stream is named by suite, item and
+sample), so that differences between models are paired. KL and agreement are taken over the gold answers' tokens at T = 1,
+with teacher and student cut to the shared columns.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from kd_core.curate import verify
+from kd_core.evaluate.statistics import SCORE_SCHEMA
+from kd_core.fingerprint import fingerprint
+from kd_core.progress import Tick, Ticker
+from kd_core.recipe import Answers, Run, Task
+from kd_core.teacher.generate import generate
+from kd_core.teacher.models import LoadedModel
+from kd_core.tokens import Batch, collate, encode_gold, encode_prompt
+from kd_core.train.data import TokenRow, token_batches
+
+__all__ = ["Measured", "measure"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Scores of one model and seed, and how fast it was.
+
+    Attributes:
+        scores: SCORE_SCHEMA, one row an item.
+        tokens_per_second: generated tokens a second where answers were sampled, else scored tokens a second; on this
+            machine, in this run.
+    """
+
+    scores: pa.Table
+    tokens_per_second: float
+
+
+def measure(
+    loaded: LoadedModel,
+    suites: Mapping[str, pa.Table],
+    *,
+    seed: int,
+    answers: Answers | None,
+    task: Task,
+    run: Run,
+    teacher: LoadedModel | None,
+    tick: Ticker,
+) -> Measured:
+    """Measure one model on all suites.
+
+    Args:
+        loaded: the model.
+        suites: name -> items (PROMPT_SCHEMA).
+        seed: label of the training seed in the scores; it does not change the sampling.
+        answers: how to sample for pass@1; None measures losses only.
+        task: template and verifier.
+        run: batch sizes.
+        teacher: the scorable teacher; ``loaded`` itself for the teacher's own line; None leaves kl and agreement null.
+        tick: progress, in items.
+    """
+    rows: list[dict[str, Any]] = []
+    total = sum(items.num_rows for items in suites.values())
+    generated, generating, scored, scoring = 0, 0.0, 0, 0.0
+    for suite, table in suites.items():
+        items = table.to_pylist()
+        found: list[dict[str, Any]] = [{"suite": suite, "item_id": item["prompt_id"], "seed": seed} for item in items]
+        if answers is not None:
+            began = time.perf_counter()
+            generated += _sample(loaded, items, found, answers=answers, task=task, batch_rows=run.generate_rows)
+            generating += time.perf_counter() - began
+        began = time.perf_counter()
+        scored += _score(loaded, items, found, task=task, budget_tokens=run.micro_batch_tokens, teacher=teacher)
+        scoring += time.perf_counter() - began
+        rows.extend(found)
+        tick(Tick(len(rows), total, "items"))
+    table = pa.Table.from_pylist([{name: row.get(name) for name in SCORE_SCHEMA.names} for row in rows], schema=SCORE_SCHEMA)
+    rate = generated / generating if generating > 0.0 else scored / max(scoring, 1e-9)
+    return Measured(table, rate)
+
+
+def _sample(
+    loaded: LoadedModel, items: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], *, answers: Answers, task: Task, batch_rows: int
+) -> int:
+    """Fill pass_at_1, truncated and text; return the number of generated tokens."""
+    requests = [(i, sample) for i in range(len(items)) for sample in range(answers.num_samples)]
+    prompts = [encode_prompt(loaded.tokenizer, item["prompt"], task) for item in items]
+    requests.sort(key=lambda request: len(prompts[request[0]]))
+    correct, cut, tokens = [0] * len(items), [0] * len(items), 0
+    for start in range(0, len(requests), batch_rows):
+        part = requests[start : start + batch_rows]
+        keys = [fingerprint([found[i]["suite"], items[i]["prompt_id"], sample]) for i, sample in part]
+        for (i, sample), answer in zip(part, generate(loaded, [prompts[i] for i, _ in part], keys=keys, answers=answers), strict=True):
+            text = loaded.tokenizer.decode(answer.ids, skip_special_tokens=True)
+            reference = items[i]["reference"]
+            correct[i] += reference is not None and verify(text, reference, task)
+            cut[i] += answer.finish_reason == "length"
+            tokens += len(answer.ids)
+            if sample == 0:
+                found[i]["text"] = text
+    for i, item in enumerate(items):
+        found[i]["truncated"] = cut[i] / answers.num_samples
+        if item["reference"] is not None:
+            found[i]["pass_at_1"] = correct[i] / answers.num_samples
+    return tokens
+
+
+@torch.inference_mode()
+def _score(
+    loaded: LoadedModel,
+    items: Sequence[dict[str, Any]],
+    found: Sequence[dict[str, Any]],
+    *,
+    task: Task,
+    budget_tokens: int,
+    teacher: LoadedModel | None,
+) -> int:
+    """Fill nll_sum, kl_sum, agreement_sum and tokens for items with a worked gold answer; return the tokens scored."""
+    picked = [i for i, item in enumerate(items) if item["gold"]]
+    rows = [_gold_row(loaded, items[i], task) for i in picked]
+    comparable = teacher is not None and teacher.num_columns == loaded.num_columns
+    for part in token_batches(rows, budget_tokens):
+        chosen = [rows[j] for j in part]
+        batch = collate([(row.ids, row.first_supervised) for row in chosen]).to(loaded.device)
+        log_q_NV = _logprobs(loaded, batch)
+        log_p_NV = (log_q_NV if teacher is loaded else _logprobs(teacher, batch)) if teacher is not None and comparable else None
+        start = 0
+        for j, row in zip(part, chosen, strict=True):
+            span = slice(start, start + row.num_supervised)
+            start += row.num_supervised
+            entry = found[picked[j]]
+            entry["tokens"] = row.num_supervised
+            entry["nll_sum"] = -float(log_q_NV[span].gather(-1, batch.labels_N[span, None]).sum())
+            if log_p_NV is not None:
+                p, q = log_p_NV[span], log_q_NV[span]
+                entry["kl_sum"] = float((p.exp() * (p - q)).sum())
+                entry["agreement_sum"] = float((p.argmax(-1) == q.argmax(-1)).sum())
+    return sum(len(row.ids) for row in rows)
+
+
+def _gold_row(loaded: LoadedModel, item: dict[str, Any], task: Task) -> TokenRow:
+    prompt_ids = encode_prompt(loaded.tokenizer, item["prompt"], task)
+    return TokenRow((*prompt_ids, *encode_gold(loaded.tokenizer, item["gold"])), len(prompt_ids))
+
+
+def _logprobs(loaded: LoadedModel, batch: Batch) -> Tensor:
+    """Log-probabilities at supervised positions, float32, (N, V)."""
+    logits_BTV = loaded.model(input_ids=batch.ids_BT, attention_mask=batch.attention_BT, use_cache=False).logits
+    return torch.log_softmax(logits_BTV[batch.predict_BT][:, : loaded.num_columns].float(), -1)

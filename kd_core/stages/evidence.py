@@ -1,0 +1,118 @@
+"""Stages that judge: measure every model, decide at the gate."""
+
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+
+from kd_core.artifacts import Record, find
+from kd_core.errors import ArtifactError, RecipeError
+from kd_core.evaluate.measure import measure
+from kd_core.gate import Efficiency, Evidence, decide
+from kd_core.recipe import ServerTeacher
+from kd_core.stages.graph import build_graph, champion, selected_student
+from kd_core.stages.job import Job
+from kd_core.stages.teaching import load_teacher
+from kd_core.teacher.models import LoadedModel, load_directory, load_tokenizer, pick_device
+
+__all__ = ["collect_evidence", "evaluate_stage", "gate_stage", "model_scores"]
+
+
+def evaluate_stage(job: Job) -> dict[str, Any]:
+    """Files: scores.parquet (one row an item and seed). Summary: parameters, bytes, tokens a second."""
+    suites = {suite.name: job.read_table("prompts", f"suite-{suite.name}.parquet") for suite in job.recipe.evaluation.suites}
+    if isinstance(job.recipe.teacher, ServerTeacher):
+        teacher = None
+        if job.node.name == "evaluate.teacher":
+            raise RecipeError("evaluation.compare: teacher; a server teacher cannot be measured here, leave it out")
+    else:
+        teacher = load_teacher(job)
+    scores: list[pa.Table] = []
+    rates: list[float] = []
+    models = _models(job)
+    for seed, record in models:
+        loaded = teacher if record is None else _load(job, record)
+        assert loaded is not None, "a node without a record is the teacher's own"
+        found = measure(
+            loaded,
+            suites,
+            seed=seed,
+            answers=job.recipe.evaluation.generate,
+            task=job.recipe.task,
+            run=job.recipe.run,
+            teacher=teacher,
+            tick=job.tick,
+        )
+        scores.append(found.scores)
+        rates.append(found.tokens_per_second)
+    job.write_table("scores.parquet", pa.concat_tables(scores))
+    sizes = {"parameters": loaded.num_parameters, "bytes": loaded.num_bytes}
+    return {**sizes, "tokens_per_second": sum(rates) / len(rates), "items": sum(t.num_rows for t in suites.values()), "seeds": len(models)}
+
+
+def _models(job: Job) -> list[tuple[int, Record | None]]:
+    """(seed, record) of the models that this node measures; None is the teacher."""
+    if job.node.name == "evaluate.teacher":
+        return [(job.recipe.seeds[0], None)]
+    if job.node.name == "evaluate.champion":
+        holder = champion(job.recipe, job.store, build_graph(job.recipe, job.store))
+        assert holder is not None, "the graph has this node only when there is a champion"
+        record = find(job.store, holder.artifact.stage, holder.artifact.fingerprint)
+        if record is None or record.digest != holder.artifact.digest:
+            raise ArtifactError(f"the champion's weights {holder.artifact.digest} are gone from {job.store.uri}; restore them or roll back")
+        return [(0, record)]
+    return [(seed, job.inputs[f"model.{seed}"]) for seed in job.recipe.seeds]
+
+
+def _load(job: Job, record: Record) -> LoadedModel:
+    with job.files(record) as files:
+        return load_directory(files / "model", device=pick_device(job.recipe.run.device), tokenizer=load_tokenizer(files / "tokenizer"))
+
+
+def model_scores(job: Job) -> dict[str, pa.Table]:
+    """Score tables by model name, of every upstream evaluate node."""
+    nodes = [role for role in job.inputs if role.startswith("evaluate.")]
+    return {role.partition(".")[2]: job.read_table(role, "scores.parquet") for role in nodes}
+
+
+def efficiency(job: Job) -> dict[str, Efficiency]:
+    """Costs by model name, of every upstream evaluate node; the teacher's size also where it was not evaluated."""
+    found: dict[str, Efficiency] = {}
+    for role in job.inputs:
+        if role.startswith("evaluate."):
+            own = job.summary(role)
+            found[role.partition(".")[2]] = Efficiency(
+                parameters=own["parameters"], bytes=own["bytes"], tokens_per_second=own["tokens_per_second"]
+            )
+    teacher = job.summary("teacher")
+    if "teacher" not in found and teacher["parameters"] is not None:
+        found["teacher"] = Efficiency(parameters=teacher["parameters"], bytes=teacher["bytes"], tokens_per_second=None)
+    return found
+
+
+def collect_evidence(job: Job) -> Evidence:
+    """Everything the gate decides on."""
+    scores = model_scores(job)
+    return Evidence(
+        scores=scores,
+        efficiency=efficiency(job),
+        suite=job.recipe.evaluation.suites[0].name,
+        confidence=job.recipe.evaluation.confidence,
+        champion="champion" if "champion" in scores else None,
+    )
+
+
+def gate_stage(job: Job) -> dict[str, Any]:
+    """No files but the verdict. Summary: promote, headline, reasons, the chosen student, the champion it was compared with."""
+    verdict = decide(collect_evidence(job), job.recipe.gate)
+    nodes = build_graph(job.recipe, job.store)
+    student = selected_student(job.recipe, job.store, nodes)
+    assert student is not None, "students are trained before the gate"
+    holder = champion(job.recipe, job.store, nodes)
+    return {
+        "promote": verdict.promote,
+        "headline": verdict.headline,
+        "reasons": [asdict(reason) for reason in verdict.reasons],
+        "student": {"stage": student.stage, "fingerprint": student.fingerprint, "digest": student.digest, "seed": student.summary["seed"]},
+        "champion": {"number": holder.number, "digest": holder.artifact.digest} if holder is not None else None,
+    }

@@ -1,0 +1,59 @@
+"""What a stage function gets, and tables in and out of artifacts."""
+
+import io
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kd_core.artifacts import Record, materialize, read_bytes
+from kd_core.progress import Ticker
+from kd_core.recipe import Recipe
+from kd_core.stages.graph import Node
+from kd_core.store import Store
+
+__all__ = ["Job"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One node to compute.
+
+    Attributes:
+        recipe: the whole recipe; a stage reads only what is in its identity, and ``run``.
+        node: name, fingerprint and upstream roles.
+        store: where artifacts and rows live.
+        inputs: role -> finished record of the upstream node.
+        directory: an empty directory; every file left here becomes part of the artifact.
+        tick: progress.
+    """
+
+    recipe: Recipe
+    node: Node
+    store: Store
+    inputs: Mapping[str, Record]
+    directory: Path
+    tick: Ticker
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write a table as a Parquet file of the artifact."""
+        pq.write_table(table, self.directory / name, compression="zstd")
+
+    def read_table(self, role: str, name: str) -> pa.Table:
+        """Read a Parquet file of an upstream artifact, verified."""
+        return pq.read_table(io.BytesIO(read_bytes(self.store, self.inputs[role], name)))
+
+    @contextmanager
+    def files(self, record: Record) -> Iterator[Path]:
+        """The files of an artifact as local files, verified, for the time of the context."""
+        with tempfile.TemporaryDirectory(prefix="kd-") as name:
+            yield materialize(self.store, record, Path(name))
+
+    def summary(self, role: str) -> Mapping[str, Any]:
+        """The small result of an upstream node."""
+        return self.inputs[role].summary

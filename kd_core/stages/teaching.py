@@ -1,0 +1,325 @@
+"""Stages in which the teacher works: prepare it, let it answer, score rows with it.
+
+Answers and soft labels are kept by row, not by stage: a recipe with more prompts, or another objective, finds the rows
+that are there and pays for the others only.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from kd_core.artifacts import Record
+from kd_core.errors import RecipeError, TeacherError
+from kd_core.fingerprint import fingerprint, sha256_bytes
+from kd_core.progress import Tick
+from kd_core.prompts import collect_gold
+from kd_core.recipe import Answers, Objective, PretrainedTeacher, Recipe, ServerTeacher, SoftLabels, TrainedTeacher
+from kd_core.shards import RowCache, Snapshot, work_in_shards
+from kd_core.softlabels.capture import row_key, score_rows
+from kd_core.softlabels.codec import encode
+from kd_core.stages.job import Job
+from kd_core.student.make import new_model
+from kd_core.teacher.generate import generate
+from kd_core.teacher.models import LoadedModel, load_directory, load_model, load_tokenizer, pick_device, save_model, teacher_identity
+from kd_core.teacher.reference import reference_identity
+from kd_core.teacher.server import answer_prompts
+from kd_core.tokens import character_tokenizer, encode_gold, encode_prompt
+from kd_core.train.checkpoints import Checkpoints
+from kd_core.train.data import TokenRow, TrainingData
+from kd_core.train.loop import train
+
+__all__ = ["answers_stage", "load_teacher", "read_answers", "soft_labels_stage", "teacher_stage"]
+
+ANSWER_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("sample_index", pa.int32(), nullable=False),
+        pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("answer_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+    ]
+)
+
+SOFT_LABEL_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("first_supervised", pa.int32(), nullable=False),
+        pa.field("num_supervised", pa.int32(), nullable=False),
+        pa.field("mean_entropy", pa.float32(), nullable=False),
+        pa.field("mean_gold_logprob", pa.float32(), nullable=False),
+        pa.field("targets", pa.binary(), nullable=False),
+    ]
+)
+
+
+# ---------------------------------------------------------------------------------------------- the teacher itself
+
+
+def teacher_stage(job: Job) -> dict[str, Any]:
+    """Files: tokenizer/ always; model/ and metrics.json for a trained teacher. Summary: its content identity and size."""
+    teacher = job.recipe.teacher
+    if isinstance(teacher, ServerTeacher):
+        return {"teacher": {"engine": "server", "model": teacher.model, "revision": teacher.revision}, "parameters": None, "bytes": None}
+    if isinstance(teacher, TrainedTeacher):
+        return _train_teacher(job, teacher)
+    device = pick_device(job.recipe.run.device)
+    tokenizer = load_tokenizer(teacher)
+    loaded = load_model(teacher, device=device, tokenizer=tokenizer, trust_remote_code=teacher.trust_remote_code)
+    tokenizer.save_pretrained(job.directory / "tokenizer")
+    return _describe(loaded, reference_identity(teacher))
+
+
+def _describe(loaded: LoadedModel, weights: dict[str, Any]) -> dict[str, Any]:
+    sizes = {"parameters": loaded.num_parameters, "bytes": loaded.num_bytes}
+    return {"teacher": teacher_identity(loaded, weights), **sizes}
+
+
+def _train_teacher(job: Job, teacher: TrainedTeacher) -> dict[str, Any]:
+    recipe, seed = job.recipe, job.recipe.seeds[0]
+    gold, counts = collect_gold(
+        teacher.sources,
+        task=recipe.task,
+        split=recipe.prompts.split,
+        suites=recipe.evaluation.suites,
+        max_characters=recipe.prompts.max_characters,
+        s3=recipe.run.s3,
+    )
+    tokenizer = character_tokenizer(teacher.tokenizer)
+    model = new_model(teacher.architecture, tokenizer, seed=seed)
+    rows = [_token_row(tokenizer, recipe, row) for row in gold.to_pylist()]
+    device = pick_device(recipe.run.device)
+    loaded = LoadedModel(model, tokenizer, model.config.vocab_size)
+    result = train(
+        model,
+        TrainingData(rows, None, ()),
+        num_columns=loaded.num_columns,
+        training=teacher.training,
+        objective=Objective(supervision="gold"),
+        seed=seed,
+        run=recipe.run,
+        checkpoints=Checkpoints(job.store, job.node.fingerprint),
+        tick=job.tick,
+    )
+    model.to(device).eval().requires_grad_(False)
+    save_model(loaded, job.directory)
+    (job.directory / "metrics.json").write_text(json.dumps(result.metrics))
+    weights = {"training": job.node.fingerprint, "content": _weights_digest(model)}
+    learnt = {"rows": len(rows), "counts": counts, "supervised_tokens": result.supervised_tokens, "resumed_from": result.resumed_from}
+    return {**_describe(loaded, weights), **learnt, "training_seconds": result.seconds}
+
+
+def _token_row(tokenizer: Any, recipe: Recipe, row: dict[str, Any]) -> TokenRow:
+    prompt_ids = encode_prompt(tokenizer, row["prompt"], recipe.task)
+    return TokenRow((*prompt_ids, *encode_gold(tokenizer, row["gold"])), len(prompt_ids))
+
+
+def _weights_digest(model: torch.nn.Module) -> str:
+    """32 hex over every weight's bytes, by name."""
+    return fingerprint({n: sha256_bytes(p.detach().cpu().float().numpy().tobytes()) for n, p in model.state_dict().items()})
+
+
+def load_teacher(job: Job) -> LoadedModel:
+    """The teacher behind the job's upstream 'teacher', ready to run.
+
+    Raises:
+        TeacherError: it cannot be loaded here.
+    """
+    teacher = job.recipe.teacher
+    device = pick_device(job.recipe.run.device)
+    with job.files(job.inputs["teacher"]) as files:
+        tokenizer = load_tokenizer(files / "tokenizer")
+        if isinstance(teacher, PretrainedTeacher):
+            return load_model(teacher, device=device, tokenizer=tokenizer, trust_remote_code=teacher.trust_remote_code)
+        return load_directory(files / "model", device=device, tokenizer=tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------- answers
+
+
+def answer_namespace(recipe: Recipe, answers: Answers, teacher: Record) -> str:
+    """What all answers of one growing table share: who answers, how it samples, how prompts are worded, the seed."""
+    sampling = answers.model_dump(mode="json", exclude={"num_samples"})
+    template = {"template": recipe.task.template, "system": recipe.task.system}
+    return fingerprint({"teacher": dict(teacher.summary["teacher"]), "sampling": sampling, **template, "seed": recipe.seeds[0]})
+
+
+def answer_rows(recipe: Recipe, answers: Answers, teacher: Record, prompts: pa.Table) -> list[tuple[str, dict[str, Any]]]:
+    """(key, request) of every answer the recipe asks for, in prompt order. Needs no model: the plan counts hits with it."""
+    namespace = answer_namespace(recipe, answers, teacher)
+    return [
+        (fingerprint([namespace, row["prompt"], sample]), {"prompt_id": row["prompt_id"], "prompt": row["prompt"], "sample_index": sample})
+        for row in prompts.to_pylist()
+        if row["split"] == "train"
+        for sample in range(answers.num_samples)
+    ]
+
+
+def answers_stage(job: Job) -> dict[str, Any]:
+    """Files: keys.parquet, the rows of the shared answer table that belong to this recipe. Summary: counts and rates."""
+    recipe = job.recipe
+    answers = recipe.answers
+    assert answers is not None, "a recipe without answers has no such node"
+    rows = answer_rows(recipe, answers, job.inputs["teacher"], job.read_table("prompts", "prompts.parquet"))
+    cache = RowCache(job.store, "answers", answer_namespace(recipe, answers, job.inputs["teacher"]))
+    progress = _Progress(job, len(dict(rows)), "answers")
+    if isinstance(recipe.teacher, ServerTeacher):
+        snapshot, computed = work_in_shards(
+            cache, rows, lambda shard: _ask_server(job, recipe.teacher, answers, shard), shard_rows=recipe.run.shard_rows, done=progress
+        )
+    else:
+        engine = _Engine(job, answers)
+        ordered = engine.by_length(rows) if rows else rows
+        snapshot, computed = work_in_shards(cache, ordered, engine.answer, shard_rows=recipe.run.shard_rows, done=progress)
+    keys = [key for key, _ in rows]
+    table = cache.read(snapshot, keys)
+    job.write_table("keys.parquet", pa.table({"key": keys}))
+    reasons = {r["values"]: r["counts"] for r in table["finish_reason"].value_counts().to_pylist()}
+    tokens = int(sum(len(ids) for ids in table["answer_ids"].to_pylist()))
+    _refuse_failures(reasons, table)
+    return {**_sharded_summary(cache, snapshot, len(keys), computed), "tokens": tokens, "finish_reasons": reasons}
+
+
+def _refuse_failures(reasons: dict[str, int], table: pa.Table) -> None:
+    failed, total = reasons.get("error", 0), table.num_rows
+    if failed == total:
+        first = next(e for e in table["error"].to_pylist() if e)
+        raise TeacherError(f"the teacher answered none of {total} prompts; first reason: {first}")
+
+
+def _sharded_summary(cache: RowCache, snapshot: Snapshot, rows: int, computed: int) -> dict[str, Any]:
+    commits = [commit.sha256 for commit in snapshot.commits]
+    return {"rows": rows, "rows_computed": computed, "namespace": cache.namespace, "bytes": snapshot.size_bytes(), "commits": commits}
+
+
+class _Progress:
+    """Adds up finished rows and ticks."""
+
+    def __init__(self, job: Job, total: int, unit: str) -> None:
+        self.job, self.total, self.unit, self.done = job, total, unit, 0
+
+    def __call__(self, rows: int) -> None:
+        self.done += rows
+        self.job.tick(Tick(self.done, self.total, self.unit))
+
+
+class _Engine:
+    """The transformers teacher answering shards; loaded at the first shard, so a full cache loads nothing."""
+
+    def __init__(self, job: Job, answers: Answers) -> None:
+        self.job, self.answers = job, answers
+        self._loaded: LoadedModel | None = None
+        with job.files(job.inputs["teacher"]) as files:
+            self.tokenizer = load_tokenizer(files / "tokenizer")
+
+    def by_length(self, rows: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+        """Prompts of like length share a batch: padding is waste."""
+        for _, row in rows:
+            row["prompt_ids"] = encode_prompt(self.tokenizer, row["prompt"], self.job.recipe.task)
+        return sorted(rows, key=lambda item: (len(item[1]["prompt_ids"]), item[0]))
+
+    def answer(self, shard: list[tuple[str, dict[str, Any]]]) -> pa.Table:
+        self._loaded = self._loaded or load_teacher(self.job)
+        out: list[dict[str, Any]] = []
+        step = self.job.recipe.run.generate_rows
+        for start in range(0, len(shard), step):
+            part = shard[start : start + step]
+            found = generate(self._loaded, [row["prompt_ids"] for _, row in part], keys=[key for key, _ in part], answers=self.answers)
+            for (key, row), answer in zip(part, found, strict=True):
+                text = self.tokenizer.decode(answer.ids, skip_special_tokens=True)
+                said = {"answer_ids": answer.ids, "text": text, "finish_reason": answer.finish_reason, "error": None}
+                out.append({"key": key, **{n: row[n] for n in ("prompt_id", "sample_index", "prompt_ids")}, **said})
+        return pa.Table.from_pylist(out, schema=ANSWER_SCHEMA)
+
+
+def _ask_server(job: Job, teacher: ServerTeacher, answers: Answers, shard: list[tuple[str, dict[str, Any]]]) -> pa.Table:
+    if job.recipe.run.teacher_url is None:
+        raise RecipeError("run.teacher_url: a server teacher needs its address; add --set run.teacher_url=http://host:port/v1")
+    found = answer_prompts(
+        teacher,
+        url=job.recipe.run.teacher_url,
+        prompts=[(row["prompt"], row["sample_index"]) for _, row in shard],
+        answers=answers,
+        task=job.recipe.task,
+        seed=job.recipe.seeds[0],
+        concurrency=job.recipe.run.teacher_concurrency,
+        on_done=lambda _: None,
+    )
+    out = [
+        {
+            "key": key,
+            "prompt_id": row["prompt_id"],
+            "sample_index": row["sample_index"],
+            "prompt_ids": [],
+            "answer_ids": [],
+            "text": answer.text,
+            "finish_reason": answer.finish_reason,
+            "error": answer.error,
+        }
+        for (key, row), answer in zip(shard, found, strict=True)
+    ]
+    return pa.Table.from_pylist(out, schema=ANSWER_SCHEMA)
+
+
+def read_answers(job: Job) -> pa.Table:
+    """All answers of the upstream 'answers' node, in prompt order, verified."""
+    record = job.inputs["answers"]
+    cache = RowCache(job.store, "answers", record.summary["namespace"])
+    keys = job.read_table("answers", "keys.parquet")["key"].to_pylist()
+    return cache.read(cache.snapshot(), keys)
+
+
+# ---------------------------------------------------------------------------------------------- soft labels
+
+
+def soft_label_namespace(policy: SoftLabels, teacher: Record) -> str:
+    """What all soft labels of one growing table share: who scores, what is kept."""
+    return fingerprint({"teacher": dict(teacher.summary["teacher"]), "policy": policy.model_dump(mode="json")})
+
+
+def token_rows(table: pa.Table) -> list[TokenRow]:
+    """Curated rows as token rows, in order."""
+    ids, first = table["ids"].to_pylist(), table["first_supervised"].to_pylist()
+    return [TokenRow(tuple(i), f) for i, f in zip(ids, first, strict=True)]
+
+
+def soft_labels_stage(job: Job) -> dict[str, Any]:
+    """Files: keys.parquet, one key a curated row, in its order. Summary: counts, bytes, mean entropy."""
+    recipe = job.recipe
+    policy = recipe.soft_labels
+    assert policy is not None, "a recipe without soft labels has no such node"
+    cache = RowCache(job.store, "soft_labels", soft_label_namespace(policy, job.inputs["teacher"]))
+    rows = [(row_key(cache.namespace, row), row) for row in token_rows(job.read_table("curate", "rows.parquet"))]
+    ordered = sorted(rows, key=lambda item: (len(item[1].ids), item[0]))
+    loaded: list[LoadedModel] = []
+
+    def score(shard: list[tuple[str, TokenRow]]) -> pa.Table:
+        if not loaded:
+            loaded.append(load_teacher(job))
+        found = score_rows(loaded[0], shard, policy=policy, micro_batch_tokens=recipe.run.micro_batch_tokens)
+        out = [
+            {
+                "key": key,
+                "ids": list(row.ids),
+                "first_supervised": row.first_supervised,
+                "num_supervised": row.num_supervised,
+                "mean_entropy": float(np.mean(scored.targets.common.entropy_N.cpu().numpy())),
+                "mean_gold_logprob": float(np.mean(scored.targets.common.gold_logprob_N.cpu().numpy())),
+                "targets": encode(scored.targets),
+            }
+            for (key, row), scored in zip(shard, found, strict=True)
+        ]
+        return pa.Table.from_pylist(out, schema=SOFT_LABEL_SCHEMA)
+
+    progress = _Progress(job, len(dict(rows)), "rows")
+    snapshot, computed = work_in_shards(cache, ordered, score, shard_rows=recipe.run.shard_rows, done=progress)
+    keys = [key for key, _ in rows]
+    job.write_table("keys.parquet", pa.table({"key": keys}))
+    tokens = sum(row.num_supervised for _, row in rows)
+    return {**_sharded_summary(cache, snapshot, len(keys), computed), "supervised_tokens": tokens}
