@@ -44,7 +44,7 @@ def curate_stage(job: Job) -> dict[str, Any]:
     prompts = job.read_table("prompts", "prompts.parquet")
     with job.files(job.inputs["teacher"]) as files:
         own = isinstance(recipe.teacher, ServerTeacher) and isinstance(recipe.student, PretrainedStudent)
-        tokenizer = load_tokenizer(recipe.student if own else files / "tokenizer")  # type: ignore[arg-type]
+        tokenizer = load_tokenizer(recipe.student if own else files / "model")  # type: ignore[arg-type]
     counts: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
     if "answers" in job.inputs:

@@ -66,7 +66,7 @@ def _models(job: Job) -> list[tuple[int, Record | None]]:
 
 def _load(job: Job, record: Record) -> LoadedModel:
     with job.files(record) as files:
-        return load_directory(files / "model", device=pick_device(job.recipe.run.device), tokenizer=load_tokenizer(files / "tokenizer"))
+        return load_directory(files / "model", device=pick_device(job.recipe.run.device), tokenizer=load_tokenizer(files / "model"))
 
 
 def model_scores(job: Job) -> dict[str, pa.Table]:

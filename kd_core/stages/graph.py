@@ -120,7 +120,9 @@ def _add_verdict(build: _Builder, recipe: Recipe, store: Store, evaluation: dict
     build.add("gate", "gate", gate, {**evaluated, **students, "teacher": "teacher"})
     report = {"name": recipe.name, "description": recipe.description, "recipe": recipe.model_dump(mode="json", exclude={"run"})}
     build.add("report", "report", report, {name: name for name in build.nodes})
-    build.add("publish", "publish", {"model": recipe.publish}, {"gate": "gate", "report": "report"})
+    everything = {name: name for name in build.nodes}
+    place = fingerprint(recipe.run.tracking)  # a publication is an effect at a place: another registry has not had it yet
+    build.add("publish", "publish", {"model": recipe.publish, "registry": place}, everything)
 
 
 def _evaluated(recipe: Recipe) -> tuple[str, ...]:

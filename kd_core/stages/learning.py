@@ -25,7 +25,7 @@ __all__ = ["train_stage"]
 
 
 def train_stage(job: Job) -> dict[str, Any]:
-    """Files: model/ (Hugging Face layout), tokenizer/, metrics.json. Summary: sizes, losses, tokens, seconds."""
+    """Files: model/ (Hugging Face layout), metrics.json. Summary: sizes, losses, tokens, seconds."""
     arm: Arm = job.node.group  # type: ignore[assignment]  # a train node's group is its arm
     recipe = job.recipe.arm(arm)
     seed = int(job.node.name.rpartition(".")[2])
@@ -73,7 +73,7 @@ def _make_student(job: Job, seed: int) -> LoadedModel:
         return LoadedModel(student_from_blocks(teacher, spec.every_nth_block), teacher.tokenizer, teacher.num_columns)
     if isinstance(spec, StudentFromConfig):
         with job.files(job.inputs["teacher"]) as files:
-            tokenizer = load_tokenizer(files / "tokenizer")
+            tokenizer = load_tokenizer(files / "model")
         return LoadedModel(new_model(spec.architecture, tokenizer, seed=seed), tokenizer, num_columns(tokenizer))
     return _pretrained_student(job, spec)
 

@@ -69,6 +69,8 @@ def run_node(recipe: Recipe, name: str, *, store: Store, tick: Ticker, extra: Ma
         assert found is not None, f"{name} was asked for before {upstream}"
         inputs[role] = found
     began = time.perf_counter()
+    if recipe.run.threads is not None:
+        importlib.import_module("torch").set_num_threads(recipe.run.threads)
     with workspace() as directory:
         job = Job(recipe, node, store, inputs, directory, tick)
         summary = (extra[node.stage] if node.stage in extra else _function(node.stage))(job)

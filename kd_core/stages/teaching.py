@@ -63,7 +63,7 @@ SOFT_LABEL_SCHEMA = pa.schema(
 
 
 def teacher_stage(job: Job) -> dict[str, Any]:
-    """Files: tokenizer/ always; model/ and metrics.json for a trained teacher. Summary: its content identity and size."""
+    """Files: model/ (only its tokenizer for a pre-trained one), and metrics.json of a trained teacher. Summary: its content identity and size."""
     teacher = job.recipe.teacher
     if isinstance(teacher, ServerTeacher):
         return {"teacher": {"engine": "server", "model": teacher.model, "revision": teacher.revision}, "parameters": None, "bytes": None}
@@ -72,7 +72,7 @@ def teacher_stage(job: Job) -> dict[str, Any]:
     device = pick_device(job.recipe.run.device)
     tokenizer = load_tokenizer(teacher)
     loaded = load_model(teacher, device=device, tokenizer=tokenizer, trust_remote_code=teacher.trust_remote_code)
-    tokenizer.save_pretrained(job.directory / "tokenizer")
+    tokenizer.save_pretrained(job.directory / "model")
     return _describe(loaded, reference_identity(teacher))
 
 
@@ -134,7 +134,7 @@ def load_teacher(job: Job) -> LoadedModel:
     teacher = job.recipe.teacher
     device = pick_device(job.recipe.run.device)
     with job.files(job.inputs["teacher"]) as files:
-        tokenizer = load_tokenizer(files / "tokenizer")
+        tokenizer = load_tokenizer(files / "model")
         if isinstance(teacher, PretrainedTeacher):
             return load_model(teacher, device=device, tokenizer=tokenizer, trust_remote_code=teacher.trust_remote_code)
         return load_directory(files / "model", device=device, tokenizer=tokenizer)
@@ -216,7 +216,7 @@ class _Engine:
         self.job, self.answers = job, answers
         self._loaded: LoadedModel | None = None
         with job.files(job.inputs["teacher"]) as files:
-            self.tokenizer = load_tokenizer(files / "tokenizer")
+            self.tokenizer = load_tokenizer(files / "model")
 
     def by_length(self, rows: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
         """Prompts of like length share a batch: padding is waste."""

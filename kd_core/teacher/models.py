@@ -131,10 +131,10 @@ def _load(
 
 
 def save_model(loaded: LoadedModel, directory: Path) -> None:
-    """Write model/ (Hugging Face layout, safetensors) and tokenizer/ below a directory."""
+    """Write model/ below a directory: weights and tokenizer in the Hugging Face layout, safetensors."""
     with _quiet(str(directory)):
         loaded.model.save_pretrained(directory / "model")
-        loaded.tokenizer.save_pretrained(directory / "tokenizer")
+        loaded.tokenizer.save_pretrained(directory / "model")
 
 
 @contextlib.contextmanager

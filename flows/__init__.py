@@ -1,0 +1,1 @@
+"""Flows: order only. Deployments and the command line stand on them."""
