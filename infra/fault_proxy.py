@@ -1,7 +1,8 @@
 """A proxy in front of a real HTTP server that injects faults: for tests and drills.
 
 ``decide`` sees every request and names a fault or None. The faults are those of a real network and a real store: an
-error instead of an answer (the server never saw the request), an answer lost after the server acted, a body cut short.
+error instead of an answer (the server never saw the request), an answer lost after the server acted, a body cut before
+the promised length, a body that is shorter with a length that agrees.
 """
 
 import http.client
@@ -14,7 +15,7 @@ from urllib.parse import urlsplit
 
 __all__ = ["Decide", "Fault", "fault_proxy"]
 
-Fault = Literal["409", "429", "503", "lost_reply", "cut_body"]
+Fault = Literal["409", "429", "503", "lost_reply", "cut_body", "short_body"]
 Decide = Callable[[str, str], Fault | None]
 """(method, path with query) -> the fault to inject, or None; called once a request, from many threads."""
 
@@ -49,6 +50,8 @@ class _Proxy(BaseHTTPRequestHandler):
         length = int(reply.headers.get("Content-Length", len(data)))
         if fault == "cut_body":
             data, self.close_connection = data[: len(data) // 2], True
+        if fault == "short_body":
+            data, length = data[: len(data) // 2], len(data) // 2
         self._answer(reply.status, headers, length, data)
 
     def _body(self) -> bytes:

@@ -138,6 +138,7 @@ def _command(name: str, home: Path, ports: Mapping[str, int]) -> list[str]:
         off = ("webdav", "admin.ui", "master.telemetry", "s3.autoCreateBucket")
         return [
             binary("weed"),
+            "-logtostderr=true",
             "mini",
             f"-dir={home / 's3'}",
             "-ip=127.0.0.1",
@@ -204,15 +205,16 @@ def _wait(home: Path, state: _State, name: str) -> None:
     """Wait until a server answers.
 
     Raises:
-        KDError: it ended, or does not answer in time; the message ends with its last log lines.
+        KDError: it does not answer in time, or any server ended; the message ends with the last log lines.
     """
     info, deadline = _info(home, state), time.monotonic() + _START_SECONDS
     while not _is_ready(name, info):
-        ended = not is_alive(state.processes[name])
-        if ended or time.monotonic() > deadline:
+        ended = next((each for each, process in state.processes.items() if not is_alive(process)), None)
+        if ended is not None:
+            raise KDError(f"server {ended!r} ended while it started; its log {_log(home, ended)} ends with:\n{tail(_log(home, ended))}")
+        if time.monotonic() > deadline:
             log = _log(home, name)
-            what = "ended while it started" if ended else f"did not answer within {_START_SECONDS:.0f} s"
-            raise KDError(f"server {name!r} {what}; its log {log} ends with:\n{tail(log)}")
+            raise KDError(f"server {name!r} did not answer within {_START_SECONDS:.0f} s; its log {log} ends with:\n{tail(log)}")
         time.sleep(0.2)
 
 
@@ -304,6 +306,7 @@ def _stop_all(home: Path) -> list[str]:
     while running := marked(home):
         stop(running, grace_seconds=_GRACE_SECONDS)
     if state.processes:
+        Path(f"/tmp/seaweedfs-s3-{state.ports['s3']}.sock").unlink(missing_ok=True)  # the one socket that weed leaves behind
         _save(home, _State(state.ports, {}))
     return stopped
 
@@ -349,14 +352,19 @@ def object_store(home: Path) -> Iterator[StackInfo]:
     """
     home = home.absolute()
     with _lock(home):
+        if status(home) is not None:
+            raise KDError(f"a stack is running in {home}; use another folder, or stop it first")
         first = random.SystemRandom().randrange(11_000, 22_000)  # below the range from which clients' own ports are drawn, +10,000 too
         wanted = {name: first + 7 * i for i, name in enumerate(_WEED_PORTS)}
         state = _State(find_ports(wanted, second_offset=dict.fromkeys(_WEED_PORTS, _GRPC_OFFSET)), {})
         try:
             _start(home, state, "s3")
             _wait(home, state, "s3")
-            info = _info(home, state)
-            _make_bucket(info)
-            yield info
-        finally:
+            _make_bucket(_info(home, state))
+        except BaseException:
             _stop_all(home)
+            raise
+    try:
+        yield _info(home, state)
+    finally:
+        down(home)

@@ -99,6 +99,7 @@ class S3Store:
         """
         from boto3.session import Session
         from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
 
         if prefix:
             check_key(prefix)
@@ -112,8 +113,12 @@ class S3Store:
             response_checksum_validation=options.checksums,
             s3={"addressing_style": "auto" if options.endpoint is None else "path"},
         )
-        # Any: boto3 makes the client's methods at run time
-        self._client: Any = Session().client("s3", endpoint_url=options.endpoint, region_name=options.region, config=config)
+        try:  # Any: boto3 makes the client's methods at run time
+            self._client: Any = Session().client("s3", endpoint_url=options.endpoint, region_name=options.region, config=config)
+        except (BotoCoreError, ValueError) as error:
+            raise StoreError(
+                f"{self.uri}: cannot set up S3: {error}; correct run.s3, or the AWS_* variables and files it is read with"
+            ) from error
         self._endpoint: str = self._client.meta.endpoint_url
         self._call("", lambda: self._client.head_bucket(Bucket=bucket))
 
@@ -160,7 +165,7 @@ class S3Store:
         if isinstance(error, boto.ConnectionError) and not isinstance(error, boto.SSLError):
             return f"cannot reach {self._endpoint} in {attempts} tries; start the server, or correct run.s3.endpoint"
         if not isinstance(error, boto.ClientError):
-            return f"gave up after {attempts} tries: {error}"
+            return f"gave up at try {attempts} of {ATTEMPTS}: {' '.join(str(error).split())}"
         code, text, status = error.response["Error"].get("Code", ""), error.response["Error"].get("Message", ""), _status(error)
         if code == "NoSuchKey":
             return "no such object"

@@ -93,9 +93,19 @@ def test_a_body_that_is_always_cut_is_an_error_not_a_short_read(s3_environment: 
     with _through(s3_environment, prefix, lambda method, path: "cut_body" if method == "GET" else None) as store:
         store.create("a", b"0123456789")
         for read in (lambda: store.get("a"), lambda: store.get_range("a", 0, 10), lambda: store.download("a", tmp_path / "a")):
-            with pytest.raises(StoreError, match=r"/a: gave up after 10 tries"):
+            with pytest.raises(StoreError, match=r"/a: gave up at try 10 of 10"):
                 read()
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shorter_body_with_a_length_that_agrees_is_detected(s3_environment: StackInfo, prefix: str, tmp_path: Path) -> None:
+    decide = _nth("GET", ["short_body", None, "short_body", None, "short_body"])
+    with _through(s3_environment, prefix, decide) as store:
+        store.create("a", b"0123456789")
+        assert store.get_range("a", 2, 6) == b"234567"
+        store.download("a", tmp_path / "a")
+        assert (tmp_path / "a").read_bytes() == b"0123456789"
+        assert store.get("a") == b"0123456789"  # by its checksum
 
 
 def test_a_server_that_only_fails_is_given_up_with_its_answer(s3_environment: StackInfo, prefix: str) -> None:
@@ -136,6 +146,10 @@ def test_what_keeps_a_store_from_opening_is_said_in_one_line(s3_environment: Sta
         _open("no-such-bucket", endpoint)
     with pytest.raises(StoreError, match=r"^s3://distillery/x: cannot reach http://127.0.0.1:9 in 10 tries; start the server"):
         _open("distillery", "http://127.0.0.1:9")
+    with pytest.raises(StoreError, match=r"^s3://distillery/x: cannot set up S3: Invalid endpoint: nonsense; correct run.s3"):
+        _open("distillery", "nonsense")
+    with pytest.raises(StoreError, match=r"^s3://b!d/x: gave up at try 1 of 10: .*Invalid bucket name"):
+        _open("b!d", endpoint)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StoreError, match=r"^s3://distillery/x: http://.* refused the credentials \(403\); check AWS_ACCESS_KEY_ID"):
         _open("distillery", endpoint)
