@@ -23,11 +23,17 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    name="kd", help="A recipe goes in, a promoted student with its evidence comes out.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    name="kd",
+    help="A recipe goes in, a promoted student with its evidence comes out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, for example recipes/quickstart.yaml.")]
-Overrides = Annotated[list[str], typer.Option("--set", metavar="PATH=VALUE", help="Change a field: --set training.steps=300. May be repeated.")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="PATH=VALUE", help="Change a field: --set training.steps=300. May be repeated.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output and nothing else.")]
 Home = Annotated[Path, typer.Option("--home", help="Folder that holds all state of the local servers.")]
 
@@ -48,7 +54,8 @@ def main() -> None:
         words = " ".join(["kd", *sys.argv[1:]])
         _fail(f"stopped. Everything that was finished is kept; go on with:  {words}", 130)
     except TyperException as error:  # wrong usage of the command line
-        _fail(f"{getattr(error, 'format_message', lambda: error)()}  (kd --help shows what there is)", 2)
+        text = error.format_message() if hasattr(error, "format_message") else str(error)
+        _fail(f"{text}  (kd --help shows what there is)", 2)
     except Exception as error:
         _unexpected(error)
     sys.exit(code if isinstance(code, int) else 0)
@@ -159,7 +166,9 @@ def report(
     recipe_file: RecipeFile,
     overrides: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
-    output: Annotated[Path | None, typer.Option("--output", help="Folder for report.html, .md and .json; default reports/<recipe>.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder for report.html, .md and .json; default reports/<recipe>.")
+    ] = None,
 ) -> None:
     """Show the report of a finished run, and write it to files."""
     from flows.results import report_files
@@ -181,8 +190,9 @@ def doctor(recipe_file: RecipeFile, overrides: Overrides = [], as_json: AsJson =
     """Check a recipe and its models for the known ways in which distillation goes silently wrong."""
     from dataclasses import asdict
 
-    from flows.console import display
     from kd_core.doctor import examine
+
+    from flows.console import display
 
     recipe, store = _open(recipe_file, overrides)
     with display(quiet=as_json) as shown:
@@ -200,7 +210,8 @@ def doctor(recipe_file: RecipeFile, overrides: Overrides = [], as_json: AsJson =
 @app.command()
 def up(home: Home = _HOME, as_json: AsJson = False) -> None:
     """Start Prefect, MLflow, an S3 server and a worker as local processes, and deploy prefect.yaml."""
-    from infra.stack import deploy, up as start
+    from infra.stack import deploy
+    from infra.stack import up as start
 
     say = (lambda text: None) if as_json else (lambda text: print(text, file=sys.stderr))
     info = start(home, say=say)

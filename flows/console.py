@@ -73,7 +73,9 @@ class Display:
         elif now - self.printed > _SECONDS_BETWEEN_LINES and tick.done < tick.total:
             self.printed = now
             left = (tick.total - tick.done) / rate if rate > 0 else 0.0
-            self.console.print(f"{self.name:<15} {tick.done}/{tick.total} {tick.unit}, {speed}, {human_seconds(left)} left", highlight=False)
+            self.console.print(
+                f"{self.name:<15} {tick.done}/{tick.total} {tick.unit}, {speed}, {human_seconds(left)} left", highlight=False
+            )
 
     def done(self, artifact: Artifact) -> None:
         """The current node is finished."""

@@ -19,7 +19,9 @@ __all__ = ["distill"]
 
 
 @flow(name="distill", flow_run_name="distill-{recipe_file}", validate_parameters=True)
-def distill(recipe: Recipe | None = None, recipe_file: str = "recipes/quickstart.yaml", overrides: list[str] | None = None) -> dict[str, Artifact]:
+def distill(
+    recipe: Recipe | None = None, recipe_file: str = "recipes/quickstart.yaml", overrides: list[str] | None = None
+) -> dict[str, Artifact]:
     """Distil a student and publish it if the evidence allows.
 
     Args:
@@ -36,11 +38,16 @@ def distill(recipe: Recipe | None = None, recipe_file: str = "recipes/quickstart
 
 def _show(recipe: Recipe, store: Store, done: dict[str, Artifact]) -> None:
     """Results in the Prefect UI: the stages as a table, the report as text."""
-    rows = [{"stage": n, "result": "hit" if a.hit else "computed", "seconds": round(a.seconds, 1), "fingerprint": a.fingerprint} for n, a in done.items()]
+    rows = [
+        {"stage": n, "result": "hit" if a.hit else "computed", "seconds": round(a.seconds, 1), "fingerprint": a.fingerprint}
+        for n, a in done.items()
+    ]
     create_table_artifact(key=f"{_key(recipe.name)}-stages", table=rows, description=f"Stages of {recipe.name}")
     report = find(store, "report", build_graph(recipe, store)["report"].fingerprint)
     assert report is not None, "the flow has just computed it"
-    create_markdown_artifact(key=f"{_key(recipe.name)}-report", markdown=read_bytes(store, report, "report.md").decode(), description=report.summary["headline"])
+    create_markdown_artifact(
+        key=f"{_key(recipe.name)}-report", markdown=read_bytes(store, report, "report.md").decode(), description=report.summary["headline"]
+    )
 
 
 def _key(name: str) -> str:

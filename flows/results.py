@@ -34,13 +34,23 @@ def report_files(recipe: Recipe, store: Store, recipe_file: str) -> dict[str, by
 def outcome(recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> dict[str, Any]:
     """The end of a run as plain data: verdict, publication, and each node with status and seconds."""
     nodes = [
-        {"name": name, "fingerprint": a.fingerprint, "digest": a.digest, "status": "hit" if a.hit else "computed", "seconds": 0.0 if a.hit else a.seconds}
+        {
+            "name": name,
+            "fingerprint": a.fingerprint,
+            "digest": a.digest,
+            "status": "hit" if a.hit else "computed",
+            "seconds": 0.0 if a.hit else a.seconds,
+        }
         for name, a in done.items()
     ]
     gate, published = _record(recipe, store, "gate"), _record(recipe, store, "publish")
     assert gate is not None, "a run ends after the gate"
     assert published is not None, "a run ends after publication"
-    return {"verdict": {n: gate.summary[n] for n in ("promote", "headline", "reasons")}, "published": dict(published.summary), "nodes": nodes}
+    return {
+        "verdict": {n: gate.summary[n] for n in ("promote", "headline", "reasons")},
+        "published": dict(published.summary),
+        "nodes": nodes,
+    }
 
 
 def outcome_text(recipe: Recipe, store: Store, done: Mapping[str, Artifact], recipe_file: str, overrides: list[str]) -> str:
@@ -51,12 +61,19 @@ def outcome_text(recipe: Recipe, store: Store, done: Mapping[str, Artifact], rec
     hits, spent = sum(a.hit for a in done.values()), sum(a.seconds for a in done.values() if not a.hit)
     lines = ["", report["verdict"]["headline"], ""]
     for name, model in report["models"].items():
-        shown = ", ".join(f"{m} {v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for m, v in model["metrics"].items() if "/" not in m and m != "truncated")
+        shown = ", ".join(
+            f"{m} {v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"
+            for m, v in model["metrics"].items()
+            if "/" not in m and m != "truncated"
+        )
         size = f"{model['params']:,} parameters, {human_bytes(model['bytes'])}" if model["params"] else ""
         lines.append(f"  {name:<14} {shown}  ({size})")
     version = f"{published.summary['model']} version {published.summary['version']}"
     champion = published.summary["champion_version"]
-    lines += ["", f"Registered: {version}; champion: {'version ' + str(champion) if champion else 'none'} ({published.summary['tracking']})"]
+    lines += [
+        "",
+        f"Registered: {version}; champion: {'version ' + str(champion) if champion else 'none'} ({published.summary['tracking']})",
+    ]
     again = " ".join(["kd report", recipe_file, *(f"--set {o}" for o in overrides)])
     lines += [f"{hits} of {len(done)} nodes were done already; {human_seconds(spent)} of work.", f"Full report:  {again}"]
     return "\n".join(lines)

@@ -10,13 +10,20 @@ from rich.table import Table
 from flows.console import human_bytes, human_seconds
 
 if TYPE_CHECKING:
-    from infra.stack import StackInfo
     from kd_core.doctor import Finding
     from kd_core.plan import Plan
 
+    from infra.stack import StackInfo
+
 __all__ = ["doctor_table", "plan_table", "show", "stack_json", "stack_text", "status_table"]
 
-_MARKS = {"hit": "[green]hit[/]", "partial": "[yellow]partial[/]", "miss": "miss", "done": "[green]done[/]", "started": "[yellow]started[/]"}
+_MARKS = {
+    "hit": "[green]hit[/]",
+    "partial": "[yellow]partial[/]",
+    "miss": "miss",
+    "done": "[green]done[/]",
+    "started": "[yellow]started[/]",
+}
 _FINDINGS = {"ok": "[green]ok[/]", "failed": "[red]failed[/]", "skipped": "[dim]skipped[/]"}
 
 
@@ -44,7 +51,9 @@ def plan_table(plan: "Plan") -> Table:
         size = "-" if s.bytes is None else human_bytes(s.bytes)
         time = "-" if s.seconds is None else human_seconds(s.seconds)
         price = "-" if s.price is None else f"{s.price:.4f}"
-        table.add_row(s.name, s.fingerprint[:12], _MARKS[s.status], _number(s.rows), _number(s.rows_cached), _number(s.tokens), size, time, price)
+        table.add_row(
+            s.name, s.fingerprint[:12], _MARKS[s.status], _number(s.rows), _number(s.rows_cached), _number(s.tokens), size, time, price
+        )
     known = [s.seconds for s in plan.stages if s.seconds is not None]
     table.add_section()
     table.add_row("in all", "", "", "", "", "", "", human_seconds(sum(known)), "")
@@ -70,7 +79,14 @@ def doctor_table(findings: "Sequence[Finding]") -> Table:
 
 def stack_json(info: "StackInfo") -> dict[str, Any]:
     """Addresses, ports and process ids; never the secret."""
-    return {"home": str(info.home), "urls": dict(info.urls), "ports": dict(info.ports), "pids": dict(info.pids), "bucket": info.bucket, "env_file": str(info.env_file)}
+    return {
+        "home": str(info.home),
+        "urls": dict(info.urls),
+        "ports": dict(info.ports),
+        "pids": dict(info.pids),
+        "bucket": info.bucket,
+        "env_file": str(info.env_file),
+    }
 
 
 def stack_text(info: "StackInfo") -> str:

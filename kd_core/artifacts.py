@@ -116,7 +116,9 @@ def _parse_record(store: Store, key: str) -> Record:
             raise ValueError(f"schema {raw['schema']}, and this version reads {SCHEMA_VERSION}")
         return Record(**{**body, "files": tuple(Payload(**file) for file in body["files"])})
     except (ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{store.uri}/{key}: not a valid record ({error}); delete this object to have the stage computed again") from error
+        raise IntegrityError(
+            f"{store.uri}/{key}: not a valid record ({error}); delete this object to have the stage computed again"
+        ) from error
 
 
 def open_artifact(store: Store, artifact: Artifact) -> Record:
@@ -209,7 +211,9 @@ def read_bytes(store: Store, record: Record, name: str) -> bytes:
         raise ArtifactError(f"{record.stage} {record.fingerprint} has no file {name!r}; it has {[f.name for f in record.files]}")
     data = store.get(f"{record.prefix}/{name}")
     if sha256_bytes(data) != file.sha256:
-        raise IntegrityError(f"{store.uri}/{record.prefix}/{name}: sha256 differs from the record; delete the artifact's record to recompute it")
+        raise IntegrityError(
+            f"{store.uri}/{record.prefix}/{name}: sha256 differs from the record; delete the artifact's record to recompute it"
+        )
     return data
 
 

@@ -657,6 +657,10 @@ def _unsupported(recipe: Recipe) -> Iterator[str]:
         yield "curate.gold_rows: 0 with answers: null leaves no rows to learn from; allow gold rows or ask for answers"
     if "ablation_hard" in recipe.evaluation.compare and recipe.objective.supervision != "soft":
         yield "evaluation.compare: ablation_hard compares with objective.supervision: soft, and this recipe has none"
+    if "baseline" in recipe.evaluation.compare and recipe.curate.gold_rows == 0:
+        yield "evaluation.compare: baseline learns from gold rows, and curate.gold_rows is 0; allow gold rows or leave baseline out"
+    if "teacher" in recipe.evaluation.compare and isinstance(recipe.teacher, ServerTeacher):
+        yield "evaluation.compare: teacher cannot be measured here, as a server teacher has no weights here; leave it out"
     names = [suite.name for suite in recipe.evaluation.suites]
     if len(set(names)) != len(names):
         yield f"evaluation.suites: names must differ, found {names}"
@@ -687,7 +691,14 @@ def _unsupported_targets(recipe: Recipe) -> Iterator[str]:
     used = schedule_values(objective.temperature)
     if min(used or (1.0,)) <= 0.0:
         yield "objective.temperature: must be above 0"
-    allowed = {"sampled": lambda x: (x.temperature,), "topk": lambda x: x.temperatures, "dense": lambda x: None}[labels.kind](labels)
+    allowed: tuple[float, ...] | None
+    match labels:
+        case Sampled():
+            allowed = (labels.temperature,)
+        case TopK():
+            allowed = labels.temperatures
+        case Dense():
+            allowed = None
     if allowed is not None and (used is None or not set(used) <= set(allowed)):
         found = "a ramp" if used is None else "/".join(f"{t:g}" for t in used)
         stored = ", ".join(f"{t:g}" for t in allowed)

@@ -90,7 +90,9 @@ class RowCache:
             if not key.endswith(f"/{sha256_bytes(canonical_json(raw))}.json"):
                 raise ValueError("its content does not match its name")
         except (ValueError, KeyError, TypeError) as error:
-            raise IntegrityError(f"{self.store.uri}/{key}: not a valid commit ({error}); delete it to have its rows computed again") from error
+            raise IntegrityError(
+                f"{self.store.uri}/{key}: not a valid commit ({error}); delete it to have its rows computed again"
+            ) from error
         return commit
 
     def commit(self, rows: pa.Table) -> Commit:
@@ -129,7 +131,9 @@ class RowCache:
                 owner.setdefault(key, commit.sha256)
         missing = [key for key in keys if key not in owner]
         if missing:
-            raise ArtifactError(f"{self.prefix}: {len(missing)} of {len(keys)} rows are missing, first {missing[0]}; run the recipe again to compute them")
+            raise ArtifactError(
+                f"{self.prefix}: {len(missing)} of {len(keys)} rows are missing, first {missing[0]}; run the recipe again to compute them"
+            )
         needed = {owner[key] for key in keys}
         parts = []
         for sha in sorted(needed):

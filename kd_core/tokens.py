@@ -40,7 +40,7 @@ def num_columns(tokenizer: PreTrainedTokenizerBase) -> int:
     Models pad their vocabulary to round numbers; teacher and student are both cut to this number *before* they are
     normalised, or probability leaks to ids that no text can have.
     """
-    return max(tokenizer.get_vocab().values()) + 1
+    return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -79,7 +79,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     try:
         ids = [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise SourceError(f"the tokenizer cannot encode {text[:60]!r}: {error}; add its characters to teacher.tokenizer.alphabet") from error
+        raise SourceError(
+            f"the tokenizer cannot encode {text[:60]!r}: {error}; add its characters to teacher.tokenizer.alphabet"
+        ) from error
     if not ids:
         raise SourceError(f"the tokenizer makes no token of {text[:60]!r}; remove such prompts")
     return ids

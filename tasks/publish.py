@@ -47,7 +47,9 @@ def _promote(job: Job, gate: Any, student: Record) -> None:
     expected = gate["champion"]["digest"] if gate["champion"] else None
     found = holder.artifact.digest if holder is not None else None
     if found != expected:
-        raise ArtifactError(f"{job.recipe.publish}: the gate compared with champion {expected}, now it is {found}; run the recipe again to decide anew")
+        raise ArtifactError(
+            f"{job.recipe.publish}: the gate compared with champion {expected}, now it is {found}; run the recipe again to decide anew"
+        )
     artifact = Artifact(student.stage, student.fingerprint, student.digest)
     reasons = tuple(f"{reason['rule']}: {reason['detail']}" for reason in gate["reasons"])
     number = holder.number if holder is not None else None
@@ -60,7 +62,9 @@ def _publication(job: Job, gate: Any, student: Record) -> Publication:
     prompts = job.inputs["prompts"]
     datasets = [DatasetInfo("prompts", prompts.digest, f"{job.store.uri}/{prompts.prefix}", int(prompts.summary["rows"]), "prompts")]
     curate = job.inputs["curate"]
-    datasets.append(DatasetInfo("training rows", curate.digest, f"{job.store.uri}/{curate.prefix}", int(curate.summary["rows"]), "training"))
+    datasets.append(
+        DatasetInfo("training rows", curate.digest, f"{job.store.uri}/{curate.prefix}", int(curate.summary["rows"]), "training")
+    )
     return Publication(
         name=job.recipe.name,
         run_key=job.node.fingerprint,
@@ -72,7 +76,11 @@ def _publication(job: Job, gate: Any, student: Record) -> Publication:
         model=ModelInfo(
             name=job.recipe.publish,
             source=f"{job.store.uri}/{student.prefix}/model",
-            digests={"kd.digest": student.digest, "kd.fingerprint": student.fingerprint, **{f"kd.sha256.{f.name}": f.sha256 for f in student.files}},
+            digests={
+                "kd.digest": student.digest,
+                "kd.fingerprint": student.fingerprint,
+                **{f"kd.sha256.{f.name}": f.sha256 for f in student.files},
+            },
             promote=gate["promote"],
             reasons=[f"{'holds' if r['holds'] else 'fails'}: {r['rule']}: {r['detail']}" for r in gate["reasons"]],
             metrics=metrics,

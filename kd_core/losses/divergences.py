@@ -33,7 +33,9 @@ def forward_kl(logits_NV: Tensor, targets: Targets, *, temperature: float) -> Te
     Source: Hinton et al. 2015, eq. 4; tail bucket and systematic draws: ours.
     """
     if logits_NV.shape[-1] != targets.common.num_columns:
-        raise SoftLabelError(f"student logits have {logits_NV.shape[-1]} columns, the soft labels {targets.common.num_columns}; cut both to the tokenizer")
+        raise SoftLabelError(
+            f"student logits have {logits_NV.shape[-1]} columns, the soft labels {targets.common.num_columns}; cut both to the tokenizer"
+        )
     log_q_NV = torch.log_softmax(logits_NV.float() / temperature, -1)
     match targets:
         case DenseTargets():
@@ -48,7 +50,9 @@ def forward_kl(logits_NV: Tensor, targets: Targets, *, temperature: float) -> Te
 def _forward_kl_topk(log_q_NV: Tensor, targets: TopKTargets, temperature: float) -> Tensor:
     """k kept terms plus one bucket for all the rest, on both sides: student mass outside k is never free."""
     if temperature not in targets.temperatures:
-        raise SoftLabelError(f"temperature {temperature:g} is not on the grid of these top-k soft labels: {targets.temperatures}; score again with it")
+        raise SoftLabelError(
+            f"temperature {temperature:g} is not on the grid of these top-k soft labels: {targets.temperatures}; score again with it"
+        )
     log_norm_N1 = targets.log_normalizer_NG[:, targets.temperatures.index(temperature), None]
     log_p_NK = targets.logprobs_NK / temperature - log_norm_N1
     log_q_NK = log_q_NV.gather(-1, targets.ids_NK)
@@ -64,7 +68,9 @@ def _forward_kl_topk(log_q_NV: Tensor, targets: TopKTargets, temperature: float)
 def _forward_kl_sampled(log_q_NV: Tensor, targets: SampledTargets, temperature: float) -> Tensor:
     """-H(p) - sum_v (count_v / draws) log q_v: unbiased, as E[count_v / draws] = p_v."""
     if temperature != targets.temperature:
-        raise SoftLabelError(f"these sampled soft labels were drawn at temperature {targets.temperature:g} and are valid there only; asked for {temperature:g}")
+        raise SoftLabelError(
+            f"these sampled soft labels were drawn at temperature {targets.temperature:g} and are valid only there, not at {temperature:g}"
+        )
     rows_E = torch.repeat_interleave(torch.arange(len(log_q_NV), device=log_q_NV.device), targets.offsets_N1.diff())
     terms_E = targets.counts_E * log_q_NV[rows_E, targets.ids_E]
     cross_N = torch.zeros_like(log_q_NV[:, 0]).index_add(0, rows_E, terms_E) / targets.num_draws

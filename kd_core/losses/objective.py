@@ -34,7 +34,9 @@ def step_weights(objective: Objective, *, step: int, steps: int) -> StepWeights:
     if objective.supervision != "soft":
         return StepWeights(hard=1.0, soft=0.0, temperature=1.0)
     share = step / max(1, steps - 1)
-    return StepWeights(value_at(objective.hard_weight, share), value_at(objective.soft_weight, share), value_at(objective.temperature, share))
+    return StepWeights(
+        value_at(objective.hard_weight, share), value_at(objective.soft_weight, share), value_at(objective.temperature, share)
+    )
 
 
 def supervised_loss(logits_NV: Tensor, labels_N: Tensor, targets: Targets | None, weights: StepWeights) -> tuple[Tensor, dict[str, Tensor]]:

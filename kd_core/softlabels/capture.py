@@ -33,7 +33,9 @@ class ScoredRow:
 
 
 @torch.inference_mode()
-def score_rows(loaded: LoadedModel, rows: Sequence[tuple[str, TokenRow]], *, policy: SoftLabels, micro_batch_tokens: int) -> list[ScoredRow]:
+def score_rows(
+    loaded: LoadedModel, rows: Sequence[tuple[str, TokenRow]], *, policy: SoftLabels, micro_batch_tokens: int
+) -> list[ScoredRow]:
     """Score rows with the teacher.
 
     Args:

@@ -87,7 +87,9 @@ def decode(data: bytes) -> Targets:
     elif kind == _TOPK:
         temperatures = tuple(float(t) for t in reader.take("<f8", b))
         ids = reader.take("<u4", num * a).reshape(num, a)
-        targets = TopKTargets(common, temperatures, ids, reader.take("<f4", num * a).reshape(num, a), reader.take("<f4", num * b).reshape(num, b))
+        targets = TopKTargets(
+            common, temperatures, ids, reader.take("<f4", num * a).reshape(num, a), reader.take("<f4", num * b).reshape(num, b)
+        )
     else:
         ids = torch.zeros(0, dtype=torch.int64)
         targets = DenseTargets(common, reader.take("<f4", num * columns).reshape(num, columns))

@@ -105,7 +105,9 @@ def make_targets(logits_NV: Tensor, labels_N: Tensor, policy: SoftLabels, *, uni
     """
     if not bool(torch.isfinite(logits_NV).all()):
         bad = int((~torch.isfinite(logits_NV)).any(-1).sum())
-        raise SoftLabelError(f"the teacher gave NaN or infinite logits at {bad} of {len(logits_NV)} positions; nothing was stored for these rows")
+        raise SoftLabelError(
+            f"the teacher gave NaN or infinite logits at {bad} of {len(logits_NV)} positions; nothing was stored for these rows"
+        )
     logprobs_NV = torch.log_softmax(logits_NV.float(), -1)
     num_columns = logprobs_NV.shape[-1]
     entropy_N = _entropy(logprobs_NV)
@@ -160,7 +162,9 @@ def concatenate(parts: list[Targets]) -> Targets:
     if any(_header(part) != _header(first) for part in parts):
         raise SoftLabelError(f"soft labels of different kinds in one batch: {sorted({str(_header(part)) for part in parts})}")
     common = Common(
-        torch.cat([part.common.gold_logprob_N for part in parts]), torch.cat([part.common.entropy_N for part in parts]), first.common.num_columns
+        torch.cat([part.common.gold_logprob_N for part in parts]),
+        torch.cat([part.common.entropy_N for part in parts]),
+        first.common.num_columns,
     )
     if isinstance(first, DenseTargets):
         return DenseTargets(common, torch.cat([part.logprobs_NV for part in parts if isinstance(part, DenseTargets)]))
@@ -208,8 +212,6 @@ def _(targets: DenseTargets) -> tuple[object, ...]:
 
 def move(targets: Targets, device: torch.device) -> Targets:
     """The same targets on a device."""
-    common = replace(
-        targets.common, gold_logprob_N=targets.common.gold_logprob_N.to(device), entropy_N=targets.common.entropy_N.to(device)
-    )
+    common = replace(targets.common, gold_logprob_N=targets.common.gold_logprob_N.to(device), entropy_N=targets.common.entropy_N.to(device))
     tensors = {f.name: getattr(targets, f.name).to(device) for f in fields(targets) if isinstance(getattr(targets, f.name), Tensor)}
     return replace(targets, common=common, **tensors)

@@ -5,8 +5,8 @@ from typing import Any
 import pyarrow as pa
 
 from kd_core.curate import curate_answers, gold_rows
-from kd_core.prompts import collect_prompts
 from kd_core.progress import Tick
+from kd_core.prompts import collect_prompts
 from kd_core.recipe import PretrainedStudent, ServerTeacher
 from kd_core.stages.job import Job
 from kd_core.stages.teaching import read_answers
@@ -75,4 +75,3 @@ def _gold_row(tokenizer: Any, row: dict[str, Any], job: Job) -> dict[str, Any]:
 def _row(prompt_id: str, source: str, sample: int, reason: str, text: str, prompt_ids: list[int], answer_ids: list[int]) -> dict[str, Any]:
     ids = {"ids": [*prompt_ids, *answer_ids], "first_supervised": len(prompt_ids)}
     return {"prompt_id": prompt_id, "source": source, "sample_index": sample, "finish_reason": reason, "text": text, **ids}
-

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from kd_core.artifacts import Record, find
-from kd_core.errors import ArtifactError, RecipeError
+from kd_core.errors import ArtifactError
 from kd_core.evaluate.measure import measure
 from kd_core.gate import Efficiency, Evidence, decide
 from kd_core.recipe import ServerTeacher
@@ -21,13 +21,9 @@ __all__ = ["collect_evidence", "evaluate_stage", "gate_stage", "model_scores"]
 def evaluate_stage(job: Job) -> dict[str, Any]:
     """Files: scores.parquet (one row an item and seed). Summary: parameters, bytes, tokens a second."""
     suites = {suite.name: job.read_table("prompts", f"suite-{suite.name}.parquet") for suite in job.recipe.evaluation.suites}
-    if isinstance(job.recipe.teacher, ServerTeacher):
-        teacher = None
-        if job.node.name == "evaluate.teacher":
-            raise RecipeError("evaluation.compare: teacher; a server teacher cannot be measured here, leave it out")
-    else:
-        teacher = load_teacher(job)
+    teacher = None if isinstance(job.recipe.teacher, ServerTeacher) else load_teacher(job)
     scores: list[pa.Table] = []
+    sizes: dict[str, int] = {}
     rates: list[float] = []
     models = _models(job)
     for seed, record in models:
@@ -45,8 +41,8 @@ def evaluate_stage(job: Job) -> dict[str, Any]:
         )
         scores.append(found.scores)
         rates.append(found.tokens_per_second)
+        sizes = {"parameters": loaded.num_parameters, "bytes": loaded.num_bytes}
     job.write_table("scores.parquet", pa.concat_tables(scores))
-    sizes = {"parameters": loaded.num_parameters, "bytes": loaded.num_bytes}
     return {**sizes, "tokens_per_second": sum(rates) / len(rates), "items": sum(t.num_rows for t in suites.values()), "seeds": len(models)}
 
 

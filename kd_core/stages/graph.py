@@ -72,7 +72,12 @@ def build_graph(recipe: Recipe, store: Store) -> dict[str, Node]:
     build.add("teacher", "teacher", _teacher_identity(recipe, suites), {})
     above = {"prompts": "prompts", "teacher": "teacher"}
     if recipe.answers is not None:
-        sampling = {**recipe.answers.model_dump(mode="json"), "template": task["template"], "system": task["system"], "seed": recipe.seeds[0]}
+        sampling = {
+            **recipe.answers.model_dump(mode="json"),
+            "template": task["template"],
+            "system": task["system"],
+            "seed": recipe.seeds[0],
+        }
         build.add("answers", "answers", sampling, above)
     curate = {"curate": recipe.curate.model_dump(mode="json"), "task": task, "student": _student_identity(recipe, only_tokenizer=True)}
     build.add("curate", "curate", curate, {**above, "answers": "answers"} if recipe.answers is not None else above)

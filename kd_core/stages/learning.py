@@ -33,7 +33,9 @@ def train_stage(job: Job) -> dict[str, Any]:
     if recipe.objective.supervision == "gold":
         table = table.filter(pc.equal(table["source"], "gold"))
         if not table.num_rows:
-            raise TrainingError(f"{job.node.name}: no row has a gold answer; give prompts.sources a gold template, or drop baseline from evaluation.compare")
+            raise TrainingError(
+                f"{job.node.name}: no row has a gold answer; give prompts.sources a gold template, or drop baseline from evaluation.compare"
+            )
     validation = token_rows(job.read_table("curate", "validation.parquet"))
     student = _make_student(job, seed)
     checkpoints = Checkpoints(job.store, job.node.fingerprint)

@@ -124,7 +124,10 @@ def _curves(job: Job) -> list[Curve]:
 
 def _samples(job: Job, scores: dict[str, pa.Table], suite: str) -> tuple[Sample, ...]:
     items = job.read_table("prompts", f"suite-{suite}.parquet").slice(0, _NUM_SAMPLES).to_pylist()
-    texts = {name: {row["item_id"]: row["text"] for row in reversed(table.to_pylist()) if row["suite"] == suite} for name, table in scores.items()}
+    texts = {
+        name: {row["item_id"]: row["text"] for row in reversed(table.to_pylist()) if row["suite"] == suite}
+        for name, table in scores.items()
+    }
 
     def answer(name: str, item: dict[str, Any]) -> SampleAnswer | None:
         text = texts[name].get(item["prompt_id"])

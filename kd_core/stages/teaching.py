@@ -63,7 +63,7 @@ SOFT_LABEL_SCHEMA = pa.schema(
 
 
 def teacher_stage(job: Job) -> dict[str, Any]:
-    """Files: model/ (only its tokenizer for a pre-trained one), and metrics.json of a trained teacher. Summary: its content identity and size."""
+    """Files: model/ (of a pre-trained one only the tokenizer), metrics.json of a trained one. Summary: its content identity and size."""
     teacher = job.recipe.teacher
     if isinstance(teacher, ServerTeacher):
         return {"teacher": {"engine": "server", "model": teacher.model, "revision": teacher.revision}, "parameters": None, "bytes": None}
@@ -142,6 +142,8 @@ def load_teacher(job: Job) -> LoadedModel:
 
 # ---------------------------------------------------------------------------------------------- answers
 
+AnswerRequest = tuple[str, dict[str, Any]]  # row key, and what is asked
+
 
 def answer_namespace(recipe: Recipe, answers: Answers, teacher: Record) -> str:
     """What all answers of one growing table share: who answers, how it samples, how prompts are worded, the seed."""
@@ -169,28 +171,15 @@ def answers_stage(job: Job) -> dict[str, Any]:
     rows = answer_rows(recipe, answers, job.inputs["teacher"], job.read_table("prompts", "prompts.parquet"))
     cache = RowCache(job.store, "answers", answer_namespace(recipe, answers, job.inputs["teacher"]))
     progress = _Progress(job, len(dict(rows)), "answers")
-    if isinstance(recipe.teacher, ServerTeacher):
-        snapshot, computed = work_in_shards(
-            cache, rows, lambda shard: _ask_server(job, recipe.teacher, answers, shard), shard_rows=recipe.run.shard_rows, done=progress
-        )
-    else:
-        engine = _Engine(job, answers)
-        ordered = engine.by_length(rows) if rows else rows
-        snapshot, computed = work_in_shards(cache, ordered, engine.answer, shard_rows=recipe.run.shard_rows, done=progress)
+    teacher = recipe.teacher
+    engine = _ServerEngine(job, teacher, answers) if isinstance(teacher, ServerTeacher) else _LocalEngine(job, answers)
+    snapshot, computed = work_in_shards(cache, engine.order(rows), engine.answer, shard_rows=recipe.run.shard_rows, done=progress)
     keys = [key for key, _ in rows]
     table = cache.read(snapshot, keys)
     job.write_table("keys.parquet", pa.table({"key": keys}))
     reasons = {r["values"]: r["counts"] for r in table["finish_reason"].value_counts().to_pylist()}
     tokens = int(sum(len(ids) for ids in table["answer_ids"].to_pylist()))
-    _refuse_failures(reasons, table)
     return {**_sharded_summary(cache, snapshot, len(keys), computed), "tokens": tokens, "finish_reasons": reasons}
-
-
-def _refuse_failures(reasons: dict[str, int], table: pa.Table) -> None:
-    failed, total = reasons.get("error", 0), table.num_rows
-    if failed == total:
-        first = next(e for e in table["error"].to_pylist() if e)
-        raise TeacherError(f"the teacher answered none of {total} prompts; first reason: {first}")
 
 
 def _sharded_summary(cache: RowCache, snapshot: Snapshot, rows: int, computed: int) -> dict[str, Any]:
@@ -209,7 +198,7 @@ class _Progress:
         self.job.tick(Tick(self.done, self.total, self.unit))
 
 
-class _Engine:
+class _LocalEngine:
     """The transformers teacher answering shards; loaded at the first shard, so a full cache loads nothing."""
 
     def __init__(self, job: Job, answers: Answers) -> None:
@@ -218,13 +207,13 @@ class _Engine:
         with job.files(job.inputs["teacher"]) as files:
             self.tokenizer = load_tokenizer(files / "model")
 
-    def by_length(self, rows: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    def order(self, rows: list[AnswerRequest]) -> list[AnswerRequest]:
         """Prompts of like length share a batch: padding is waste."""
         for _, row in rows:
             row["prompt_ids"] = encode_prompt(self.tokenizer, row["prompt"], self.job.recipe.task)
         return sorted(rows, key=lambda item: (len(item[1]["prompt_ids"]), item[0]))
 
-    def answer(self, shard: list[tuple[str, dict[str, Any]]]) -> pa.Table:
+    def answer(self, shard: list[AnswerRequest]) -> pa.Table:
         self._loaded = self._loaded or load_teacher(self.job)
         out: list[dict[str, Any]] = []
         step = self.job.recipe.run.generate_rows
@@ -238,33 +227,36 @@ class _Engine:
         return pa.Table.from_pylist(out, schema=ANSWER_SCHEMA)
 
 
-def _ask_server(job: Job, teacher: ServerTeacher, answers: Answers, shard: list[tuple[str, dict[str, Any]]]) -> pa.Table:
-    if job.recipe.run.teacher_url is None:
-        raise RecipeError("run.teacher_url: a server teacher needs its address; add --set run.teacher_url=http://host:port/v1")
-    found = answer_prompts(
-        teacher,
-        url=job.recipe.run.teacher_url,
-        prompts=[(row["prompt"], row["sample_index"]) for _, row in shard],
-        answers=answers,
-        task=job.recipe.task,
-        seed=job.recipe.seeds[0],
-        concurrency=job.recipe.run.teacher_concurrency,
-        on_done=lambda _: None,
-    )
-    out = [
-        {
-            "key": key,
-            "prompt_id": row["prompt_id"],
-            "sample_index": row["sample_index"],
-            "prompt_ids": [],
-            "answer_ids": [],
-            "text": answer.text,
-            "finish_reason": answer.finish_reason,
-            "error": answer.error,
-        }
-        for (key, row), answer in zip(shard, found, strict=True)
-    ]
-    return pa.Table.from_pylist(out, schema=ANSWER_SCHEMA)
+class _ServerEngine:
+    """A server teacher answering shards. A prompt it refuses is a row with its reason; a shard with no answer at all is an error."""
+
+    def __init__(self, job: Job, teacher: ServerTeacher, answers: Answers) -> None:
+        if job.recipe.run.teacher_url is None:
+            raise RecipeError("run.teacher_url: a server teacher needs its address; add --set run.teacher_url=http://host:port/v1")
+        self.job, self.teacher, self.answers, self.url = job, teacher, answers, job.recipe.run.teacher_url
+
+    def order(self, rows: list[AnswerRequest]) -> list[AnswerRequest]:
+        """As they are: the server makes its own batches."""
+        return rows
+
+    def answer(self, shard: list[AnswerRequest]) -> pa.Table:
+        found = answer_prompts(
+            self.teacher,
+            url=self.url,
+            prompts=[(row["prompt"], row["sample_index"]) for _, row in shard],
+            answers=self.answers,
+            task=self.job.recipe.task,
+            seed=self.job.recipe.seeds[0],
+            concurrency=self.job.recipe.run.teacher_concurrency,
+            on_done=lambda _: None,
+        )
+        if all(answer.finish_reason == "error" for answer in found):
+            raise TeacherError(f"the teacher at {self.url} answered none of {len(found)} prompts; it says: {found[0].error}")
+        out = []
+        for (key, row), answer in zip(shard, found, strict=True):
+            said = {"answer_ids": [], "text": answer.text, "finish_reason": answer.finish_reason, "error": answer.error}
+            out.append({"key": key, "prompt_id": row["prompt_id"], "sample_index": row["sample_index"], "prompt_ids": [], **said})
+        return pa.Table.from_pylist(out, schema=ANSWER_SCHEMA)
 
 
 def read_answers(job: Job) -> pa.Table:

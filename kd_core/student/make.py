@@ -45,9 +45,13 @@ def student_from_blocks(teacher: LoadedModel, every_nth_block: int) -> PreTraine
     """
     blocks = getattr(teacher.model.base_model, "layers", None)
     if blocks is None:
-        raise TeacherError(f"student.kind: from_teacher cannot find the blocks of a {type(teacher.model).__name__}; use student.kind: config")
+        raise TeacherError(
+            f"student.kind: from_teacher cannot find the blocks of a {type(teacher.model).__name__}; use student.kind: config"
+        )
     if every_nth_block >= len(blocks):
-        raise RecipeError(f"student.every_nth_block: {every_nth_block}, and the teacher has {len(blocks)} blocks; use at most {len(blocks) - 1}")
+        raise RecipeError(
+            f"student.every_nth_block: {every_nth_block}, and the teacher has {len(blocks)} blocks; use at most {len(blocks) - 1}"
+        )
     student = copy.deepcopy(teacher.model).float()
     kept = list(range(0, len(blocks), every_nth_block))
     student.base_model.layers = torch.nn.ModuleList(student.base_model.layers[i] for i in kept)

@@ -50,14 +50,15 @@ def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, *, temperature: float, t
     if temperature == 0.0:
         return logits_BV.argmax(-1)
     probs_BV = torch.softmax(logits_BV.double() / temperature, -1)
-    sorted_BV, order_BV = probs_BV.sort(-1, descending=True, stable=True)
+    sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
     cumulative_BV = sorted_BV.cumsum(-1)
     mass_B1 = cumulative_BV[:, -1:]
     if top_p < 1.0:
         last_B1 = (cumulative_BV < top_p).sum(-1, keepdim=True).clamp(max=logits_BV.shape[-1] - 1)
         mass_B1 = cumulative_BV.gather(-1, last_B1)
     position_B1 = torch.searchsorted(cumulative_BV, uniform_B[:, None] * mass_B1, right=True)
-    return order_BV.gather(-1, position_B1.clamp(max=logits_BV.shape[-1] - 1))[:, 0]
+    token_B1: Tensor = order_BV.gather(-1, position_B1.clamp(max=logits_BV.shape[-1] - 1))
+    return token_B1[:, 0]
 
 
 @torch.inference_mode()

@@ -89,9 +89,7 @@ def load_tokenizer(source: ModelRef | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(
-    ref: ModelRef, *, device: torch.device, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
-) -> LoadedModel:
+def load_model(ref: ModelRef, *, device: torch.device, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> LoadedModel:
     """Load a pre-trained model in eval mode, without gradients.
 
     Raises:
@@ -118,9 +116,7 @@ def _load(
     is_gguf = "gguf_file" in arguments
     options: dict[str, Any] = dict(arguments) if is_gguf else {**arguments, "use_safetensors": True}
     with _quiet(location):
-        model = AutoModelForCausalLM.from_pretrained(
-            location, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **options
-        )
+        model = AutoModelForCausalLM.from_pretrained(location, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **options)
     if is_gguf:  # de-quantised on load: a plain model from here on, and it can be saved
         model.hf_quantizer = None
         model.is_quantized = False

@@ -27,7 +27,9 @@ def locate(ref: ModelRef) -> Path | None:
     if path.is_dir():
         return path
     if ref.revision is None:
-        raise RecipeError(f"model {ref.model!r} is no local directory here, and as a hub id it needs a pinned `revision` (a commit, 40 hex digits)")
+        raise RecipeError(
+            f"model {ref.model!r} is no local directory here, and as a hub id it needs a pinned `revision` (a commit, 40 hex digits)"
+        )
     return None
 
 

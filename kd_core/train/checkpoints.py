@@ -66,7 +66,9 @@ class Checkpoints:
             path = Path(name) / "state.pt"
             self.store.download(key, path)
             if sha256_file(path) != record["sha256"]:
-                raise IntegrityError(f"{self.store.uri}/{key}: sha256 differs from its record; delete {self._prefix(steps[-1])} to resume from the one before")
+                raise IntegrityError(
+                    f"{self.store.uri}/{key}: sha256 differs from its record; delete {self._prefix(steps[-1])} to resume from an older one"
+                )
             return steps[-1], torch.load(path, map_location=device, weights_only=True)
 
     def clear(self) -> None:

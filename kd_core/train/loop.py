@@ -88,7 +88,9 @@ def train(
     rows = [row for row in data.rows if len(row.ids) <= training.max_tokens]
     kept = [i for i, row in enumerate(data.rows) if len(row.ids) <= training.max_tokens]
     if not rows:
-        raise TrainingError(f"no rows to train on: {len(data.rows)} rows, none within training.max_tokens = {training.max_tokens}; check the curate counts")
+        raise TrainingError(
+            f"no rows to train on: {len(data.rows)} rows, none within training.max_tokens = {training.max_tokens}; check the curate counts"
+        )
     accelerator = Accelerator(cpu=run.device == "cpu")
     device = accelerator.device
     if training.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
@@ -127,14 +129,18 @@ def train(
         else:
             skipped += 1
             if skipped > _MAX_SKIPPED:
-                raise TrainingError(f"step {step}: gradients were not finite in {skipped} steps; lower training.learning_rate or set training.dtype: float32")
+                raise TrainingError(
+                    f"step {step}: gradients were not finite in {skipped} steps; lower training.learning_rate or use dtype: float32"
+                )
         optimiser.zero_grad(set_to_none=True)
         tokens += step_tokens
         last = step + 1 == training.steps
         if step % _LOG_EVERY == 0 or last:
             means = {name: float(value) / step_tokens for name, value in _over_ranks(accelerator, sums).items()}
             acting = {"hard_weight": weights.hard, "soft_weight": weights.soft, "temperature": weights.temperature}
-            metrics.append({"step": step + 1, **means, "gradient_norm": float(norm), "learning_rate": learning_rate(training, step), **acting})
+            metrics.append(
+                {"step": step + 1, **means, "gradient_norm": float(norm), "learning_rate": learning_rate(training, step), **acting}
+            )
             tick(Tick(step + 1, training.steps, "steps", f"loss {means['loss']:.4f}"))
         if (step + 1) % run.checkpoint_every_steps == 0 and not last and accelerator.is_main_process:
             state = {"model": accelerator.unwrap_model(model).state_dict(), "optimiser": optimiser.state_dict()}
