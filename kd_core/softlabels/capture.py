@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kd_core.fingerprint import fingerprint
 from kd_core.recipe import SoftLabels
+from kd_core.row_keys import soft_label_key
 from kd_core.softlabels.targets import Targets, make_targets, position_uniforms
 from kd_core.teacher.models import LoadedModel
 from kd_core.tokens import collate
@@ -20,8 +20,8 @@ __all__ = ["row_key", "score_rows"]
 
 
 def row_key(namespace: str, row: TokenRow) -> str:
-    """Soft-label key: H(teacher identity and policy, token ids, first supervised position)."""
-    return fingerprint([namespace, list(row.ids), row.first_supervised])
+    """Soft-label key of a row."""
+    return soft_label_key(namespace, row.ids, row.first_supervised)
 
 
 @dataclass(frozen=True)

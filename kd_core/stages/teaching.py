@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from kd_core.artifacts import Record
 from kd_core.errors import RecipeError, TeacherError
 from kd_core.fingerprint import fingerprint, sha256_bytes
 from kd_core.progress import Tick
 from kd_core.prompts import collect_gold
-from kd_core.recipe import Answers, Objective, PretrainedTeacher, Recipe, ServerTeacher, SoftLabels, TrainedTeacher
+from kd_core.recipe import Answers, Objective, PretrainedTeacher, Recipe, ServerTeacher, TrainedTeacher
+from kd_core.row_keys import answer_namespace, answer_rows, soft_label_namespace
 from kd_core.shards import RowCache, Snapshot, work_in_shards
 from kd_core.softlabels.capture import row_key, score_rows
 from kd_core.softlabels.codec import encode
@@ -145,24 +145,6 @@ def load_teacher(job: Job) -> LoadedModel:
 AnswerRequest = tuple[str, dict[str, Any]]  # row key, and what is asked
 
 
-def answer_namespace(recipe: Recipe, answers: Answers, teacher: Record) -> str:
-    """What all answers of one growing table share: who answers, how it samples, how prompts are worded, the seed."""
-    sampling = answers.model_dump(mode="json", exclude={"num_samples"})
-    template = {"template": recipe.task.template, "system": recipe.task.system}
-    return fingerprint({"teacher": dict(teacher.summary["teacher"]), "sampling": sampling, **template, "seed": recipe.seeds[0]})
-
-
-def answer_rows(recipe: Recipe, answers: Answers, teacher: Record, prompts: pa.Table) -> list[tuple[str, dict[str, Any]]]:
-    """(key, request) of every answer the recipe asks for, in prompt order. Needs no model: the plan counts hits with it."""
-    namespace = answer_namespace(recipe, answers, teacher)
-    return [
-        (fingerprint([namespace, row["prompt"], sample]), {"prompt_id": row["prompt_id"], "prompt": row["prompt"], "sample_index": sample})
-        for row in prompts.to_pylist()
-        if row["split"] == "train"
-        for sample in range(answers.num_samples)
-    ]
-
-
 def answers_stage(job: Job) -> dict[str, Any]:
     """Files: keys.parquet, the rows of the shared answer table that belong to this recipe. Summary: counts and rates."""
     recipe = job.recipe
@@ -254,7 +236,7 @@ class _ServerEngine:
             raise TeacherError(f"the teacher at {self.url} answered none of {len(found)} prompts; it says: {found[0].error}")
         out = []
         for (key, row), answer in zip(shard, found, strict=True):
-            said = {"answer_ids": [], "text": answer.text, "finish_reason": answer.finish_reason, "error": answer.error}
+            said: dict[str, Any] = {"answer_ids": [], "text": answer.text, "finish_reason": answer.finish_reason, "error": answer.error}
             out.append({"key": key, "prompt_id": row["prompt_id"], "sample_index": row["sample_index"], "prompt_ids": [], **said})
         return pa.Table.from_pylist(out, schema=ANSWER_SCHEMA)
 
@@ -268,11 +250,6 @@ def read_answers(job: Job) -> pa.Table:
 
 
 # ---------------------------------------------------------------------------------------------- soft labels
-
-
-def soft_label_namespace(policy: SoftLabels, teacher: Record) -> str:
-    """What all soft labels of one growing table share: who scores, what is kept."""
-    return fingerprint({"teacher": dict(teacher.summary["teacher"]), "policy": policy.model_dump(mode="json")})
 
 
 def token_rows(table: pa.Table) -> list[TokenRow]:

@@ -1,0 +1,50 @@
+"""Row identity of the teacher's work: the keys under which answers and soft labels are kept and found again.
+
+Hashes over plain data, without torch: the stages compute rows by these keys, the plan counts which of them are there.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from kd_core.artifacts import Record
+from kd_core.fingerprint import fingerprint
+from kd_core.recipe import Answers, Recipe, SoftLabels
+
+__all__ = ["answer_namespace", "answer_rows", "soft_label_key", "soft_label_namespace"]
+
+
+def answer_namespace(recipe: Recipe, answers: Answers, teacher: Record) -> str:
+    """What all answers of one growing table share: who answers, how it samples, how prompts are worded, the seed."""
+    sampling = answers.model_dump(mode="json", exclude={"num_samples"})
+    template = {"template": recipe.task.template, "system": recipe.task.system}
+    return fingerprint({"teacher": dict(teacher.summary["teacher"]), "sampling": sampling, **template, "seed": recipe.seeds[0]})
+
+
+def answer_rows(recipe: Recipe, answers: Answers, teacher: Record, prompts: pa.Table) -> list[tuple[str, dict[str, Any]]]:
+    """(key, request) of every answer the recipe asks for, in prompt order.
+
+    Args:
+        recipe: the recipe.
+        answers: its sampling.
+        teacher: the finished teacher's record.
+        prompts: PROMPT_SCHEMA; only training prompts are answered.
+    """
+    namespace = answer_namespace(recipe, answers, teacher)
+    return [
+        (fingerprint([namespace, row["prompt"], sample]), {"prompt_id": row["prompt_id"], "prompt": row["prompt"], "sample_index": sample})
+        for row in prompts.to_pylist()
+        if row["split"] == "train"
+        for sample in range(answers.num_samples)
+    ]
+
+
+def soft_label_namespace(policy: SoftLabels, teacher: Record) -> str:
+    """What all soft labels of one growing table share: who scores, what is kept."""
+    return fingerprint({"teacher": dict(teacher.summary["teacher"]), "policy": policy.model_dump(mode="json")})
+
+
+def soft_label_key(namespace: str, ids: Sequence[int], first_supervised: int) -> str:
+    """H(teacher identity and policy, token ids, first supervised position)."""
+    return fingerprint([namespace, list(ids), first_supervised])
