@@ -72,7 +72,7 @@ class _Proxy(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    do_DELETE = do_GET = do_HEAD = do_POST = do_PUT = _forward  # noqa: N815 - the base class looks these names up
+    do_DELETE = do_GET = do_HEAD = do_POST = do_PUT = _forward
 
     def log_message(self, *args: object) -> None:
         """Keep quiet: the test that injects a fault reports it."""

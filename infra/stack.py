@@ -320,7 +320,7 @@ def status(home: Path) -> StackInfo | None:
     return _info(home, state)
 
 
-def deploy(info: StackInfo, *, say: Callable[[str], None]) -> bool:
+def deploy(info: StackInfo) -> bool:
     """Register every deployment of ./prefect.yaml with the Prefect server.
 
     Returns:
@@ -339,7 +339,6 @@ def deploy(info: StackInfo, *, say: Callable[[str], None]) -> bool:
         )
     if done.returncode != 0:
         raise KDError(f"`prefect deploy --all` failed with code {done.returncode}; its log {log} ends with:\n{tail(log)}")
-    say(f"deployments   {info.urls['prefect']}/deployments")
     return True
 
 

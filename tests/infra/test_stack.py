@@ -137,10 +137,10 @@ def test_the_whole_stack_comes_up_once_runs_a_flow_and_goes_down_whole(tmp_path:
         assert status(home) == info
         assert httpx.get(f"{info.urls['mlflow']}/api/2.0/mlflow/registered-models/search").json() == {}
 
-        assert not deploy(info, say=lines.append)
+        assert not deploy(info)
         (project / "probe.py").write_text(textwrap.dedent(PROBE))
         (project / "prefect.yaml").write_text(PREFECT_YAML % project)
-        assert deploy(info, say=lines.append)
+        assert deploy(info)
         api = info.env["PREFECT_API_URL"]
         deployment = httpx.get(f"{api}/deployments/name/probe/probe").json()["id"]
         assert httpx.post(f"{api}/deployments/{deployment}/create_flow_run", json={}).status_code == 201
