@@ -215,7 +215,7 @@ def up(home: Home = _HOME, as_json: AsJson = False) -> None:
 
     say = (lambda text: None) if as_json else (lambda text: print(text, file=sys.stderr))
     info = start(home, say=say)
-    deploy(info)
+    deploy(info, say=say)
     from flows.tables import stack_json, stack_text
 
     if as_json:

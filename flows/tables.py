@@ -11,9 +11,9 @@ from flows.console import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from kd_core.doctor import Finding
-    from kd_core.plan import Plan
 
     from infra.stack import StackInfo
+    from kd_core.plan import Plan
 
 __all__ = ["doctor_table", "plan_table", "show", "stack_json", "stack_text", "status_table"]
 
@@ -92,14 +92,13 @@ def stack_json(info: "StackInfo") -> dict[str, Any]:
 def stack_text(info: "StackInfo") -> str:
     """Where everything is, and what to type next."""
     lines = [f"  {name:<10} {url}" for name, url in info.urls.items()]
-    store = f"--set run.store=s3://{info.bucket}/kd --set run.s3.endpoint={info.urls['s3']}"
-    overrides = f'["run.store=s3://{info.bucket}/kd", "run.s3.endpoint={info.urls["s3"]}"]'
+    store = f"run.store=s3://{info.bucket}/kd"
     return "\n".join(
         [
             *lines,
             f"\nLet this shell use them:   set -a; . {info.env_file}; set +a",
-            f"Run from here:             kd run recipes/quickstart.yaml {store}",
-            f"Run as the UI would:       prefect deployment run distill/on-demand --watch --param 'overrides={overrides}'",
+            f"Run from here:             kd run recipes/quickstart.yaml --set {store}",
+            f"Run as the UI would:       prefect deployment run distill/on-demand --watch --param 'overrides=[\"{store}\"]'",
             "Stop:                      kd down",
         ]
     )

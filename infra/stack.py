@@ -14,6 +14,7 @@ import json
 import os
 import random
 import secrets
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -58,6 +59,11 @@ class StackInfo:
     pids: Mapping[str, int]
     env: Mapping[str, str] = field(repr=False)
     bucket: str = BUCKET
+
+    @property
+    def env_file(self) -> Path:
+        """``env`` as NAME=value lines that a shell can source; readable by this user only, as it holds the S3 secret."""
+        return self.home / "env"
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -272,8 +278,14 @@ def up(home: Path, *, say: Callable[[str], None]) -> StackInfo:
             _stop_all(home)
             raise
         info = _info(home, state)
+        _write_env(info)
         _say_urls(info, say)
         return info
+
+
+def _write_env(info: StackInfo) -> None:
+    with os.fdopen(os.open(info.env_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.writelines(f"{name}={shlex.quote(value)}\n" for name, value in sorted(info.env.items()))
 
 
 def _say_urls(info: StackInfo, say: Callable[[str], None]) -> None:

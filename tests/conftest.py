@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from kd_core.teacher.models import LoadedModel
 
-_FOREIGN = ("AWS_", "HF_", "KD_", "MLFLOW_", "PREFECT_")
+_FOREIGN = ("AWS_", "HF_", "KD_FAILPOINT", "MLFLOW_", "PREFECT_")
 _CLEAN = {
     "AWS_CONFIG_FILE": os.devnull,
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,

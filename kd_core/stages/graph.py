@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kd_core import artifacts
+from kd_core.errors import ArtifactError
 from kd_core.fingerprint import fingerprint
 from kd_core.ledger import Entry, champion_before, current
 from kd_core.prompts.sources import source_identity
@@ -19,7 +20,7 @@ from kd_core.recipe import Arm, PretrainedStudent, PretrainedTeacher, Recipe, So
 from kd_core.store import Store
 from kd_core.teacher.reference import reference_identity
 
-__all__ = ["Node", "build_graph", "champion", "selected_student", "walk"]
+__all__ = ["Node", "build_graph", "champion", "open_node", "selected_student", "walk"]
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,18 @@ def selected_student(recipe: Recipe, store: Store, nodes: dict[str, Node]) -> ar
         return None
     losses = [record.summary["validation_nll"] for record in done]
     return done[0] if any(loss is None for loss in losses) else min(zip(losses, range(len(done)), done, strict=True))[2]
+
+
+def open_node(store: Store, node: Node) -> artifacts.Record:
+    """The record of a node that must be done.
+
+    Raises:
+        ArtifactError: it is not.
+    """
+    record = artifacts.find(store, node.stage, node.fingerprint)
+    if record is None:
+        raise ArtifactError(f"{node.name} {node.fingerprint} is not in {store.uri}; run the recipe to compute it")
+    return record
 
 
 def champion(recipe: Recipe, store: Store, nodes: dict[str, Node]) -> Entry | None:

@@ -12,7 +12,7 @@ from typing import Any
 from kd_core.artifacts import Artifact, expect_identity, find, publish, workspace
 from kd_core.progress import Ticker
 from kd_core.recipe import Recipe
-from kd_core.stages.graph import build_graph
+from kd_core.stages.graph import build_graph, open_node
 from kd_core.stages.job import Job
 from kd_core.store import Store
 
@@ -55,6 +55,7 @@ def run_node(recipe: Recipe, name: str, *, store: Store, tick: Ticker, extra: Ma
         A reference to the finished artifact; ``hit`` says whether it was there.
 
     Raises:
+        ArtifactError: an upstream node is not done.
         KDError: whatever the stage raises; nothing is recorded then.
     """
     nodes = build_graph(recipe, store)
@@ -63,11 +64,7 @@ def run_node(recipe: Recipe, name: str, *, store: Store, tick: Ticker, extra: Ma
     if (record := find(store, node.stage, node.fingerprint)) is not None:
         expect_identity(record, node.identity, above)
         return Artifact(node.stage, node.fingerprint, record.digest, float(record.summary["seconds"]), hit=True)
-    inputs = {}
-    for role, upstream in node.upstream.items():
-        found = find(store, nodes[upstream].stage, nodes[upstream].fingerprint)
-        assert found is not None, f"{name} was asked for before {upstream}"
-        inputs[role] = found
+    inputs = {role: open_node(store, nodes[upstream]) for role, upstream in node.upstream.items()}
     began = time.perf_counter()
     if recipe.run.threads is not None:
         importlib.import_module("torch").set_num_threads(recipe.run.threads)

@@ -14,7 +14,7 @@ from kd_core.errors import StoreError
 
 __all__ = ["ObjectInfo", "Store", "check_key"]
 
-_PART = re.compile(r"^[A-Za-z0-9_=+,.-]{1,200}$")
+_PART = re.compile(r"[A-Za-z0-9_=+,.-]{1,200}")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def check_key(key: str) -> str:
     'artifacts/prompts/0a/record.json'
     """
     parts = key.split("/")
-    if len(key) > 900 or any(part in (".", "..") or not _PART.match(part) for part in parts):
+    if len(key) > 900 or any(part in (".", "..") or not _PART.fullmatch(part) for part in parts):
         raise StoreError(f"object key {key!r} is refused: use parts of letters, digits and _=+,.- joined by '/'")
     return key
 

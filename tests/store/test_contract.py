@@ -149,7 +149,7 @@ def test_a_missing_object_is_named(store: Store, tmp_path: Path) -> None:
     assert list(tmp_path.glob("*~")) == []
 
 
-@pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "../a", "a/../b", "a/./b", "a\\b", "a\0b", "a b", "é", "a~", "x" * 201])
+@pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "../a", "a/../b", "a/./b", "a\\b", "a\0b", "a b", "é", "a~", "a\n", "x" * 201])
 def test_a_key_that_could_leave_the_store_is_refused(store: Store, key: str, tmp_path: Path) -> None:
     for use in (
         lambda: store.create(key, b""),

