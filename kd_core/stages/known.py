@@ -183,6 +183,12 @@ class Known:
     # ------------------------------------------------------------------------------------------ rows
 
     @property
+    def teacher_rows(self) -> int | None:
+        """Gold rows that a trained teacher learns from, before doubles and held-out ones are taken out."""
+        teacher = self.recipe.teacher
+        return _total(estimate_rows(source) for source in teacher.sources) if isinstance(teacher, TrainedTeacher) else None
+
+    @property
     def answer_rows(self) -> int | None:
         """Answers asked for."""
         answers, train = self.recipe.answers, self.prompts.train
