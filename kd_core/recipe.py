@@ -688,9 +688,13 @@ def _unsupported_targets(recipe: Recipe) -> Iterator[str]:
     if labels is None:
         yield "soft_labels: objective.supervision: soft needs them; choose sampled, topk or dense, or set supervision: hard"
         return
-    used = schedule_values(objective.temperature)
-    if min(used or (1.0,)) <= 0.0:
-        yield "objective.temperature: must be above 0"
+    if schedule_values(objective.soft_weight) == (0.0,):
+        yield "objective.soft_weight: 0 under supervision: soft trains on hard labels alone; give it a weight, or set supervision: hard"
+    temperature = objective.temperature
+    used = schedule_values(temperature)
+    reached = (temperature.start, temperature.end) if isinstance(temperature, Ramp) else used or ()
+    if min(reached) <= 0.0:
+        yield "objective.temperature: must be above 0 at every step"
     allowed: tuple[float, ...] | None
     match labels:
         case Sampled():

@@ -125,6 +125,7 @@ class RowCache:
             ArtifactError: a key is in no commit of the snapshot.
             IntegrityError: a shard's bytes differ from its commit.
         """
+        assert keys, "a stage that asks for no rows has nothing to do"
         owner: dict[str, str] = {}
         for commit in snapshot.commits:
             for key in commit.keys:

@@ -20,7 +20,7 @@ from kd_core.errors import SourceError
 from kd_core.fingerprint import fingerprint
 from kd_core.recipe import CharacterTokenizer, Task
 
-__all__ = ["Batch", "character_tokenizer", "collate", "encode_gold", "encode_prompt", "num_columns", "tokenizer_identity"]
+__all__ = ["Batch", "character_tokenizer", "collate", "encode_answer", "encode_gold", "encode_prompt", "num_columns", "tokenizer_identity"]
 
 PAD, EOS = "<pad>", "<eos>"
 
@@ -89,7 +89,12 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def encode_gold(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
     """Token ids of a worked gold answer, with the end token."""
-    return [*_encode(tokenizer, answer), int(tokenizer.eos_token_id)]
+    return encode_answer(tokenizer, answer, ended=True)
+
+
+def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str, *, ended: bool) -> list[int]:
+    """Token ids of an answer that is known as text only; one that was cut off (``ended`` is False) gets no end token."""
+    return [*_encode(tokenizer, answer), *([int(tokenizer.eos_token_id)] if ended else [])]
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,7 @@ def _sampled(logprobs_NV: Tensor, common: Common, policy: Sampled, uniform_N: Te
     cdf_NV = scaled_NV.exp().cumsum(-1)
     cdf_NV = cdf_NV / cdf_NV[:, -1:]
     points_NV = torch.ceil(cdf_NV * policy.num_draws - uniform_N.to(cdf_NV)[:, None]).long()
+    points_NV[:, -1] = policy.num_draws  # N - U rounds to N - 1 for the largest offsets
     counts_NV = points_NV.diff(dim=-1, prepend=points_NV.new_zeros(len(points_NV), 1))
     rows_E, ids_E = counts_NV.nonzero(as_tuple=True)
     offsets_N1 = torch.zeros(len(counts_NV) + 1, dtype=torch.int64, device=counts_NV.device)

@@ -5,13 +5,14 @@ from typing import Any
 import pyarrow as pa
 
 from kd_core.curate import curate_answers, gold_rows
+from kd_core.errors import TrainingError
 from kd_core.progress import Tick
 from kd_core.prompts import collect_prompts
 from kd_core.recipe import PretrainedStudent, ServerTeacher
 from kd_core.stages.job import Job
 from kd_core.stages.teaching import read_answers
 from kd_core.teacher.models import load_tokenizer
-from kd_core.tokens import encode_gold, encode_prompt
+from kd_core.tokens import encode_answer, encode_gold, encode_prompt
 
 __all__ = ["ROW_SCHEMA", "curate_stage", "prompts_stage"]
 
@@ -53,12 +54,14 @@ def curate_stage(job: Job) -> dict[str, Any]:
         counts.update(curated.counts)
         text_of = dict(zip(prompts["prompt_id"].to_pylist(), prompts["prompt"].to_pylist(), strict=True))
         for row in curated.kept.to_pylist():
-            ids = row["answer_ids"] or encode_gold(tokenizer, row["text"])
+            ids = row["answer_ids"] or encode_answer(tokenizer, row["text"], ended=row["finish_reason"] == "stop")
             prompt_ids = row["prompt_ids"] or encode_prompt(tokenizer, text_of[row["prompt_id"]], recipe.task)
             rows.append(_row(row["prompt_id"], "teacher", row["sample_index"], row["finish_reason"], row["text"], prompt_ids, ids))
     gold = [_gold_row(tokenizer, row, job) for row in gold_rows(prompts, limit=recipe.curate.gold_rows).to_pylist()]
     validation = [_gold_row(tokenizer, row, job) for row in prompts.to_pylist() if row["split"] == "validation" and row["gold"]]
     rows.extend(gold)
+    if not rows:
+        raise TrainingError(f"curate: no row is left to learn from: {counts}; allow gold rows, or look into why answers were rejected")
     job.write_table("rows.parquet", pa.Table.from_pylist(rows, schema=ROW_SCHEMA))
     job.write_table("validation.parquet", pa.Table.from_pylist(validation, schema=ROW_SCHEMA))
     tokens = sum(len(row["ids"]) - row["first_supervised"] for row in rows)

@@ -1,0 +1,132 @@
+"""The binary form of soft labels: bit for bit back, wide ids survive, damage is never decoded silently into other shapes."""
+
+import struct
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kd_core.errors import SoftLabelError
+from kd_core.recipe import Dense, Sampled, SoftLabels, TopK
+from kd_core.softlabels import Common, SampledTargets, Targets, TopKTargets, decode, encode, make_targets
+
+POLICIES = st.one_of(
+    st.just(Dense(kind="dense")),
+    st.builds(
+        lambda k, grid: TopK(kind="topk", k=k, temperatures=tuple(grid)),
+        st.integers(1, 12),
+        st.lists(st.floats(0.1, 50.0), min_size=1, max_size=4),
+    ),
+    st.builds(lambda n, t: Sampled(kind="sampled", num_draws=n, temperature=t), st.integers(1, 300), st.floats(0.1, 50.0)),
+)
+
+
+def assert_same(found: object, wanted: object) -> None:
+    """Equal field by field: tensors in dtype, shape and every bit."""
+    assert type(found) is type(wanted)
+    for field in fields(wanted):  # type: ignore[arg-type]
+        mine, theirs = getattr(found, field.name), getattr(wanted, field.name)
+        if isinstance(theirs, torch.Tensor):
+            assert mine.dtype == theirs.dtype
+            assert torch.equal(mine, theirs), field.name
+        elif isinstance(theirs, Common):
+            assert_same(mine, theirs)
+        else:
+            assert mine == theirs, field.name
+
+
+def example(policy: SoftLabels, *, num: int = 5, columns: int = 12, seed: int = 0, scale: float = 3.0) -> Targets:
+    generator = torch.Generator().manual_seed(seed)
+    logits_NV = scale * torch.randn(num, columns, generator=generator)
+    labels_N = torch.randint(columns, (num,), generator=generator)
+    return make_targets(logits_NV, labels_N, policy, uniform_N=torch.rand(num, generator=generator, dtype=torch.float64))
+
+
+@settings(max_examples=80, deadline=None)
+@given(policy=POLICIES, num=st.integers(1, 9), seed=st.integers(0, 1000), scale=st.sampled_from([0.0, 1.0, 200.0]))
+def test_round_trip_is_bit_exact(policy: SoftLabels, num: int, seed: int, scale: float) -> None:
+    targets = example(policy, num=num, seed=seed, scale=scale)
+    assert_same(decode(encode(targets)), targets)
+
+
+@pytest.mark.parametrize("columns", [(1 << 17) + 2, 151_936, 262_144])
+@pytest.mark.parametrize("wanted", [(1 << 17) + 1, -1])
+@pytest.mark.parametrize(
+    "policy", [TopK(kind="topk", k=2, temperatures=(1.0,)), Sampled(kind="sampled", num_draws=25, temperature=1.0)], ids=lambda p: p.kind
+)
+def test_wide_ids_survive(columns: int, wanted: int, policy: SoftLabels) -> None:
+    """Trap 7: 17 bits would teach the end of a turn to another token. One position, all mass on one id."""
+    wanted %= columns
+    logits_1V = torch.zeros(1, columns)
+    logits_1V[0, wanted] = 60.0
+    targets = make_targets(logits_1V, torch.tensor([wanted]), policy, uniform_N=torch.tensor([0.5], dtype=torch.float64))
+    found = decode(encode(targets))
+    assert_same(found, targets)
+    if isinstance(found, SampledTargets):
+        assert (found.ids_E.tolist(), found.counts_E.tolist()) == ([wanted], [25])
+    else:
+        assert isinstance(found, TopKTargets)
+        assert found.ids_NK[0, 0] == wanted
+        assert found.logprobs_NK[0, 0].exp() == 1.0
+
+
+SMALL = [
+    Dense(kind="dense"),
+    TopK(kind="topk", k=3, temperatures=(1.0, 2.0)),
+    Sampled(kind="sampled", num_draws=9, temperature=2.0),
+]
+
+
+@pytest.mark.parametrize("policy", SMALL, ids=lambda p: p.kind)
+def test_every_truncation_is_refused(policy: SoftLabels) -> None:
+    blob = encode(example(policy))
+    for length in range(len(blob)):
+        with pytest.raises(SoftLabelError):
+            decode(blob[:length])
+    with pytest.raises(SoftLabelError, match="beyond their arrays"):
+        decode(blob + b"\0")
+
+
+@pytest.mark.parametrize("policy", SMALL, ids=lambda p: p.kind)
+def test_a_flipped_bit_raises_or_keeps_the_shape(policy: SoftLabels) -> None:
+    """Damage to numbers is the shard checksum's business (test_shards); damage to structure must never crash or re-shape."""
+    targets = example(policy)
+    blob = encode(targets)
+    refused = 0
+    for at in range(len(blob)):
+        for bit in range(8):
+            damaged = bytearray(blob)
+            damaged[at] ^= 1 << bit
+            try:
+                found = decode(bytes(damaged))
+            except SoftLabelError:
+                refused += 1
+                continue
+            assert len(found.common.gold_logprob_N) == len(targets.common.gold_logprob_N)
+    assert refused >= 8 * 10  # magic, version, kind and the number of positions at least
+
+
+def test_an_id_outside_the_vocabulary_is_refused() -> None:
+    blob = bytearray(encode(example(SMALL[1], num=1)))
+    at = blob.index(struct.pack("<2d", 1.0, 2.0)) + 16
+    blob[at : at + 4] = struct.pack("<I", 12)
+    with pytest.raises(SoftLabelError, match="an id outside the vocabulary"):
+        decode(bytes(blob))
+
+
+def test_lost_draws_are_refused() -> None:
+    targets = example(SMALL[2])
+    assert isinstance(targets, SampledTargets)
+    blob = bytearray(encode(targets))
+    blob[-2:] = struct.pack("<H", int(targets.counts_E[-1]) - 1)
+    with pytest.raises(SoftLabelError, match="do not add up"):
+        decode(bytes(blob))
+
+
+def test_another_version_is_refused_by_its_number() -> None:
+    blob = bytearray(encode(example(SMALL[0])))
+    blob[4] = 9
+    with pytest.raises(SoftLabelError, match=r"not soft labels of version 1: magic b'KDSL', version 9"):
+        decode(bytes(blob))

@@ -1,0 +1,78 @@
+"""Checkpoints: only complete ones count, the newest wins, damage is named, two are kept."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kd_core.errors import IntegrityError
+from kd_core.store import LocalStore
+from kd_core.train.checkpoints import Checkpoints
+
+CPU = torch.device("cpu")
+
+
+def state(value: float) -> dict[str, object]:
+    return {"model": {"w": torch.full((3,), value)}, "metrics": "[]", "tokens": int(value)}
+
+
+def test_the_newest_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(LocalStore(tmp_path), "f" * 32)
+    assert checkpoints.load_newest(CPU) is None
+    for step in (5, 10, 15):
+        checkpoints.save(step, state(step / 3))
+    found = checkpoints.load_newest(CPU)
+    assert found is not None
+    assert (found[0], found[1]["tokens"]) == (15, 5)
+    assert torch.equal(found[1]["model"]["w"], torch.full((3,), 5.0))
+    assert checkpoints.steps() == [10, 15]
+    assert len(list(checkpoints.store.list("checkpoints/"))) == 4
+
+
+def test_runs_do_not_see_each_other(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    mine, other = Checkpoints(store, "a" * 32), Checkpoints(store, "b" * 32)
+    mine.save(1, state(1))
+    assert other.load_newest(CPU) is None
+    other.save(2, state(2))
+    mine.clear()
+    assert mine.steps() == []
+    assert other.steps() == [2]
+
+
+@pytest.mark.parametrize(("point", "resumes_at"), [("checkpoint.state", 5), ("checkpoint.record", 10)])
+def test_a_checkpoint_counts_once_its_record_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, resumes_at: int
+) -> None:
+    checkpoints = Checkpoints(LocalStore(tmp_path), "f" * 32)
+    checkpoints.save(5, state(5))
+    with monkeypatch.context() as patch:
+        patch.setattr("kd_core.failpoints._reached", {point: 0})
+        patch.setenv("KD_FAILPOINT", f"{point}:1:error")
+        with pytest.raises(OSError, match="fail point"):
+            checkpoints.save(10, state(10))
+    found = checkpoints.load_newest(CPU)
+    assert found is not None
+    assert found[0] == resumes_at
+    checkpoints.save(10, state(10))
+    assert checkpoints.steps() == [5, 10]
+
+
+def test_a_flipped_byte_is_refused_by_name(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(LocalStore(tmp_path), "f" * 32)
+    checkpoints.save(7, state(7))
+    (file,) = tmp_path.rglob("*.pt")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(
+        IntegrityError, match=r"00000007/[0-9a-f]{64}\.pt: sha256 differs from its record; delete checkpoints/f{32}/00000007"
+    ):
+        checkpoints.load_newest(CPU)
+
+
+def test_what_is_not_tensors_and_plain_values_is_not_unpickled(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(LocalStore(tmp_path), "f" * 32)
+    checkpoints.save(1, {"model": Path("x")})
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        checkpoints.load_newest(CPU)

@@ -1,0 +1,277 @@
+"""The training loop: exact under any split of the batch, any padding, any interruption; and it does what the objective says."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kd_core.errors import SoftLabelError, TrainingError
+from kd_core.progress import silent
+from kd_core.recipe import Dense, Objective, Run, Sampled, SoftLabels, Training
+from kd_core.softlabels import decode, encode
+from kd_core.softlabels.capture import row_key, score_rows
+from kd_core.store import LocalStore
+from kd_core.tokens import collate
+from kd_core.train import loop
+from kd_core.train.checkpoints import Checkpoints
+from kd_core.train.data import TokenRow, TrainingData
+from kd_core.train.loop import TrainingResult, train, validation_nll
+
+EOS = 1
+ROWS = [
+    TokenRow((9, 12, 7, 14, 9, 12, 7, 14, 3, 4, EOS), 4),
+    TokenRow((3, 14, EOS), 2),
+    TokenRow((5, 6, 7, 8, 9, 10, 11, EOS), 1),
+    TokenRow((4, 4, 14, 3, EOS), 3),
+    TokenRow((16, 2, 13, 14, 2, 2, 2, 2, 2, 2, 2, 2, 2, EOS), 4),
+]
+SOFT = Objective(supervision="soft", hard_weight=0.3, soft_weight=0.7, temperature=2.0)
+HARD = Objective(supervision="hard")
+TRAINING = Training(steps=6, batch_rows=3, learning_rate=0.01, warmup_steps=2)
+SAMPLED = Sampled(kind="sampled", num_draws=9, temperature=2.0)
+
+
+def targets_of(teacher: Any, rows: list[TokenRow], policy: SoftLabels) -> Any:
+    keyed = [(row_key("n", row), row) for row in rows]
+    blobs = [encode(scored.targets) for scored in score_rows(teacher, keyed, policy=policy, micro_batch_tokens=64)]
+    return lambda i: decode(blobs[i])
+
+
+def fit(model: torch.nn.Module, directory: Path, **changes: Any) -> TrainingResult:
+    given: dict[str, Any] = {"training": TRAINING, "objective": SOFT, "seed": 0, "run": Run(device="cpu"), "num_columns": 17}
+    given |= {"checkpoints": Checkpoints(LocalStore(directory), "f" * 32), "tick": silent} | changes
+    return train(model, **given)
+
+
+@pytest.fixture
+def student(tiny_model) -> torch.nn.Module:
+    return tiny_model(seed=7, vocab_size=20).model.requires_grad_(True)
+
+
+@pytest.fixture
+def data(tiny_model) -> TrainingData:
+    return TrainingData(ROWS, targets_of(tiny_model(), ROWS, SAMPLED), ROWS[:2])
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().cpu().clone() for name, weight in model.state_dict().items()}
+
+
+# ------------------------------------------------------------------------------------------- exact under any split
+
+
+def step_gradient(student, data, monkeypatch, tmp_path, *, micro_batch_tokens: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Gradient of one whole-batch step as the optimiser sees it, and the logged numbers."""
+    model, seen = copy.deepcopy(student), {}
+
+    class Spy(torch.optim.AdamW):
+        def step(self, closure=None):
+            seen.update({name: p.grad.clone() for name, p in model.named_parameters()})
+            return super().step(closure)
+
+    training = Training(steps=1, batch_rows=len(ROWS), learning_rate=0.01, clip_norm=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", Spy)
+        run = Run(device="cpu", micro_batch_tokens=micro_batch_tokens)
+        result = fit(model, tmp_path / str(micro_batch_tokens), data=data, training=training, run=run)
+    return seen, result.metrics[-1]
+
+
+def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, tolerance: float) -> None:
+    """Every parameter's difference is below ``tolerance`` of the whole gradient's norm, as float32 sums differ in order only."""
+    assert found.keys() == expected.keys()
+    norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    differences = {name: float((found[name].double() - gradient.double()).norm() / norm) for name, gradient in expected.items()}
+    assert max(differences.values()) < tolerance, differences
+
+
+def test_micro_batches_change_neither_loss_nor_gradient(student, data, monkeypatch, tmp_path) -> None:
+    """Trap 12: the mean is over the step's tokens, not over its micro-batches."""
+    real = loop.token_batches
+    monkeypatch.setattr(loop, "token_batches", lambda rows, budget: real(rows, budget if budget > 64 else 1))
+    whole, logged = step_gradient(student, data, monkeypatch, tmp_path, micro_batch_tokens=16_384)
+    single, logged_single = step_gradient(student, data, monkeypatch, tmp_path, micro_batch_tokens=64)  # one row a pass
+    assert len(whole) == len(list(student.parameters()))
+    assert_same_gradients(single, whole, tolerance=1e-6)
+    for name in ("loss", "hard", "soft", "gradient_norm"):
+        assert logged_single[name] == pytest.approx(logged[name], rel=1e-5)
+
+
+def test_the_gradient_is_the_mean_over_supervised_tokens(student, data, monkeypatch, tmp_path) -> None:
+    """Against plain autograd, one row at a time, in float64 and without collate: no prompt or padding position counts."""
+    found, logged = step_gradient(student, data, monkeypatch, tmp_path, micro_batch_tokens=16_384)
+    exact = copy.deepcopy(student).double()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for i, row in enumerate(ROWS):
+        logits_NV = exact(input_ids=torch.tensor([row.ids])).logits[0, row.first_supervised - 1 : -1, :17]
+        labels_N = torch.tensor(row.ids[row.first_supervised :])
+        total = total + 0.3 * torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum")
+        log_q_NV, targets = torch.log_softmax(logits_NV / 2.0, -1), data.targets(i)
+        at = torch.repeat_interleave(torch.arange(row.num_supervised), targets.offsets_N1.diff())
+        cross = -(targets.counts_E * log_q_NV[at, targets.ids_E]).sum() / 9
+        total = total + 0.7 * 4.0 * (cross - targets.cross_entropy_offset_N.double().sum())
+        count += row.num_supervised
+    (total / count).backward()
+    assert logged["loss"] == pytest.approx(float(total.detach()) / count, rel=1e-5)
+    assert_same_gradients(found, {name: parameter.grad for name, parameter in exact.named_parameters()}, tolerance=1e-5)
+
+
+def test_extra_padding_changes_neither_loss_nor_gradient(student, data, monkeypatch, tmp_path) -> None:
+    """Trap 3: the same step with nine more padded positions in every batch."""
+
+    def padded(rows):
+        batch = collate(rows)
+        wide = {
+            name: torch.nn.functional.pad(getattr(batch, name), (0, 9), value=value)
+            for name, value in (("ids_BT", 0), ("attention_BT", 0), ("predict_BT", False))
+        }
+        return type(batch)(**wide, labels_N=batch.labels_N)
+
+    plain, logged = step_gradient(student, data, monkeypatch, tmp_path / "plain", micro_batch_tokens=16_384)
+    monkeypatch.setattr(loop, "collate", padded)
+    wide, logged_wide = step_gradient(student, data, monkeypatch, tmp_path / "wide", micro_batch_tokens=16_384)
+    assert logged_wide["loss"] == pytest.approx(logged["loss"], rel=1e-5)
+    assert_same_gradients(wide, plain, tolerance=1e-6)
+
+
+# ------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("stop_after", [2, 3, 5])
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(student, data, monkeypatch, tmp_path, stop_after: int) -> None:
+    run = Run(device="cpu", checkpoint_every_steps=2)
+    unbroken = copy.deepcopy(student)
+    expected = fit(unbroken, tmp_path / "unbroken", data=data, run=run)
+    with monkeypatch.context() as patch:
+        patch.setattr("kd_core.failpoints._reached", {"train.step": 0})
+        patch.setenv("KD_FAILPOINT", f"train.step:{stop_after}:error")
+        with pytest.raises(OSError, match="fail point"):
+            fit(copy.deepcopy(student), tmp_path / "broken", data=data, run=run)
+    resumed = copy.deepcopy(student)
+    with torch.no_grad():  # whatever the new process starts with is overwritten
+        for parameter in resumed.parameters():
+            parameter.add_(1.0)
+    found = fit(resumed, tmp_path / "broken", data=data, run=run)
+    assert found.resumed_from == stop_after - stop_after % 2
+    assert (found.metrics, found.validation_nll, found.supervised_tokens) == (
+        expected.metrics,
+        expected.validation_nll,
+        expected.supervised_tokens,
+    )
+    mine, theirs = weights(resumed), weights(unbroken)
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_two_runs_are_equal_and_two_seeds_are_not(student, data, tmp_path) -> None:
+    models = [copy.deepcopy(student) for _ in range(3)]
+    for i, (model, seed) in enumerate(zip(models, (0, 0, 1), strict=True)):
+        fit(model, tmp_path / str(i), data=data, seed=seed)
+    first, again, other = (weights(model) for model in models)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+# ------------------------------------------------------------------------------------------- what is learnt
+
+
+def test_the_teacher_is_a_fixed_point_of_soft_training(tiny_model, tmp_path) -> None:
+    """Trap 1: with dense labels and no hard part the teacher's own weights have nothing to learn; a shifted row does."""
+    teacher = tiny_model()
+    training = Training(steps=1, batch_rows=len(ROWS), learning_rate=0.001, clip_norm=None)
+    objective = Objective(supervision="soft", hard_weight=0.0, soft_weight=1.0, temperature=2.0)
+    policy = Dense(kind="dense")
+    data = TrainingData(ROWS, targets_of(teacher, ROWS, policy), ())
+    same = copy.deepcopy(teacher.model).requires_grad_(True)
+    last = fit(same, tmp_path / "same", data=data, training=training, objective=objective).metrics[-1]
+    assert abs(last["loss"]) < 1e-5
+    assert last["gradient_norm"] < 1e-3
+    moved = [TokenRow(row.ids[:-1], row.first_supervised - 1) for row in ROWS if row.first_supervised > 1]
+    shifted = TrainingData(moved, targets_of(teacher, [r for r in ROWS if r.first_supervised > 1], policy), ())
+    off = fit(
+        copy.deepcopy(teacher.model).requires_grad_(True), tmp_path / "off", data=shifted, training=training, objective=objective
+    ).metrics[-1]
+    assert off["loss"] > 0.1
+    assert off["gradient_norm"] > 0.1
+
+
+def test_the_end_token_is_learnt_though_padding_is_the_end_token(tiny_model, tmp_path) -> None:
+    """Trap 4: with pad == eos the probability of the end token after an answer rises, and after a truncated one it does not."""
+    loaded = tiny_model(seed=7)
+    loaded.model.config.pad_token_id = EOS
+    loaded.tokenizer.pad_token = loaded.tokenizer.eos_token
+    assert loaded.tokenizer.pad_token_id == EOS
+    rows = [TokenRow((3, 14, 5, EOS), 2), TokenRow((4, 14, 6, 6, 6), 2)]  # the second met its limit and carries no end
+    model = loaded.model.requires_grad_(True)
+
+    def end_probability(ids: list[int]) -> float:
+        with torch.inference_mode():
+            return float(torch.softmax(model(input_ids=torch.tensor([ids])).logits[0, -1, :17], -1)[EOS])
+
+    before = end_probability([3, 14, 5])
+    training = Training(steps=60, batch_rows=2, learning_rate=0.02)
+    result = fit(model, tmp_path, data=TrainingData(rows, None, ()), training=training, objective=HARD)
+    assert result.supervised_tokens == 60 * (2 + 3)
+    assert before < 0.5 < 0.9 < end_probability([3, 14, 5])
+    assert end_probability([4, 14, 6, 6]) < 0.1
+
+
+def test_the_log_names_the_parts_of_the_objective(student, data, tmp_path) -> None:
+    last = fit(student, tmp_path, data=data).metrics[-1]
+    assert last["loss"] == pytest.approx(0.3 * last["hard"] + 0.7 * 4.0 * last["soft"], rel=1e-5)
+    assert (last["hard_weight"], last["soft_weight"], last["temperature"], last["step"]) == (0.3, 0.7, 2.0, 6)
+    assert last["validation_nll"] > 0.0
+
+
+def test_validation_is_the_mean_over_supervised_tokens(student) -> None:
+    found = validation_nll(student, ROWS, num_columns=17, micro_batch_tokens=16, device=torch.device("cpu"))
+    total = 0.0
+    with torch.inference_mode():
+        for row in ROWS:
+            logp_TV = torch.log_softmax(student(input_ids=torch.tensor([row.ids])).logits[0, :, :17].double(), -1)
+            total -= sum(float(logp_TV[t - 1, row.ids[t]]) for t in range(row.first_supervised, len(row.ids)))
+    assert found == pytest.approx(total / sum(row.num_supervised for row in ROWS), rel=1e-5)
+    assert validation_nll(student, (), num_columns=17, micro_batch_tokens=16, device=torch.device("cpu")) is None
+    assert not student.training
+
+
+# ------------------------------------------------------------------------------------------- what is refused
+
+
+def test_missing_soft_labels_stop_the_run(student, tmp_path) -> None:
+    with pytest.raises(SoftLabelError, match="these rows have no soft labels"):
+        fit(student, tmp_path, data=TrainingData(ROWS, None, ()))
+
+
+def test_soft_labels_of_a_left_out_row_are_not_shifted_to_another(student, tiny_model, tmp_path) -> None:
+    """Rows above max_tokens are dropped; targets are found by the row's own index, so the rest keep theirs."""
+    read: list[int] = []
+    targets = targets_of(tiny_model(), ROWS, SAMPLED)
+
+    def reading(i: int) -> Any:
+        read.append(i)
+        return targets(i)
+
+    training = TRAINING.model_copy(update={"max_tokens": 8})
+    fit(student, tmp_path, data=TrainingData(ROWS, reading, ()), training=training)
+    assert set(read) == {1, 2, 3}
+
+
+def test_no_row_within_the_limit_is_refused(student, tmp_path) -> None:
+    rows = [TokenRow(tuple(range(2, 12)), 4)]
+    with pytest.raises(TrainingError, match=r"1 rows, none within training\.max_tokens = 8"):
+        fit(student, tmp_path, data=TrainingData(rows, None, ()), training=Training(steps=1, batch_rows=1, learning_rate=0.1, max_tokens=8))
+
+
+def test_a_diverged_run_ends_with_advice(student, tmp_path) -> None:
+    with torch.no_grad():
+        student.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"step 10: gradients were not finite in 11 steps; lower training\.learning_rate"):
+        fit(
+            student,
+            tmp_path,
+            data=TrainingData(ROWS, None, ()),
+            objective=HARD,
+            training=Training(steps=20, batch_rows=2, learning_rate=0.1),
+        )
