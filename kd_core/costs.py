@@ -4,12 +4,11 @@ Estimates, and documented as such. A rate that this store has measured wins over
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from kd_core.artifacts import Record, find
+from kd_core.artifacts import Record
 from kd_core.recipe import Dense, Run, Sampled, SoftLabels, TopK
-from kd_core.store import Store
 
 __all__ = ["forward_seconds", "load_seconds", "measured_seconds", "soft_label_bytes", "training_seconds"]
 
@@ -23,7 +22,6 @@ LOAD_BYTES_PER_SECOND = 200e6
 """Reading weights from a disk and placing them."""
 
 _BLOB_HEADER_BYTES = 22
-_NEWEST_RECORDS = 20
 
 
 def soft_label_bytes(policy: SoftLabels, *, rows: int, positions: int, num_columns: int) -> int:
@@ -70,20 +68,18 @@ def load_seconds(parameters: int) -> float:
     return 4.0 * parameters / LOAD_BYTES_PER_SECOND
 
 
-def measured_seconds(store: Store, stage: str, measure: Callable[[Record], tuple[float, float] | None]) -> float | None:
-    """Seconds a unit of work, from the newest finished records of a stage; the largest amount of work decides.
+def measured_seconds(records: Iterable[Record], measure: Callable[[Record], tuple[float, float] | None]) -> float | None:
+    """Seconds a unit of work, as the record with the most work measured it.
 
     Args:
-        store: where records are.
-        stage: whose.
+        records: finished records of one stage.
         measure: (units, seconds) of a record that is comparable, else None.
 
     Returns:
         Seconds a unit, or None if nothing comparable is there.
     """
-    infos = [info for info in store.list(f"artifacts/{stage}/") if info.key.endswith("/record.json")]
-    newest = sorted(infos, key=lambda info: (info.modified_seconds, info.key))[-_NEWEST_RECORDS:]
-    records = [find(store, stage, info.key.split("/")[-2]) for info in newest]
-    found = [pair for record in records if record is not None and (pair := measure(record)) is not None and pair[0] > 0]
-    units, seconds = max(found, default=(1.0, None))
-    return None if seconds is None else seconds / units
+    found = [pair for record in records if (pair := measure(record)) is not None and pair[0] > 0]
+    if not found:
+        return None
+    units, seconds = max(found)
+    return seconds / units

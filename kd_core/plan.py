@@ -143,7 +143,7 @@ def _whole(number: float | None) -> int | None:
 
 def _prompts(known: Known, missing: Sequence[Node]) -> _Work:
     rows, table = known.prompts.rows, known.prompts.table  # a third of its bytes is what Parquet leaves of text
-    rate = measured_seconds(known.store, "prompts", lambda record: (record.summary["rows"], record.summary["seconds"]))
+    rate = measured_seconds(known.finished("prompts"), lambda record: (record.summary["rows"], record.summary["seconds"]))
     return _Work(rows, 0, None, None if table is None else table.nbytes // 3, _scaled(rows, rate or _SECONDS_A_ROW))
 
 
@@ -158,7 +158,7 @@ def _teacher(known: Known, missing: Sequence[Node]) -> _Work:
     def measure(record: Record) -> tuple[float, float] | None:
         return _trained(record) if record.identity.get("architecture") == architecture else None
 
-    rate = measured_seconds(known.store, "teacher", measure)
+    rate = measured_seconds(known.finished("teacher"), measure)
     return _training(known, teacher.training, parameters, known.teacher_row_tokens, rate, rows=known.teacher_rows)
 
 
@@ -174,7 +174,7 @@ def _answers(known: Known, missing: Sequence[Node]) -> _Work:
         share = record.summary["rows_computed"] / record.summary["rows"]
         return (record.summary["tokens"] * share, record.summary["seconds"]) if _same_teacher(known, record) else None
 
-    seconds = _scaled(measured_seconds(known.store, "answers", measure), rows * answer)
+    seconds = _scaled(measured_seconds(known.finished("answers"), measure), rows * answer)
     if seconds is None and isinstance(recipe.teacher, ServerTeacher):
         seconds = rows * answer / (recipe.run.teacher_concurrency * _SERVER_TOKENS_A_SECOND)
     elif seconds is None and known.teacher_parameters is not None:
@@ -184,7 +184,7 @@ def _answers(known: Known, missing: Sequence[Node]) -> _Work:
 
 def _curate(known: Known, missing: Sequence[Node]) -> _Work:
     rows = known.curated_rows
-    rate = measured_seconds(known.store, "curate", lambda record: (record.summary["rows"], record.summary["seconds"]))
+    rate = measured_seconds(known.finished("curate"), lambda record: (record.summary["rows"], record.summary["seconds"]))
     size = None if known.row_tokens is None else _text_bytes(known.row_tokens[0])
     return _Work(rows, 0, None, _whole(_scaled(rows, size)), _scaled(rows, rate or _SECONDS_A_ROW))
 
@@ -201,7 +201,7 @@ def _soft_labels(known: Known, missing: Sequence[Node]) -> _Work:
         share = record.summary["rows_computed"] / record.summary["rows"]
         return (record.summary["supervised_tokens"] * share, record.summary["seconds"]) if _same_teacher(known, record) else None
 
-    seconds = _scaled(measured_seconds(known.store, "soft_labels", measure), positions)
+    seconds = _scaled(measured_seconds(known.finished("soft_labels"), measure), positions)
     if seconds is None and known.teacher_parameters is not None:
         tokens = rows * row_tokens
         seconds = forward_seconds(known.teacher_parameters, tokens=tokens, passes=tokens / recipe.run.micro_batch_tokens, run=recipe.run)
@@ -220,7 +220,7 @@ def _train(known: Known, missing: Sequence[Node]) -> _Work:
         comparable = record.summary["parameters"] == parameters and soft == (supervision == "soft")
         return _trained(record) if comparable else None
 
-    rate = measured_seconds(known.store, "train", measure)
+    rate = measured_seconds(known.finished("train"), measure)
     row_tokens = None if known.row_tokens is None else known.row_tokens[0]
     rows = known.gold_rows if supervision == "gold" else known.curated_rows
     one = _training(known, known.recipe.training, parameters, row_tokens, rate, rows=rows)
@@ -235,9 +235,10 @@ def _evaluate_one(known: Known, node: Node) -> _Work:
     recipe, model = known.recipe, node.name.partition(".")[2]
     generate, parameters = recipe.evaluation.generate, known.evaluated_parameters(model)
     seeds = 1 if model in ("teacher", "champion") else len(recipe.seeds)
-    if known.prompts.items is None or known.prompt_tokens is None:
-        return _Work(None, 0, None, None, None)
-    items = known.prompts.items * seeds
+    items = known.prompts.items
+    if items is None or known.prompt_tokens is None:
+        return _Work(_whole(_scaled(items, seeds)), 0, None, None, None)
+    items *= seeds
     answer = 0.0 if generate is None else known.answer_tokens(generate.max_tokens)
     samples = 0 if generate is None else items * generate.num_samples
     scored = items * (known.prompt_tokens + known.gold_tokens) if known.gold_tokens is not None else 0.0
@@ -246,7 +247,7 @@ def _evaluate_one(known: Known, node: Node) -> _Work:
         comparable = record.summary["parameters"] == parameters and record.identity["evaluation"] == node.identity["evaluation"]
         return (record.summary["items"] * record.summary["seeds"], record.summary["seconds"]) if comparable else None
 
-    seconds = _scaled(measured_seconds(known.store, "evaluate", measure), items)
+    seconds = _scaled(measured_seconds(known.finished("evaluate"), measure), items)
     if seconds is None and parameters is not None:
         passes = ceil(scored / recipe.run.micro_batch_tokens)
         seconds = forward_seconds(parameters + (known.teacher_parameters or 0), tokens=scored, passes=2 * passes, run=recipe.run)
@@ -258,7 +259,7 @@ def _verdict(known: Known, missing: Sequence[Node]) -> _Work:
     """Gate, report, publish: seconds of the last one, or what they took when this was written."""
     stage = missing[0].stage
     size, seconds = _VERDICTS[stage]
-    measured = measured_seconds(known.store, stage, lambda record: (1, record.summary["seconds"]))
+    measured = measured_seconds(known.finished(stage), lambda record: (1, record.summary["seconds"]))
     return _Work(None, None, None, size, seconds if measured is None else measured)
 
 

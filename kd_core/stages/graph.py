@@ -16,7 +16,7 @@ from kd_core.errors import ArtifactError
 from kd_core.fingerprint import fingerprint
 from kd_core.ledger import Entry, champion_before, current
 from kd_core.prompts.sources import source_identity
-from kd_core.recipe import Arm, PretrainedStudent, PretrainedTeacher, Recipe, SourceSuite, Suite, TrainedTeacher
+from kd_core.recipe import Arm, PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, SourceSuite, Suite, TrainedTeacher
 from kd_core.store import Store
 from kd_core.teacher.reference import reference_identity
 
@@ -152,16 +152,20 @@ def _teacher_identity(recipe: Recipe, suites: list[dict[str, Any]]) -> dict[str,
     if isinstance(teacher, TrainedTeacher):
         own = teacher.model_dump(mode="json", exclude={"sources"})
         sources = [source_identity(s, s3=recipe.run.s3, where=f"teacher.sources.{i}") for i, s in enumerate(teacher.sources)]
-        held_out = {"split": recipe.prompts.split.model_dump(mode="json"), "suites": [s for s in suites if s["kind"] == "source"]}
-        return {**own, "sources": sources, **held_out, "task": recipe.task.model_dump(mode="json"), "seed": recipe.seeds[0]}
+        kept = recipe.prompts.model_dump(mode="json", include={"split", "max_characters"})
+        removed = [suite["source"] for suite in suites if suite["kind"] == "source"]
+        task = recipe.task.model_dump(mode="json", exclude={"verifier"})
+        return {**own, "sources": sources, **kept, "suites": removed, "task": task, "seed": recipe.seeds[0]}
     return teacher.model_dump(mode="json", exclude={"price_per_million_tokens"})
 
 
 def _student_identity(recipe: Recipe, *, only_tokenizer: bool = False) -> dict[str, Any] | None:
     student = recipe.student
+    if only_tokenizer and not isinstance(recipe.teacher, ServerTeacher):
+        return None  # the teacher's is used
     if isinstance(student, PretrainedStudent):
         return {"kind": student.kind, "reference": reference_identity(student)}
-    return None if only_tokenizer else student.model_dump(mode="json")
+    return student.model_dump(mode="json")
 
 
 def selected_student(recipe: Recipe, store: Store, nodes: dict[str, Node]) -> artifacts.Record | None:

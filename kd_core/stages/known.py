@@ -40,6 +40,7 @@ __all__ = ["CachedRows", "Known", "PromptCounts"]
 
 _CHARACTERS_PER_TOKEN = 4.0  # of common sub-word tokenizers on English text
 _SAMPLE_ROWS = 256
+_NEWEST_RECORDS = 20
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,19 @@ class Known:
         train, gold = (None if n is None else round(n * share) for n in (rows, gold_rows))
         return PromptCounts(None, rows, train, gold, _total(items))
 
+    @cached_property
+    def _finished(self) -> dict[str, list[Record]]:
+        return {}
+
+    def finished(self, stage: str) -> list[Record]:
+        """The newest finished records of a stage, of any recipe, oldest first: what rates are measured on."""
+        if stage not in self._finished:
+            infos = [info for info in self.store.list(f"artifacts/{stage}/") if info.key.endswith("/record.json")]
+            newest = sorted(infos, key=lambda info: (info.modified_seconds, info.key))[-_NEWEST_RECORDS:]
+            records = (find(self.store, stage, info.key.split("/")[-2]) for info in newest)
+            self._finished[stage] = [record for record in records if record is not None]
+        return self._finished[stage]
+
     # ------------------------------------------------------------------------------------------ lengths, in tokens
 
     def tokens_of(self, characters: float | None) -> float | None:
@@ -151,8 +165,17 @@ class Known:
         return None if tokens is None else tokens + 1.0
 
     def answer_tokens(self, max_tokens: int) -> float:
-        """Expected length of a generated answer: the bound, or the mean gold answer where that is shorter."""
-        return min(float(max_tokens), self.gold_tokens or float(max_tokens))
+        """Expected length of a generated answer: the mean of this teacher's answers, else of gold ones, at most the bound."""
+        return min(float(max_tokens), self._answered_tokens or self.gold_tokens or float(max_tokens))
+
+    @cached_property
+    def _answered_tokens(self) -> float | None:
+        """Mean length of an answer in the newest finished record of the same growing table."""
+        if self._answer_table is None:
+            return None
+        namespace = self._answer_table[0].namespace
+        summaries = [record.summary for record in self.finished("answers") if record.summary["namespace"] == namespace]
+        return summaries[-1]["tokens"] / summaries[-1]["rows"] if summaries else None
 
     @cached_property
     def row_tokens(self) -> tuple[float, float] | None:
