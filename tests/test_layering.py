@@ -1,0 +1,72 @@
+"""Arrows point one way: flows -> tasks -> kd_core; and kd_core never knows an orchestrator or a registry."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FORBIDDEN = {
+    "kd_core": {"tasks", "flows", "infra", "prefect", "mlflow"},
+    "tasks": {"flows", "infra"},
+    "infra": {"tasks", "flows", "kd_core.stages"},
+}
+
+
+def _modules(package: str) -> list[str]:
+    files = sorted((ROOT / package).rglob("*.py"))
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
+    assert len(names) >= {"kd_core": 50, "tasks": 5, "infra": 3}[package], f"the search for {package} modules found too few"
+    return names
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_imports_point_down(package: str) -> None:
+    for name in _modules(package):
+        base = ROOT / Path(*name.split("."))
+        path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+        for imported in _imports(path):
+            wrong = [bad for bad in FORBIDDEN[package] if imported == bad or imported.startswith(bad + ".")]
+            assert not wrong, f"{path} imports {imported}"
+
+
+def test_kd_core_runs_without_prefect_and_mlflow() -> None:
+    names = [name for name in _modules("kd_core")]
+    code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint(sorted({{'prefect', 'mlflow'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_package_is_installed() -> None:
+    """Packages are listed by hand in pyproject.toml: none may be forgotten."""
+    import tomllib
+
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    there = {
+        ".".join(p.parent.relative_to(ROOT).parts)
+        for top in ("kd_core", "tasks", "flows", "infra")
+        for p in (ROOT / top).rglob("__init__.py")
+    }
+    assert listed == there
+
+
+def test_exports_exist() -> None:
+    checked = 0
+    for name in _modules("kd_core"):
+        module = __import__(name, fromlist=["__all__"])
+        for exported in getattr(module, "__all__", ()):
+            assert hasattr(module, exported), f"{name}.__all__ names {exported}"
+            checked += 1
+    assert checked > 100
