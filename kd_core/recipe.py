@@ -675,8 +675,13 @@ def _unsupported(recipe: Recipe) -> Iterator[str]:
     for i, rule in enumerate(recipe.gate.rules):
         if isinstance(rule, BetterThan) and rule.than not in recipe.evaluation.compare:
             yield f"gate.rules[{i}].than: {rule.than} is not in evaluation.compare {list(recipe.evaluation.compare)}"
-        if not isinstance(rule, Ceiling) and rule.metric not in metrics:
-            yield f"gate.rules[{i}].metric: {rule.metric} is not measured by this recipe; allowed: {', '.join(sorted(metrics))}"
+        allowed = metrics - {"nll", "kl"} if isinstance(rule, Floor) else metrics  # less is better there
+        if not isinstance(rule, Ceiling) and rule.metric not in allowed:
+            yield f"gate.rules[{i}].metric: {rule.metric} is not measured by this recipe or not for this rule; allowed: {_listed(allowed)}"
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
 
 
 def _unsupported_targets(recipe: Recipe) -> Iterator[str]:

@@ -18,6 +18,7 @@ from kd_core.recipe import Recipe
 __all__ = ["dump_recipe", "load_recipe", "parse_recipe"]
 
 _MAX_PROBLEMS = 5
+_WORDS = (("tuple", "list"), ("Tuple", "List"), (" after validation", ""), ("dictionary or object to extract fields from", "mapping"))
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -27,6 +28,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is no text; put it in quotes", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
             seen.add(key)
@@ -110,11 +113,16 @@ def parse_recipe(data: Mapping[str, Any], *, origin: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
+        problems = [problem for problem in error.errors(include_url=False) if not _is_consequence(problem)]
         lines = [_problem_line(problem, data) for problem in problems[:_MAX_PROBLEMS]]
         if len(problems) > _MAX_PROBLEMS:
             lines.append(f"and {len(problems) - _MAX_PROBLEMS} more problems")
         raise RecipeError("\n".join(f"{origin}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def _is_consequence(problem: Any) -> bool:
+    """A list that is too short only because its items are not valid, which has lines of its own."""
+    return bool(problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"])
 
 
 def _problem_line(problem: Any, data: Mapping[str, Any]) -> str:
@@ -134,33 +142,36 @@ def _problem_line(problem: Any, data: Mapping[str, Any]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{path}: {message}" if path else message
+    for jargon, plain in _WORDS:
+        message = message.replace(jargon, plain)
     return f"{path}: {message[0].lower()}{message[1:]}, found {problem['input']!r}"
 
 
 def _yaml_path(loc: tuple[str | int, ...], data: Any) -> str:
-    """The error's location without the union tags that pydantic weaves in: they are no keys of the YAML."""
-    path, here = "", data
-    for position, part in enumerate(loc):
-        last = position == len(loc) - 1
-        if isinstance(here, Mapping) and isinstance(part, str):
-            if part not in here and not last and here.get("kind") == part:
-                continue
-            path, here = (f"{path}.{part}" if path else part), here.get(part)
-        elif isinstance(here, (list, tuple)) and isinstance(part, int):
-            path, here = f"{path}[{part}]", here[part] if part < len(here) else None
-        elif last and isinstance(part, str):
-            path = f"{path}.{part}" if not path.endswith(part) else path
+    """The error's location without the tags that pydantic weaves in (of unions, of numbers turned to schedules): no keys of the YAML."""
+    path, here, tagged = "", data, False
+    for part in loc:
+        if isinstance(part, int) and isinstance(here, (list, tuple)):
+            path, here, tagged = f"{path}[{part}]", here[part] if part < len(here) else None, False
+        elif not isinstance(here, Mapping):
+            break
+        elif part == here.get("kind") and not tagged:
+            tagged = True
+        else:
+            path, here, tagged = f"{path}.{part}".lstrip("."), here.get(str(part)), False
     return path
 
 
 def _models_at(loc: tuple[str | int, ...]) -> list[type[BaseModel]]:
     """The recipe models that a pydantic error location leads to."""
     models: list[type[BaseModel]] = [Recipe]
+    chosen = False  # a tag stands once before the fields of its union, and may be spelt like one of them
     for part in loc:
         if isinstance(part, int):
             continue
-        tagged = [m for m in models if part in _tags(m)]
-        if tagged and not any(part in m.model_fields for m in models):
+        tagged = [] if chosen else [m for m in models if part in _tags(m)]
+        chosen = bool(tagged)
+        if tagged:
             models = tagged
             continue
         models = [leaf for m in models if part in m.model_fields for leaf in _leaf_models(m.model_fields[str(part)].annotation)]
