@@ -1,0 +1,389 @@
+"""The plan against a real finished run of a tiny recipe, against an empty store, and against hub data sets."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd_core.artifacts import find
+from kd_core.costs import PASS_SECONDS, forward_seconds, measured_seconds, soft_label_bytes, training_seconds
+from kd_core.errors import SourceError
+from kd_core.plan import Plan, StagePlan, make_plan, plan_json
+from kd_core.progress import silent
+from kd_core.recipe import Recipe, Run
+from kd_core.recipe_io import parse_recipe
+from kd_core.stages.graph import build_graph, walk
+from kd_core.stages.run import run_node
+from kd_core.store import LocalStore
+
+ROOT = Path(__file__).parents[1]
+KEYS = ["name", "fingerprint", "status", "rows", "rows_cached", "tokens", "bytes", "seconds", "price"]
+GROUPS = [
+    "prompts",
+    "teacher",
+    "answers",
+    "curate",
+    "soft_labels",
+    "student",
+    "baseline",
+    "ablation_hard",
+    "evaluate",
+    "gate",
+    "report",
+    "publish",
+]
+MINUTE = 60.0
+
+
+def _sums() -> Iterator[tuple[str, str]]:
+    for a, b in product(range(20), range(20)):
+        yield f"{a}+{b}=", f"{a}+{b}={a + b}#{a + b}"
+
+
+def _write_sums(path: Path, count: int) -> None:
+    rows = [pair for _, pair in zip(range(count), _sums(), strict=False)]
+    path.write_text("".join(json.dumps({"q": q, "a": a}) + "\n" for q, a in rows))
+
+
+def _data(data: Path) -> dict[str, Any]:
+    source = {"kind": "file", "path": str(data), "prompt": "{q}", "gold": "{a}"}
+    architecture = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32, "max_positions": 64}
+    training = {"steps": 4, "batch_rows": 8, "learning_rate": 0.003}
+    return {
+        "name": "tiny",
+        "seeds": [0, 1],
+        "task": {"template": "plain", "answer_marker": "#", "verifier": "math"},
+        "prompts": {"sources": [{**source, "limit": 60}], "split": {"validation": 0.1, "test": 0.15}},
+        "teacher": {
+            "kind": "trained",
+            "sources": [source],
+            "tokenizer": {"kind": "characters", "alphabet": "0123456789+=#"},
+            "architecture": {**architecture, "num_layers": 2},
+            "training": training,
+        },
+        "answers": {"num_samples": 2, "temperature": 1.0, "max_tokens": 8},
+        "curate": {"verify": False, "keep_truncated": True, "gold_rows": 20},
+        "soft_labels": {"kind": "sampled", "num_draws": 4, "temperature": 1.0},
+        "student": {"kind": "config", "architecture": architecture},
+        "objective": {"supervision": "soft", "soft_weight": 1.0},
+        "training": training,
+        "evaluation": {
+            "suites": [{"kind": "held_out", "name": "held_out"}],
+            "generate": {"num_samples": 1, "temperature": 0.0, "max_tokens": 8},
+            "compare": ["teacher", "baseline", "ablation_hard"],
+        },
+        "gate": {"rules": [{"kind": "floor", "metric": "pass_at_1", "minimum": 0.1}]},
+        "publish": "tiny",
+    }
+
+
+def _recipe(data: Path, **changes: Any) -> Recipe:
+    return parse_recipe({**_data(data), **changes}, origin="test")
+
+
+def _lines(plan: Plan) -> dict[str, StagePlan]:
+    return {stage.name: stage for stage in plan.stages}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    _write_sums(path, 200)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> LocalStore:
+    """A store in which the tiny recipe ran; report and publication are stand-ins."""
+    store = LocalStore(tmp_path_factory.mktemp("finished") / "store")
+    recipe = _recipe(data)
+    for node in walk(recipe, store):
+        run_node(recipe, node.name, store=store, tick=silent, extra={"report": lambda job: {}, "publish": lambda job: {}})
+    return store
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "store")
+
+
+# ---------------------------------------------------------------------------------------------- lines and fingerprints
+
+
+def test_the_lines_are_the_groups_of_the_graph_in_order(data: Path, empty: LocalStore) -> None:
+    plan = plan_json(make_plan(_recipe(data), empty))
+    assert list(plan) == ["stages"]
+    assert [stage["name"] for stage in plan["stages"]] == GROUPS
+    assert all(list(stage) == KEYS for stage in plan["stages"])
+    assert json.loads(json.dumps(plan)) == plan
+    alone = {**_data(data)["evaluation"], "compare": []}
+    gold = _recipe(data, answers=None, soft_labels=None, objective={"supervision": "gold"}, evaluation=alone)
+    assert [stage.name for stage in make_plan(gold, empty).stages] == [
+        "prompts",
+        "teacher",
+        "curate",
+        "student",
+        "evaluate",
+        "gate",
+        "report",
+        "publish",
+    ]
+
+
+def test_a_group_of_one_node_has_its_fingerprint_and_others_one_of_their_own(data: Path, empty: LocalStore) -> None:
+    recipe = _recipe(data)
+    nodes, lines = build_graph(recipe, empty), _lines(make_plan(recipe, empty))
+    assert all(lines[name].fingerprint == nodes[name].fingerprint for name in GROUPS if name in nodes)
+    assert "student" not in nodes
+    more = _lines(make_plan(_recipe(data, seeds=[0, 1, 2]), empty))
+    assert {name for name in GROUPS if more[name].fingerprint == lines[name].fingerprint} == {
+        "prompts",
+        "teacher",
+        "answers",
+        "curate",
+        "soft_labels",
+    }
+
+
+# ---------------------------------------------------------------------------------------------- hits, misses, parts
+
+
+def test_nothing_is_there_before_the_first_run(data: Path, empty: LocalStore) -> None:
+    lines = _lines(make_plan(_recipe(data), empty))
+    assert {line.status for line in lines.values()} == {"miss"}
+    assert {line.rows_cached for line in lines.values()} == {0, None}
+    assert all(line.seconds is not None and 0 < line.seconds < MINUTE for line in lines.values())
+    assert all(line.price is None for line in lines.values())
+
+
+def test_what_a_first_run_was_expected_to_do_is_what_it_did(data: Path, empty: LocalStore, finished: LocalStore) -> None:
+    recipe = _recipe(data)
+    before, after = _lines(make_plan(recipe, empty)), _lines(make_plan(recipe, finished))
+    for name in ("prompts", "answers", "evaluate"):
+        assert before[name].rows == after[name].rows
+    rows = find(finished, "curate", build_graph(recipe, finished)["curate"].fingerprint)
+    assert rows is not None
+    counts = rows.summary["counts"]
+    assert before["curate"].rows == counts["read"] + counts["gold"]
+    assert before["soft_labels"].rows == before["curate"].rows
+    assert before["student"].rows == 2 * counts["read"] + 2 * counts["gold"]
+    assert before["baseline"].rows == after["baseline"].rows == 2 * counts["gold"]
+    answers = find(finished, "answers", build_graph(recipe, finished)["answers"].fingerprint)
+    assert answers is not None
+    assert before["answers"].rows is not None
+    assert before["answers"].tokens == 8 * before["answers"].rows >= answers.summary["tokens"], "gold answers are longer than the bound"
+    gold = [len(q) + len(a) + 1 for q, a in list(_sums())[:200]]
+    assert before["teacher"].tokens == round(4 * 8 * sum(gold) / len(gold))
+    teacher = find(finished, "teacher", build_graph(recipe, finished)["teacher"].fingerprint)
+    assert teacher is not None
+    assert before["teacher"].bytes == teacher.summary["bytes"]
+
+
+def test_a_second_run_is_all_hits_and_costs_nothing(data: Path, finished: LocalStore) -> None:
+    plan = make_plan(_recipe(data, run={"price_per_hour": 3.0}), finished)
+    assert {line.status for line in plan.stages} == {"hit"}
+    assert {(line.tokens, line.bytes, line.seconds, line.price) for line in plan.stages} == {(0, 0, 0.0, 0.0)}
+    assert all(line.rows == line.rows_cached for line in plan.stages)
+    assert {line.name for line in plan.stages if line.rows is None} == {"gate", "report", "publish"}
+
+
+def test_more_prompts_cost_only_themselves(data: Path, finished: LocalStore) -> None:
+    grown = _data(data)
+    grown["prompts"]["sources"][0]["limit"] = 66
+    recipe = parse_recipe(grown, origin="test")
+    old, new = _lines(make_plan(_recipe(data), finished)), _lines(make_plan(recipe, finished))
+    assert new["prompts"].rows == 66
+    assert (new["prompts"].status, new["teacher"].status, new["answers"].status) == ("miss", "hit", "partial")
+    assert new["answers"].rows_cached == old["answers"].rows
+    added = new["answers"].rows - old["answers"].rows  # type: ignore[operator]
+    assert 0 < added <= 12
+    assert new["soft_labels"].status == "partial"
+    assert 0 < new["soft_labels"].rows_cached <= old["answers"].rows  # type: ignore[operator]
+    for node in walk(recipe, finished):
+        run_node(recipe, node.name, store=finished, tick=silent, extra={})
+        if node.name == "answers":
+            break
+    first, second = (find(finished, "answers", build_graph(r, finished)["answers"].fingerprint) for r in (_recipe(data), recipe))
+    assert first is not None
+    assert second is not None
+    assert second.summary["rows_computed"] == added, "the plan promised exactly this"
+    assert new["answers"].tokens == round(added * first.summary["tokens"] / first.summary["rows"]), "as long as this teacher's others"
+
+
+def test_soft_labels_are_counted_exactly_after_curation(data: Path, finished: LocalStore) -> None:
+    fewer = _recipe(data, curate={"verify": False, "keep_truncated": True, "gold_rows": 21})
+    for node in walk(fewer, finished):
+        run_node(fewer, node.name, store=finished, tick=silent, extra={})
+        if node.name == "curate":
+            break
+    line = _lines(make_plan(fewer, finished))["soft_labels"]
+    assert line.status == "partial"
+    assert line.rows is not None
+    assert line.rows_cached == line.rows - 1
+    assert line.tokens is not None
+    assert 6 <= line.tokens <= 13, "one gold answer such as 3+17=20#20, and its end"
+
+
+def test_another_teacher_makes_everything_of_its_work_a_miss(data: Path, finished: LocalStore) -> None:
+    changed = _data(data)
+    changed["teacher"]["training"] = {**changed["teacher"]["training"], "steps": 5}
+    lines = _lines(make_plan(parse_recipe(changed, origin="test"), finished))
+    assert {name for name, line in lines.items() if line.status == "hit"} == {"prompts"}
+    assert {lines[name].rows_cached for name in ("teacher", "answers", "soft_labels", "student", "evaluate")} == {0}
+    assert lines["answers"].rows == _lines(make_plan(_recipe(data), finished))["answers"].rows
+
+
+def test_one_seed_more_is_a_part_of_its_group(data: Path, finished: LocalStore) -> None:
+    old = _lines(make_plan(_recipe(data), finished))
+    new = _lines(make_plan(_recipe(data, seeds=[0, 1, 2]), finished))
+    for name in ("student", "baseline", "ablation_hard"):
+        assert (new[name].status, new[name].rows_cached) == ("partial", old[name].rows)
+        assert new[name].rows == 1.5 * old[name].rows  # type: ignore[operator]
+        assert (
+            new[name].bytes
+            == 4 * find(finished, "train", build_graph(_recipe(data), finished)["student.0"].fingerprint).summary["parameters"]
+        )  # type: ignore[union-attr]
+    items = old["evaluate"].rows // 7  # type: ignore[operator]  # one teacher, three models of two seeds
+    assert (new["evaluate"].status, new["evaluate"].rows_cached, new["evaluate"].rows) == ("partial", items, 10 * items)
+
+
+# ---------------------------------------------------------------------------------------------- seconds and price
+
+
+def test_measured_rates_win_over_assumed_ones(data: Path, finished: LocalStore) -> None:
+    longer = _data(data)
+    longer["training"] = {**longer["training"], "steps": 400}
+    line = _lines(make_plan(parse_recipe(longer, origin="test"), finished))["ablation_hard"]
+    hard = [record for record in _train_records(_recipe(data), finished) if record.identity["objective"]["supervision"] != "soft"]
+    slowest = max(record.summary["training_seconds"] for record in hard)
+    assert line.seconds == pytest.approx(2 * 100 * slowest)
+
+
+def _train_records(recipe: Recipe, store: LocalStore) -> list[Any]:
+    nodes = [node for node in build_graph(recipe, store).values() if node.stage == "train"]
+    return [find(store, node.stage, node.fingerprint) for node in nodes]
+
+
+def test_the_record_with_the_most_work_sets_the_rate() -> None:
+    records: Any = [(1.0, 50.0), None, (10.0, 20.0), (0.0, 9.0)]
+    assert measured_seconds(records, lambda pair: pair) == 2.0  # type: ignore[arg-type, return-value]
+    assert measured_seconds(records[1:2] + records[3:], lambda pair: pair) is None  # type: ignore[arg-type, return-value]
+
+
+def test_arithmetic_where_nothing_is_measured() -> None:
+    run = Run(device="cpu", threads=2)
+    assert forward_seconds(10**6, tokens=3000, passes=0, run=run) == pytest.approx(0.1)
+    assert training_seconds(10**6, tokens=1000, steps=0, run=run) == pytest.approx(0.1)
+    assert training_seconds(1, tokens=1, steps=10, run=run) == pytest.approx(30 * PASS_SECONDS, rel=1e-3)
+    assert forward_seconds(10**9, tokens=1000, passes=0, run=Run(device="cuda")) == pytest.approx(0.1)
+
+
+def test_time_and_a_servers_tokens_are_priced(data: Path, empty: LocalStore) -> None:
+    teacher = {"kind": "server", "model": "big", "revision": "1", "price_per_million_tokens": 2.0}
+    student = {"kind": "pretrained", "model": "org/small", "revision": "0" * 40}
+    evaluation = {**_data(data)["evaluation"], "compare": []}
+    server = {"teacher": teacher, "student": student, "soft_labels": None, "objective": {"supervision": "hard"}, "evaluation": evaluation}
+    lines = _lines(make_plan(_recipe(data, **server, run={"price_per_hour": 7.2, "teacher_concurrency": 10}), empty))
+    answers = lines["answers"]
+    assert answers.tokens is not None
+    assert answers.seconds == pytest.approx(answers.tokens / 200, abs=0.01)
+    assert answers.price == pytest.approx(answers.tokens * 2e-6 + answers.seconds * 0.002)
+    assert lines["teacher"].price == 0.0
+    assert lines["student"].price is None, "a student on the hub has no size here, so its time is unknown"
+    unpriced = _lines(make_plan(_recipe(data, **server), empty))
+    assert unpriced["answers"].price == pytest.approx(answers.tokens * 2e-6)
+    assert {line.price for name, line in unpriced.items() if name != "answers"} == {None}
+
+
+# ---------------------------------------------------------------------------------------------- what cannot be known
+
+
+def test_hub_data_sets_are_not_fetched(data: Path, empty: LocalStore) -> None:
+    hub = {"kind": "dataset", "id": "org/none", "revision": "0" * 40, "split": "train", "prompt": "{q}", "gold": "{a}"}
+    limited = {"sources": [{**hub, "limit": 1000}], "split": {"validation": 0.1, "test": 0.1}}
+    lines = _lines(make_plan(_recipe(data, prompts=limited), empty))
+    rows = {name: lines[name].rows for name in ("prompts", "answers", "curate", "soft_labels", "student", "baseline", "evaluate")}
+    expected = {"prompts": 1000, "answers": 1600, "curate": 1620, "soft_labels": 1620, "student": 3240, "baseline": 40, "evaluate": 700}
+    assert rows == expected
+    assert lines["answers"].tokens == 1600 * 8, "without a gold answer to measure, the bound"
+    assert lines["student"].tokens is None
+    unlimited = {"sources": [hub], "split": {"validation": 0.1, "test": 0.1}}
+    lines = _lines(make_plan(_recipe(data, prompts=unlimited), empty))
+    assert {lines[name].rows for name in rows} == {None}
+    assert {lines[name].seconds for name in rows} == {None}
+
+
+def test_a_source_that_is_not_there_is_an_error(tmp_path: Path, empty: LocalStore) -> None:
+    with pytest.raises(SourceError, match=r"^prompts\.sources\.0\.path: no file at"):
+        make_plan(_recipe(tmp_path / "none.jsonl"), empty)
+
+
+# ---------------------------------------------------------------------------------------------- what it does not do
+
+
+def test_it_writes_nothing_needs_no_torch_and_takes_little_time(data: Path, finished: LocalStore, tmp_path: Path) -> None:
+    """CPU time of a whole process, imports included; the goal is 2.5 s, the bounds leave room for busy machines."""
+    code = (
+        "import json, sys, time\n"
+        "from pathlib import Path\n"
+        "from kd_core.plan import make_plan\n"
+        "from kd_core.recipe_io import load_recipe\n"
+        "from kd_core.store import LocalStore\n"
+        "make_plan(load_recipe(sys.argv[1]), LocalStore(Path(sys.argv[2])))\n"
+        "print(json.dumps([sorted({'torch', 'transformers', 'datasets', 'boto3'} & set(sys.modules)), time.process_time()]))\n"
+    )
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(json.dumps(_data(data)))
+    for file, store, bound in ((recipe, finished.uri, 4.0), (ROOT / "recipes" / "quickstart.yaml", str(tmp_path / "none"), 8.0)):
+        before = _tree(Path(store))
+        done = subprocess.run([sys.executable, "-c", code, str(file), store], capture_output=True, text=True, check=True, cwd=ROOT)
+        imported, seconds = json.loads(done.stdout)
+        assert imported == []
+        assert seconds < bound
+        assert _tree(Path(store)) == before
+
+
+def _tree(folder: Path) -> list[tuple[str, int]]:
+    return sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*"))
+
+
+# ---------------------------------------------------------------------------------------------- bytes
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [{"kind": "dense"}, {"kind": "topk", "k": 3, "temperatures": [1.0]}, {"kind": "topk", "k": 5, "temperatures": [1.0, 2.0, 4.0]}],
+)
+def test_bytes_of_soft_labels_are_those_of_the_codec(policy: dict[str, Any]) -> None:
+    import torch
+    from pydantic import TypeAdapter
+
+    from kd_core.recipe import SoftLabels
+    from kd_core.softlabels import encode, make_targets
+
+    chosen: Any = TypeAdapter(SoftLabels).validate_python(policy)
+    torch.manual_seed(0)
+    blobs = [encode(make_targets(torch.randn(n, 20), torch.zeros(n, dtype=torch.int64), chosen, uniform_N=torch.rand(n))) for n in (3, 7)]
+    assert soft_label_bytes(chosen, rows=2, positions=10, num_columns=20) == sum(map(len, blobs))
+
+
+def test_bytes_of_sampled_soft_labels_follow_a_measured_law() -> None:
+    """On a law as peaked as a language model's (Zipf, exponent 1.5); the rest of the format is exact."""
+    import torch
+
+    from kd_core.recipe import Sampled
+    from kd_core.softlabels import encode, make_targets
+
+    logits = (-1.5 * torch.arange(1, 50_001).log()).expand(64, -1)
+    for draws in (25, 50):
+        policy = Sampled(kind="sampled", num_draws=draws, temperature=1.0)
+        blob = encode(make_targets(logits, torch.zeros(64, dtype=torch.int64), policy, uniform_N=torch.rand(64)))
+        assert soft_label_bytes(policy, rows=1, positions=64, num_columns=50_000) == pytest.approx(len(blob), rel=0.35)
+    one = Sampled(kind="sampled", num_draws=1, temperature=1.0)
+    blob = encode(make_targets(logits, torch.zeros(64, dtype=torch.int64), one, uniform_N=torch.rand(64)))
+    assert soft_label_bytes(one, rows=1, positions=64, num_columns=50_000) == len(blob)
