@@ -6,6 +6,7 @@ and a run in which everything is done start fast.
 
 import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard out
 Home = Annotated[Path, typer.Option("--home", help="Folder that holds all state of the local servers.")]
 
 _HOME = Path(".kd/stack")
+_INTERRUPTED = 130
 
 
 def main() -> None:
@@ -46,13 +48,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(standalone_mode=False)
+        if code == _INTERRUPTED:  # typer turns an interrupt into this exit code
+            raise KeyboardInterrupt
     except RecipeError as error:
         _fail(error, 2)
     except KDError as error:
         _fail(error, 1)
     except KeyboardInterrupt:
-        words = " ".join(["kd", *sys.argv[1:]])
-        _fail(f"stopped. Everything that was finished is kept; go on with:  {words}", 130)
+        _fail(f"stopped. Everything that was finished is kept; go on with:  {shlex.join(['kd', *sys.argv[1:]])}", _INTERRUPTED)
     except TyperException as error:  # wrong usage of the command line
         text = error.format_message() if hasattr(error, "format_message") else str(error)
         _fail(f"{text}  (kd --help shows what there is)", 2)
@@ -215,7 +218,7 @@ def up(home: Home = _HOME, as_json: AsJson = False) -> None:
 
     say = (lambda text: None) if as_json else (lambda text: print(text, file=sys.stderr))
     info = start(home, say=say)
-    deploy(info, say=say)
+    deploy(info)
     from flows.tables import stack_json, stack_text
 
     if as_json:

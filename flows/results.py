@@ -1,6 +1,7 @@
 """What a finished or half-finished run looks like, read from the store: outcome, status, report files."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,7 +75,7 @@ def outcome_text(recipe: Recipe, store: Store, done: Mapping[str, Artifact], rec
         "",
         f"Registered: {version}; champion: {'version ' + str(champion) if champion else 'none'} ({published.summary['tracking']})",
     ]
-    again = " ".join(["kd report", recipe_file, *(f"--set {o}" for o in overrides)])
+    again = shlex.join(["kd", "report", recipe_file, *(word for o in overrides for word in ("--set", o))])
     lines += [f"{hits} of {len(done)} nodes were done already; {human_seconds(spent)} of work.", f"Full report:  {again}"]
     return "\n".join(lines)
 
