@@ -13,6 +13,7 @@ In every case the tag kd.source holds the address as the store says it.
 mlflow is imported inside functions: it takes seconds, and the command line must start fast.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -157,7 +158,7 @@ def publish_run(tracking_uri: str, publication: Publication) -> Published:
     Raises:
         KDError: MLflow cannot be reached (within about 30 s) or refuses something. Calling again goes on from there.
     """
-    with _quiet(), _explained(tracking_uri):
+    with _quiet(), _explained(tracking_uri), _alone(tracking_uri):
         from mlflow import MlflowClient
 
         with _environment(_IMPATIENT):
@@ -389,15 +390,29 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One publisher at a time on a sqlite file: MLflow's first use of it makes the tables, and two at once break them."""
+    database = _sqlite_path(uri)
+    if database is None:
+        yield
+        return
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_name(f"{database.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, or by a kill
+        yield
+
+
+@contextmanager
 def _explained(tracking_uri: str) -> Iterator[None]:
     """Turn what MLflow, its database or the network raise into a KDError that says what to do."""
+    from alembic.util import CommandError
     from mlflow.exceptions import MlflowException
     from requests import RequestException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except (MlflowException, RequestException, SQLAlchemyError, OSError, ImportError) as error:
+    except (MlflowException, RequestException, SQLAlchemyError, CommandError, OSError, ImportError) as error:
         reason = str(error).replace(tracking_uri, _shown(tracking_uri))
         if isinstance(error, MlflowException) and error.error_code not in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"):
             raise KDError(f"MLflow at {_shown(tracking_uri)} refused: {reason}") from error
@@ -413,10 +428,7 @@ def _reach_database(uri: str) -> None:
         return
     from sqlalchemy import create_engine
 
-    path = _sqlite_path(uri)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(uri, connect_args={} if path is not None else {"connect_timeout": 10})
+    engine = create_engine(uri, connect_args={} if _sqlite_path(uri) is not None else {"connect_timeout": 10})
     try:
         engine.connect().close()
     finally:

@@ -307,7 +307,7 @@ def test_a_fresh_process_in_an_empty_directory_is_silent_and_leaves_only_its_own
     done = subprocess.run([sys.executable, "-c", code], input=wanted, cwd=tmp_path, capture_output=True, env=environment, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     assert [p.name for p in tmp_path.iterdir()] == [".kd"]
-    assert {p.name for p in (tmp_path / ".kd").iterdir()} == {"mlflow.db", "mlruns"}
+    assert {p.name for p in (tmp_path / ".kd").iterdir()} == {"mlflow.db", "mlflow.db.lock", "mlruns"}
 
 
 @pytest.fixture(scope="module")
