@@ -11,7 +11,7 @@ from kd_core.curate import verify
 from kd_core.evaluate.report import Curve, ModelRow, ReportData, Sample, SampleAnswer, StageRow, render_html, render_markdown, report_json
 from kd_core.evaluate.statistics import METRICS, Comparison, Estimate, compare, estimate
 from kd_core.gate import RuleResult, Verdict
-from kd_core.recipe import ARMS
+from kd_core.recipe import ARMS, Recipe
 from kd_core.recipe_io import dump_recipe
 from kd_core.stages.evidence import efficiency, model_scores
 from kd_core.stages.job import Job
@@ -53,10 +53,15 @@ def _report_data(job: Job) -> ReportData:
         curves=tuple(_curves(job)),
         samples=_samples(job, scores, suite),
         command=f"kd run recipes/{recipe.name}.yaml",
-        recipe_yaml=dump_recipe(recipe),
+        recipe_yaml=dump_recipe(_without_address(recipe)),
         versions={k: str(v) for k, v in _versions(job).items()},
         price_per_hour=recipe.run.price_per_hour,
     )
+
+
+def _without_address(recipe: Recipe) -> Recipe:
+    """The recipe without its registry: that address may hold a password, and the report is the same wherever it is published."""
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"tracking": None})})
 
 
 def _estimates(job: Job, table: pa.Table) -> dict[str, Estimate]:
