@@ -42,10 +42,10 @@ _CSS_OF = {
 INK, MUTED, RULE, GOOD, BAD = list(_CSS_OF)[:5]
 _MODEL_COLOR = dict(zip(LABELS, list(_CSS_OF)[5:], strict=True))
 
-WIDTH_INCHES = 5.2
+WIDTH_INCHES = 4.8
 MAX_CURVE_POINTS = 80
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "kd",
     "font.size": 8.5,
@@ -151,26 +151,27 @@ def forest_plot(comparisons: Sequence[Comparison]) -> str:
     return _svg(figure, "forest", "Paired differences between models with their intervals")
 
 
-@_styled
-def loss_curves(curves: Sequence[Curve]) -> str:
-    """One panel a part, one thin line a run, coloured by model; long curves are averaged down to 80 points."""
+def loss_curves(curves: Sequence[Curve]) -> list[str]:
+    """One drawing a part, in it one thin line a run, coloured by model; long curves are averaged down to 80 points."""
     parts = list(dict.fromkeys(curve.part for curve in curves))
-    num_rows = math.ceil(len(parts) / 2)
-    figure = _figure(1.75 * num_rows)
-    panels = figure.subplots(num_rows, min(2, len(parts)), squeeze=False).ravel()
-    for panel, part in zip(panels, parts, strict=False):
-        group = [curve for curve in curves if curve.part == part]
-        for curve in group:
-            steps, values = _averaged(curve)
-            panel.plot(steps, values, color=_color_of(curve.model), linewidth=0.9, alpha=0.85)
-        positive = [value for curve in group for value in curve.values if value > 0]
-        if len(positive) == sum(len(curve.values) for curve in group) and max(positive) > 20 * min(positive):
-            panel.set_yscale("log")
-        panel.set_title(part, loc="left")
-    for panel in panels[len(parts) :]:
-        panel.set_visible(False)
-    figure.supxlabel("optimiser step", fontsize=8, color=MUTED)
-    return _svg(figure, "curves", "Training and validation loss over optimiser steps")
+    return [_loss_panel([curve for curve in curves if curve.part == part], f"curves{i}") for i, part in enumerate(parts)]
+
+
+@_styled
+def _loss_panel(curves: Sequence[Curve], name: str) -> str:
+    figure = _figure(1.9)
+    panel = figure.subplots()
+    for curve in curves:
+        steps, values = _averaged(curve)
+        panel.plot(steps, values, color=_color_of(curve.model), linewidth=0.9, alpha=0.85)
+    values = [value for curve in curves for value in curve.values]
+    if min(values) > 0 and max(values) > 20 * min(values):
+        panel.set_yscale("log")
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.yaxis.set_minor_formatter(lambda value, _: "")
+    panel.set_title(curves[0].part, loc="left")
+    panel.set_xlabel("optimiser step")
+    return _svg(figure, name, f"{curves[0].part} over optimiser steps")
 
 
 @_styled
@@ -191,8 +192,8 @@ def quality_against_size(points: Sequence[Point], metric: str) -> str:
     panel.set_xlabel("parameters")
     panel.set_title(_metric_label(metric), loc="left")
     panel.xaxis.set_major_formatter(lambda value, _: _short(value))
-    panel.xaxis.set_minor_formatter(lambda value, _: _short(value) if len(points) and f"{value:.0e}"[0] in "25" else "")
-    panel.tick_params(axis="x", which="minor", length=2)
+    panel.xaxis.set_minor_formatter(lambda value, _: _short(value) if f"{value:.0e}"[0] in "25" else "")
+    panel.tick_params(axis="x", which="both", length=3, pad=3)
     return _svg(figure, "size", f"{_metric_label(metric)} of each model over its number of parameters")
 
 

@@ -172,11 +172,11 @@ def render_html(data: ReportData) -> str:
     headline = _headline_metric(data)
     points = [Point(row.name, row.params, row.metrics[headline]) for row in data.models if row.params and headline in row.metrics]
     drawings = {
-        "forest": charts.forest_plot(data.comparisons) if data.comparisons else "",
-        "curves": charts.loss_curves(data.curves) if data.curves else "",
-        "size": charts.quality_against_size(points, headline) if len(points) > 1 else "",
+        "forest": [charts.forest_plot(data.comparisons)] if data.comparisons else [],
+        "size": [charts.quality_against_size(points, headline)] if len(points) > 1 else [],
+        "curves": charts.loss_curves(data.curves),
     }
-    return _render("report.html.jinja", data, {name: Markup(svg) for name, svg in drawings.items()})
+    return _render("report.html.jinja", data, {name: [Markup(svg) for svg in svgs] for name, svgs in drawings.items()})
 
 
 def render_markdown(data: ReportData) -> str:
@@ -187,7 +187,7 @@ def render_markdown(data: ReportData) -> str:
 # ---------------------------------------------------------------------------------------------- what templates show
 
 
-def _render(template: str, data: ReportData, drawings: Mapping[str, Markup]) -> str:
+def _render(template: str, data: ReportData, drawings: Mapping[str, list[Markup]]) -> str:
     environment = _environment()
     return environment.get_template(template).render(
         data=data,
