@@ -1,9 +1,21 @@
-"""Every test starts from the same environment: no addresses, no credentials, no network; real servers once a session."""
+"""Every test starts from the same environment: no addresses, no credentials, no network; real servers once a session.
 
+``finished`` is one whole run of a shrunken quickstart recipe, shared; tests that change a store take ``copy``.
+"""
+
+import io
+import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 
@@ -100,3 +112,136 @@ def tiny_model() -> "Callable[..., LoadedModel]":
         return LoadedModel(model, tokenizer, num_columns(tokenizer))
 
     return make
+
+
+# ---------------------------------------------------------------------------------------------- the running product
+
+_ROOT = Path(__file__).parents[1]
+_ARCHITECTURE = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "max_positions": 64}
+_SHRUNKEN: dict[str, Any] = {
+    "name": "small",
+    "seeds": [0],
+    "prompts.sources.0.num": 300,
+    "teacher.sources.0.num": 600,
+    "teacher.architecture": _ARCHITECTURE,
+    "teacher.training": {"steps": 30, "batch_rows": 16, "learning_rate": 0.003, "warmup_steps": 5},
+    "answers.max_tokens": 20,
+    "curate": {"gold_rows": 60, "verify": False, "keep_truncated": True},
+    "student.architecture": {**_ARCHITECTURE, "hidden_size": 16, "num_layers": 1, "intermediate_size": 32},
+    "training": {"steps": 25, "batch_rows": 8, "learning_rate": 0.003, "warmup_steps": 5},
+    "evaluation.suites.0.limit": 20,
+    "evaluation.generate.max_tokens": 20,
+    "gate.rules": [{"kind": "ceiling", "metric": "parameter_ratio", "maximum": 0.5}],
+    "publish": "small-student",
+    "run": {"threads": 1, "device": "cpu", "shard_rows": 64, "checkpoint_every_steps": 10},
+}
+"""The quickstart in seconds: 300 prompts, 4 shards of answers, 2 checkpoints a model, a gate that any student passes."""
+
+
+@dataclass(frozen=True)
+class Called:
+    """What a command line left: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that went to its end.
+
+    Attributes:
+        recipe_file: its recipe, absolute.
+        home: the directory it ran in; .kd is there.
+        store: .kd/store below it.
+        tracking: MLflow's address.
+        said: what ``kd run --json`` printed.
+    """
+
+    recipe_file: Path
+    home: Path
+    store: Path
+    tracking: str
+    said: dict[str, Any]
+
+
+def _call(*words: object) -> Called:
+    """The command line in this process: the code of the console script, without its two seconds of imports."""
+    from flows.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    handler = signal.getsignal(signal.SIGTERM)
+    with mock.patch.object(sys, "argv", ["kd", *map(str, words)]), mock.patch.dict(os.environ), redirect_stdout(out), redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+    assert isinstance(code, int)
+    return Called(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def kd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Called]:
+    """``kd(*words)``: the command line in this process, in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    return _call
+
+
+@pytest.fixture
+def kd_process(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """``kd_process(*words, **environment)``: the real console script in the test's directory; none outlives the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*words: object, **environment: str) -> subprocess.Popen[str]:
+        command = [str(Path(sys.executable).parent / "kd"), *map(str, words)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def small_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart recipe, shrunk to seconds."""
+    from kd_core.recipe_io import dump_recipe, load_recipe
+
+    overrides = [f"{path}={json.dumps(value)}" for path, value in _SHRUNKEN.items()]
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(dump_recipe(load_recipe(_ROOT / "recipes" / "quickstart.yaml", overrides)))
+    return path
+
+
+@contextmanager
+def _inside(directory: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(directory)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture(scope="session")
+def finished(small_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """One whole local run, read-only: ``kd run --local --json`` in a directory of its own."""
+    home = tmp_path_factory.mktemp("finished")
+    with _inside(home):
+        called = _call("run", "--local", "--json", small_recipe)
+    assert called.code == 0, called.err
+    return Finished(small_recipe, home, home / ".kd/store", f"sqlite:///{home}/.kd/mlflow.db", json.loads(called.out))
+
+
+@pytest.fixture
+def copy(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Finished:
+    """The finished run in the test's own directory, to change; its publication is another, as its address is."""
+    shutil.copytree(finished.home / ".kd", tmp_path / ".kd")
+    monkeypatch.chdir(tmp_path)
+    return Finished(finished.recipe_file, tmp_path, tmp_path / ".kd/store", f"sqlite:///{tmp_path}/.kd/mlflow.db", finished.said)
