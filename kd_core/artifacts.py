@@ -199,6 +199,13 @@ def publish(
     return record if store.create(key, data) else _parse_record(store, key)
 
 
+def _damaged(store: Store, record: Record, name: str) -> str:
+    return (
+        f"{store.uri}/{record.prefix}/{name}: sha256 differs from the record; "
+        f"delete it and {_record_key(record.stage, record.fingerprint)} to have the stage computed again"
+    )
+
+
 def read_bytes(store: Store, record: Record, name: str) -> bytes:
     """One payload file, with its checksum verified.
 
@@ -211,9 +218,7 @@ def read_bytes(store: Store, record: Record, name: str) -> bytes:
         raise ArtifactError(f"{record.stage} {record.fingerprint} has no file {name!r}; it has {[f.name for f in record.files]}")
     data = store.get(f"{record.prefix}/{name}")
     if sha256_bytes(data) != file.sha256:
-        raise IntegrityError(
-            f"{store.uri}/{record.prefix}/{name}: sha256 differs from the record; delete the artifact's record to recompute it"
-        )
+        raise IntegrityError(_damaged(store, record, name))
     return data
 
 
@@ -232,6 +237,6 @@ def materialize(store: Store, record: Record, directory: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             store.download(key, path)
         if not path.is_file() or sha256_file(path) != file.sha256:
-            raise IntegrityError(f"{store.uri}/{key}: sha256 differs from the record; delete the artifact's record to recompute it")
+            raise IntegrityError(_damaged(store, record, file.name))
     local = store.local_path(record.prefix + "/x")
     return local.parent if local is not None else target

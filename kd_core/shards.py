@@ -107,16 +107,17 @@ class RowCache:
         pq.write_table(rows, buffer, compression="zstd", store_schema=False)
         data = buffer.getvalue()
         commit = Commit(sha256_bytes(data), len(data), keys)
-        body = {"sha256": commit.sha256, "size_bytes": commit.size_bytes, "keys": list(keys)}
-        raw = canonical_json(body)
-        for key, content in (
-            (f"{self.prefix}/shards/{commit.sha256}.parquet", data),
-            (f"{self.prefix}/commits/{sha256_bytes(raw)}.json", raw),
-        ):
+        for key, content in ((self._shard_key(commit), data), (self._commit_key(commit), _commit_bytes(commit))):
             if not self.store.create(key, content):
                 raise IntegrityError(f"{self.store.uri}/{key} holds other bytes than its name says; delete it and run again")
             reach(f"{self.table}.{'shard' if key.endswith('.parquet') else 'commit'}")
         return commit
+
+    def _shard_key(self, commit: Commit) -> str:
+        return f"{self.prefix}/shards/{commit.sha256}.parquet"
+
+    def _commit_key(self, commit: Commit) -> str:
+        return f"{self.prefix}/commits/{sha256_bytes(_commit_bytes(commit))}.json"
 
     def read(self, snapshot: Snapshot, keys: Sequence[str]) -> pa.Table:
         """The rows of ``keys``, in that order, checksums verified.
@@ -137,19 +138,28 @@ class RowCache:
             )
         needed = {owner[key] for key in keys}
         parts = []
-        for sha in sorted(needed):
-            shard = self._read_shard(sha)
-            wins = pa.array([owner[key] == sha for key in shard.column("key").to_pylist()])
+        for commit in snapshot.commits:
+            if commit.sha256 not in needed:
+                continue
+            shard = self._read_shard(commit)
+            wins = pa.array([owner[key] == commit.sha256 for key in shard.column("key").to_pylist()])
             parts.append(shard.filter(wins))
         rows = pa.concat_tables(parts)
         return rows.take(pc.index_in(pa.array(list(keys), pa.string()), value_set=rows.column("key").combine_chunks()))
 
-    def _read_shard(self, sha256: str) -> pa.Table:
-        key = f"{self.prefix}/shards/{sha256}.parquet"
+    def _read_shard(self, commit: Commit) -> pa.Table:
+        key = self._shard_key(commit)
         data = self.store.get(key)
-        if sha256_bytes(data) != sha256:
-            raise IntegrityError(f"{self.store.uri}/{key}: sha256 differs from its name; delete its commit to have its rows computed again")
+        if sha256_bytes(data) != commit.sha256:
+            raise IntegrityError(
+                f"{self.store.uri}/{key}: sha256 differs from its name; delete it and {self._commit_key(commit)} "
+                "to have its rows computed again"
+            )
         return pq.read_table(io.BytesIO(data))
+
+
+def _commit_bytes(commit: Commit) -> bytes:
+    return canonical_json({"sha256": commit.sha256, "size_bytes": commit.size_bytes, "keys": list(commit.keys)})
 
 
 def snapshot_id(snapshot: Snapshot) -> str:
