@@ -1,0 +1,375 @@
+"""The doctor: a healthy recipe is healthy, and each trap that is planted is found by the check that is meant for it."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kd_core import doctor
+from kd_core.doctor import Finding, examine
+from kd_core.progress import Tick, silent
+from kd_core.recipe import Recipe
+from kd_core.recipe_io import load_recipe
+from kd_core.softlabels import SampledTargets, TopKTargets, capture, codec
+from kd_core.softlabels.targets import make_targets
+from kd_core.stages.graph import walk
+from kd_core.stages.run import run_node
+from kd_core.store import LocalStore
+from kd_core.teacher.models import LoadedModel, save_model
+from kd_core.tokens import Batch, character_tokenizer, collate
+
+QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
+SUMS = [(f"{a}+{b}=", f"{a}+{b}={a + b}#{a + b}") for a in range(10) for b in range(10)]
+CHAINS = [(f"{a}+{b}-{c}=", f"{a}+{b}={a + b},{a + b}-{c}={a + b - c}#{a + b - c}") for a in range(8) for b in range(8) for c in range(4)]
+SMALL = (
+    "teacher.architecture={hidden_size: 32, num_layers: 2, num_heads: 2, intermediate_size: 48, max_positions: 64}",
+    "student.architecture={hidden_size: 16, num_layers: 2, num_heads: 2, intermediate_size: 32, max_positions: 64}",
+    "teacher.training={steps: 3, batch_rows: 8, learning_rate: 0.001}",
+    "answers=null",
+    "run.device=cpu",
+)
+POLICIES = {
+    "sampled": "soft_labels={kind: sampled, num_draws: 25, temperature: 2.0}",
+    "topk": "soft_labels={kind: topk, k: 4, temperatures: [1.0, 2.0]}",
+    "dense": "soft_labels={kind: dense}",
+}
+MODEL_CHECKS = ["teacher_as_student", "alignment", "batch_split", "cached_soft_labels"]
+ALL = ["packages", "device", "models", "tokenizers", "supervision", *MODEL_CHECKS]
+
+
+@pytest.fixture
+def sums(tmp_path: Path) -> Callable[..., Recipe]:
+    """The quickstart, shrunken, over sums in a file, with overrides."""
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps({"q": q, "a": a}) + "\n" for q, a in SUMS + CHAINS))
+    source = f'[{{kind: file, path: {path}, prompt: "{{q}}", gold: "{{a}}"}}]'
+
+    def make(*overrides: str) -> Recipe:
+        return load_recipe(QUICKSTART, [*SMALL, f"prompts.sources={source}", f"teacher.sources={source}", *overrides])
+
+    return make
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "store")
+
+
+def by_name(findings: tuple[Finding, ...]) -> dict[str, Finding]:
+    assert [finding.name for finding in findings] == ALL
+    return {finding.name: finding for finding in findings}
+
+
+def failed(findings: Mapping[str, Finding]) -> set[str]:
+    return {name for name, finding in findings.items() if finding.status == "failed"}
+
+
+def pretrained(tmp_path: Path, loaded: LoadedModel, name: str = "teacher") -> str:
+    save_model(loaded, tmp_path / name)
+    return f"{name.partition('-')[0]}={{kind: pretrained, model: {tmp_path / name / 'model'}}}"
+
+
+# ------------------------------------------------------------------------------------------- healthy
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_a_healthy_recipe_is_healthy(sums, store: LocalStore, policy: str) -> None:
+    ticks: list[Tick] = []
+    found = by_name(examine(sums(policy), store, tick=ticks.append))
+    assert {name: f.status for name, f in found.items()} == {**dict.fromkeys(ALL, "ok"), "cached_soft_labels": "skipped"}, found
+    assert "not trained yet: its architecture with random weights" in found["models"].detail
+    assert "not trained yet" in found["teacher_as_student"].detail
+    assert [tick.done for tick in ticks] == list(range(len(ALL) + 1))
+    assert {tick.total for tick in ticks} == {len(ALL)}
+    assert not Path(store.uri).exists()  # nothing is written
+
+
+def test_the_quickstart_itself_is_healthy(store: LocalStore) -> None:
+    recipe = load_recipe(QUICKSTART, [*SMALL, "prompts.sources.0.num=120", "teacher.sources.0.num=10"])
+    assert not failed(by_name(examine(recipe, store)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_chance_does_not_fail_a_healthy_recipe(sums, store: LocalStore, seed: int) -> None:
+    recipe = sums(f"seeds=[{seed}]", "soft_labels={kind: sampled, num_draws: 3, temperature: 1.0}", "objective.temperature=1")
+    assert not failed(by_name(examine(recipe, store)))
+
+
+def test_a_finished_teacher_and_its_soft_labels_are_examined(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = sums()
+    for node in walk(recipe, store):
+        if node.stage == "train":
+            break
+        run_node(recipe, node.name, store=store, tick=silent, extra={})
+    found = by_name(examine(recipe, store))
+    assert {f.status for f in found.values()} == {"ok"}, found
+    assert "not trained" not in found["models"].detail
+    assert "3 rows: gold log-probabilities off by" in found["cached_soft_labels"].detail
+
+    real = doctor.load_teacher
+
+    def drifted(job: Any) -> LoadedModel:  # trap 20: the teacher is not the teacher that was scored
+        loaded = real(job)
+        loaded.model.model.norm.weight.mul_(1.1)
+        return loaded
+
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor, "load_teacher", drifted)
+        found = by_name(examine(recipe, store))
+    assert failed(found) == {"cached_soft_labels"}
+    assert "the cache is not of this teacher as it runs here; delete rows/soft_labels/" in found["cached_soft_labels"].detail
+    (shard, *_) = sorted(Path(store.uri).glob("rows/soft_labels/*/shards/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    found = by_name(examine(recipe, store))
+    assert failed(found) == {"cached_soft_labels"}
+    assert "sha256 differs from its name" in found["cached_soft_labels"].detail
+
+
+def test_pretrained_models_with_padded_columns_are_healthy(sums, store: LocalStore, tmp_path: Path, tiny_model) -> None:
+    teacher = pretrained(tmp_path, tiny_model(num_layers=4))
+    found = by_name(examine(sums(teacher, "student={kind: from_teacher, every_nth_block: 2}"), store))
+    assert not failed(found), found
+    assert "columns of the teacher: 17 of 24; columns of the student: 17 of 24" in found["tokenizers"].detail
+
+
+def test_half_precision_teachers_have_bounds_of_their_own(sums, store: LocalStore, tmp_path: Path, tiny_model) -> None:
+    teacher = pretrained(tmp_path, tiny_model(num_layers=4)).replace("}", ", dtype: bfloat16}")
+    found = by_name(examine(sums(teacher, "student={kind: from_teacher, every_nth_block: 2}", POLICIES["dense"]), store))
+    assert not failed(found), found
+    assert "allowed 0.02)" in found["teacher_as_student"].detail
+
+
+def test_prompts_without_gold_are_examined_too(sums, store: LocalStore, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"q": f"{a}+{b}-{a}="}) + "\n" for a in range(5) for b in range(9)))
+    suite = f"{{kind: file, path: {tmp_path / 'sums.jsonl'}, prompt: '{{q}}', gold: '{{a}}'}}"
+    recipe = sums(
+        f"prompts.sources=[{{kind: file, path: {prompts}, prompt: '{{q}}'}}]",
+        f"evaluation.suites=[{{kind: source, name: s, source: {suite}}}]",
+        "answers={num_samples: 1, temperature: 0, max_tokens: 8}",
+        "evaluation.compare=[]",
+        "gate.rules=[{kind: ceiling, metric: bytes, maximum: 1}]",
+    )
+    found = by_name(examine(recipe, store))
+    assert not failed(found), found
+    assert "prompts (none has a gold answer) of 6 to 6 tokens" in found["models"].detail
+    assert "no gold rows, so no end token to look for" in found["supervision"].detail
+
+
+# ------------------------------------------------------------------------------------------- planted traps
+
+
+def test_a_shift_by_one_is_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 1: logits are taken one position late."""
+
+    def late(rows: Any) -> Batch:
+        batch = collate(rows)
+        return replace(batch, predict_BT=batch.predict_BT.roll(1, dims=1))
+
+    monkeypatch.setattr(doctor, "collate", late)
+    found = by_name(examine(sums(), store))
+    assert failed(found) == {"supervision", "teacher_as_student", "alignment"}
+    assert "the shift is wrong" in found["supervision"].detail
+    assert "off by one position" in found["alignment"].detail
+
+
+def test_soft_labels_of_the_next_token_are_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 1 on the teacher's side: what is captured belongs one position earlier."""
+
+    def early(logits_NV: torch.Tensor, *given: Any, **named: Any) -> Any:
+        return make_targets(logits_NV.roll(-1, dims=0), *given, **named)
+
+    monkeypatch.setattr(capture, "make_targets", early)
+    assert failed(by_name(examine(sums(), store))) == {"teacher_as_student", "alignment"}
+
+
+def test_lost_answer_tokens_are_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 2: all answers are cut at the longest prompt of the batch."""
+
+    def at_longest_prompt(rows: Any) -> Batch:
+        longest = max(first for _, first in rows)
+        return collate([(ids, min(longest, len(ids) - 1)) for ids, _ in rows])
+
+    monkeypatch.setattr(doctor, "collate", at_longest_prompt)
+    found = by_name(examine(sums(), store))
+    assert "supervision" in failed(found)
+    assert "answers are cut" in found["supervision"].detail
+
+
+def test_counted_padding_is_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 3: padded positions take part in the loss."""
+
+    def counting(rows: Any) -> Batch:
+        width = max(len(ids) for ids, _ in rows)
+        batch = collate([([*ids, *[0] * (width - len(ids))], first) for ids, first in rows])
+        return replace(batch, attention_BT=collate(rows).attention_BT)
+
+    monkeypatch.setattr(doctor, "collate", counting)
+    hard = ("objective={supervision: hard}", "evaluation.compare=[baseline]")
+    found = by_name(examine(sums(*hard), store))
+    assert {"supervision", "batch_split"} <= failed(found)
+    assert "padding counts, or a mean is taken over micro-batches" in found["batch_split"].detail
+
+
+def test_a_mean_over_micro_batches_is_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 12: each micro-batch is normalised by its own tokens."""
+    real = doctor.supervised_loss
+
+    def averaged(logits_NV: torch.Tensor, *given: Any) -> Any:
+        loss, parts = real(logits_NV, *given)
+        return loss / len(logits_NV), parts
+
+    monkeypatch.setattr(doctor, "supervised_loss", averaged)
+    assert failed(by_name(examine(sums(), store))) == {"batch_split"}
+
+
+def test_an_answer_without_end_is_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 4."""
+    real = doctor.encode_gold
+    monkeypatch.setattr(doctor, "encode_gold", lambda tokenizer, answer: real(tokenizer, answer)[:-1])
+    found = by_name(examine(sums(), store))
+    assert failed(found) == {"supervision"}
+    assert "the student would not learn to stop" in found["supervision"].detail
+
+
+def test_an_uncut_vocabulary_is_found(sums, store: LocalStore, tmp_path: Path, tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 6: columns that no text can have take part."""
+    teacher = pretrained(tmp_path, tiny_model(num_layers=4))
+    recipe = sums(teacher, "student={kind: from_teacher, every_nth_block: 2}")
+    real = doctor.load_model
+    monkeypatch.setattr(doctor, "load_model", lambda *given, **named: replace(real(*given, **named), num_columns=24))
+    found = by_name(examine(recipe, store))
+    assert failed(found) == {"tokenizers"}
+    assert "cut to 24 columns, and its tokenizer has 17; cut before normalising" in found["tokenizers"].detail
+
+
+def test_a_vocabulary_cut_after_normalising_is_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 6, the other order: seven padded columns kept a share of the mass."""
+
+    def cut_late(logits_NV: torch.Tensor, *given: Any, **named: Any) -> Any:
+        padded_NV = torch.cat([logits_NV, logits_NV.new_zeros(len(logits_NV), 7)], -1)
+        found = make_targets(padded_NV, *given, **named)
+        return replace(found, common=replace(found.common, num_columns=logits_NV.shape[-1]))
+
+    monkeypatch.setattr(capture, "make_targets", cut_late)
+    assert "teacher_as_student" in failed(by_name(examine(sums(POLICIES["topk"]), store)))
+
+
+def test_ids_of_too_few_bits_are_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 7."""
+
+    def three_bits(data: bytes) -> Any:
+        found = codec.decode(data)
+        assert isinstance(found, SampledTargets)
+        return replace(found, ids_E=found.ids_E & 7)
+
+    monkeypatch.setattr(doctor, "decode", three_bits)
+    assert "teacher_as_student" in failed(by_name(examine(sums(), store)))
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_an_ignored_temperature_is_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Traps 8 and 22: labels are kept at T = 1 under the name of T = 2 (dense ones: from a teacher that ran at T = 2)."""
+
+    def at_one(logits_NV: torch.Tensor, labels_N: torch.Tensor, policy: Any, **named: Any) -> Any:
+        if kind == "dense":
+            return make_targets(logits_NV / 2.0, labels_N, policy, **named)
+        if kind == "sampled":
+            found = make_targets(logits_NV, labels_N, policy.model_copy(update={"temperature": 1.0}), **named)
+            return replace(found, temperature=2.0)
+        found = make_targets(logits_NV, labels_N, policy, **named)
+        assert isinstance(found, TopKTargets)
+        return replace(found, log_normalizer_NG=found.log_normalizer_NG[:, [0, 0]])
+
+    monkeypatch.setattr(capture, "make_targets", at_one)
+    found = by_name(examine(sums(POLICIES[kind]), store))
+    assert "teacher_as_student" in failed(found)
+    assert "the teacher as its own student is not at zero" in found["teacher_as_student"].detail
+
+
+def test_soft_labels_in_half_precision_are_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 19."""
+
+    def rounded(data: bytes) -> Any:
+        found = codec.decode(data)
+        return replace(found, logprobs_NV=found.logprobs_NV.bfloat16().float() * 1.02)
+
+    monkeypatch.setattr(doctor, "decode", rounded)
+    assert "teacher_as_student" in failed(by_name(examine(sums(POLICIES["dense"]), store)))
+
+
+def test_other_tokenizers_and_templates_are_found(sums, store: LocalStore, tmp_path: Path, tiny_model) -> None:
+    """Trap 14: another vocabulary of the same size; then the same one with another chat template."""
+    teacher = pretrained(tmp_path, tiny_model())
+    other = tiny_model(seed=1)
+    alphabet = sums().teacher.tokenizer
+    swapped = character_tokenizer(alphabet.model_copy(update={"alphabet": alphabet.alphabet[::-1]}))
+    student = pretrained(tmp_path, replace(other, tokenizer=swapped), "student-swapped")
+    found = by_name(examine(sums(teacher, student), store))
+    assert "tokenizers" in failed(found)
+    assert "tokenizers differ in vocabulary" in found["tokenizers"].detail
+    for name, template in (("teacher-chat", "{{ messages[0]['content'] }}"), ("student-chat", "{{ messages[0]['content'] }}=")):
+        tokenizer = character_tokenizer(alphabet)
+        tokenizer.chat_template = template
+        pretrained(tmp_path, replace(tiny_model(), tokenizer=tokenizer), name)
+    chats = [f"{role}={{kind: pretrained, model: {tmp_path / f'{role}-chat' / 'model'}}}" for role in ("teacher", "student")]
+    found = by_name(examine(sums(*chats, "task.template=chat"), store))
+    assert failed(found) == {"tokenizers"}
+    assert "tokenizers differ in template" in found["tokenizers"].detail
+
+
+def test_a_tokenizer_larger_than_the_model_is_found(sums, store: LocalStore, tmp_path: Path, tiny_model) -> None:
+    teacher = pretrained(tmp_path, tiny_model(num_layers=4, vocab_size=16))
+    found = by_name(examine(sums(teacher, "student={kind: from_teacher, every_nth_block: 2}"), store))
+    assert "tokenizers" in failed(found)
+    assert "ids up to 16, and its logits only 16 columns" in found["tokenizers"].detail
+
+
+def test_old_packages_are_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: {"transformers": "5.2.9", "torch": "2.13.0+cpu"}[name])
+    found = by_name(examine(sums(), store))
+    assert failed(found) == {"packages"}
+    assert found["packages"].detail.startswith("transformers 5.2.9 is below 5.3: earlier ones run code from a model's config.json")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_device_is_found_and_the_rest_is_skipped(sums, store: LocalStore) -> None:
+    found = by_name(examine(sums("run.device=cuda"), store))
+    assert failed(found) == {"device", "models"}
+    assert {found[name].status for name in ALL[3:]} == {"skipped"}
+
+
+def test_unreadable_prompts_are_found_and_the_rest_is_skipped(sums, store: LocalStore) -> None:
+    found = by_name(examine(sums("teacher.tokenizer.alphabet='012345678+-=,#'"), store))
+    assert failed(found) == {"models"}
+    assert "add its characters to teacher.tokenizer.alphabet" in found["models"].detail
+    assert {found[name].status for name in ALL[3:]} == {"skipped"}
+
+
+# ------------------------------------------------------------------------------------------- what is skipped
+
+
+def test_a_server_teacher_is_skipped_with_the_reason_and_its_student_is_examined(
+    sums, store: LocalStore, tmp_path: Path, tiny_model
+) -> None:
+    server = ("teacher={kind: server, model: m, revision: r}", "soft_labels=null", "objective={supervision: hard}")
+    rest = ("evaluation.compare=[baseline]", "gate.rules=[{kind: ceiling, metric: bytes, maximum: 1}]")
+    student = pretrained(tmp_path, tiny_model(), "student")
+    found = by_name(examine(sums(*server, *rest, student), store))
+    assert not failed(found), found
+    for name in ("teacher_as_student", "alignment", "cached_soft_labels"):
+        assert found[name] == Finding(name, "skipped", "a server teacher only speaks text: there is nothing to score here")
+    assert {found[name].status for name in ("tokenizers", "supervision", "batch_split")} == {"ok"}
+
+
+def test_a_recipe_without_soft_labels_says_so(sums, store: LocalStore) -> None:
+    found = by_name(examine(sums("soft_labels=null", "objective={supervision: hard}", "evaluation.compare=[baseline]"), store))
+    assert not failed(found)
+    assert found["alignment"] == Finding("alignment", "skipped", "the recipe keeps no soft labels")
+    assert found["batch_split"].status == "ok"
