@@ -539,7 +539,7 @@ class Gate(_Frozen):
     """The rules of promotion; all must hold."""
 
     rules: tuple[Rule, ...] = Field(min_length=1)
-    """Rules, each decided from intervals."""
+    """Rules: costs by their value, everything else by its interval."""
 
 
 # ---------------------------------------------------------------------------------------------- run

@@ -8,7 +8,7 @@ from kd_core.curate import curate_answers, gold_rows
 from kd_core.errors import TrainingError
 from kd_core.progress import Tick
 from kd_core.prompts import collect_prompts
-from kd_core.recipe import PretrainedStudent, ServerTeacher
+from kd_core.recipe import PretrainedStudent, Recipe, ServerTeacher, SourceSuite
 from kd_core.stages.job import Job
 from kd_core.stages.teaching import read_answers
 from kd_core.teacher.models import load_tokenizer
@@ -30,13 +30,19 @@ ROW_SCHEMA = pa.schema(
 
 
 def prompts_stage(job: Job) -> dict[str, Any]:
-    """Files: prompts.parquet, suite-<name>.parquet. Summary: counts."""
-    found = collect_prompts(job.recipe)
+    """Files: prompts.parquet; suite-<name>.parquet, whole, of each benchmark with a source of its own. Summary: counts."""
+    found = collect_prompts(_with_whole_benchmarks(job.recipe))
     job.write_table("prompts.parquet", found.table)
     for name, items in found.suites.items():
         job.write_table(f"suite-{name}.parquet", items)
     job.tick(Tick(found.table.num_rows, found.table.num_rows, "prompts"))
     return {"rows": found.table.num_rows, "counts": found.counts}
+
+
+def _with_whole_benchmarks(recipe: Recipe) -> Recipe:
+    """How much of a suite is measured is the evaluation's business: a changed limit must not move the prompts."""
+    whole = tuple(suite.model_copy(update={"limit": None}) for suite in recipe.evaluation.suites if isinstance(suite, SourceSuite))
+    return recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"suites": whole})})
 
 
 def curate_stage(job: Job) -> dict[str, Any]:

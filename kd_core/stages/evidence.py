@@ -16,6 +16,7 @@ from kd_core.progress import Ticker
 from kd_core.recipe import Recipe, ServerTeacher
 from kd_core.stages.graph import build_graph, champion, open_node, selected_student
 from kd_core.stages.job import Job
+from kd_core.stages.suites import suite_items
 from kd_core.stages.teaching import load_teacher
 from kd_core.store import Store
 from kd_core.teacher.models import LoadedModel, load_directory, load_tokenizer, pick_device
@@ -78,7 +79,7 @@ def measure_one(recipe: Recipe, store: Store, model: str, *, tick: Ticker) -> di
 
 
 def _suites(job: Job) -> dict[str, pa.Table]:
-    return {suite.name: job.read_table("prompts", f"suite-{suite.name}.parquet") for suite in job.recipe.evaluation.suites}
+    return suite_items(job.recipe, lambda name: job.read_table("prompts", name))
 
 
 def _scorer(job: Job) -> LoadedModel | None:

@@ -16,7 +16,7 @@ from kd_core.errors import ArtifactError
 from kd_core.fingerprint import fingerprint
 from kd_core.ledger import Entry, champion_before, current
 from kd_core.prompts.sources import source_identity
-from kd_core.recipe import Arm, PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, SourceSuite, Suite, TrainedTeacher
+from kd_core.recipe import Arm, PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, SourceSuite, TrainedTeacher
 from kd_core.store import Store
 from kd_core.teacher.reference import reference_identity
 
@@ -60,17 +60,17 @@ def build_graph(recipe: Recipe, store: Store) -> dict[str, Node]:
     The store is read for one thing only: who the champion is, which the gate compares with.
     """
     build = _Builder()
-    suites = _suites_identity(recipe)
+    benchmarks = _benchmarks_identity(recipe)
     task = recipe.task.model_dump(mode="json")
     prompts = {
         "sources": [source_identity(s, s3=recipe.run.s3, where=f"prompts.sources.{i}") for i, s in enumerate(recipe.prompts.sources)],
         "split": recipe.prompts.split.model_dump(mode="json"),
         "max_characters": recipe.prompts.max_characters,
-        "suites": suites,
+        "benchmarks": benchmarks,
         "answer_marker": task["answer_marker"],
     }
     build.add("prompts", "prompts", prompts, {})
-    build.add("teacher", "teacher", _teacher_identity(recipe, suites), {})
+    build.add("teacher", "teacher", _teacher_identity(recipe, benchmarks), {})
     above = {"prompts": "prompts", "teacher": "teacher"}
     if recipe.answers is not None:
         sampling = {
@@ -88,6 +88,7 @@ def build_graph(recipe: Recipe, store: Store) -> dict[str, Node]:
         for seed in recipe.seeds:
             _add_training(build, recipe, arm, seed)
     evaluation = recipe.evaluation.model_dump(mode="json", include={"generate"})
+    evaluation["suites"] = [suite.model_dump(mode="json", exclude={"source"}) for suite in recipe.evaluation.suites]
     for model in _evaluated(recipe):
         identity = {"evaluation": evaluation, "task": task}
         roles = {"model": "teacher"} if model == "teacher" else {f"model.{seed}": f"{model}.{seed}" for seed in recipe.seeds}
@@ -135,17 +136,16 @@ def _evaluated(recipe: Recipe) -> tuple[str, ...]:
     return (*(("teacher",) if "teacher" in recipe.evaluation.compare else ()), *recipe.arms())
 
 
-def _suites_identity(recipe: Recipe) -> list[dict[str, Any]]:
-    def one(i: int, suite: Suite) -> dict[str, Any]:
-        plain: dict[str, Any] = suite.model_dump(mode="json", exclude={"source"})
-        if isinstance(suite, SourceSuite):
-            plain["source"] = source_identity(suite.source, s3=recipe.run.s3, where=f"evaluation.suites.{i}.source")
-        return plain
+def _benchmarks_identity(recipe: Recipe) -> list[dict[str, Any]]:
+    """Suites with a source of their own: prompts that overlap with them are removed, whatever their limit."""
+    return [
+        {"name": suite.name, "source": source_identity(suite.source, s3=recipe.run.s3, where=f"evaluation.suites.{i}.source")}
+        for i, suite in enumerate(recipe.evaluation.suites)
+        if isinstance(suite, SourceSuite)
+    ]
 
-    return [one(i, suite) for i, suite in enumerate(recipe.evaluation.suites)]
 
-
-def _teacher_identity(recipe: Recipe, suites: list[dict[str, Any]]) -> dict[str, Any]:
+def _teacher_identity(recipe: Recipe, benchmarks: list[dict[str, Any]]) -> dict[str, Any]:
     teacher = recipe.teacher
     if isinstance(teacher, PretrainedTeacher):
         return {"kind": teacher.kind, "reference": reference_identity(teacher), "trust_remote_code": teacher.trust_remote_code}
@@ -153,9 +153,8 @@ def _teacher_identity(recipe: Recipe, suites: list[dict[str, Any]]) -> dict[str,
         own = teacher.model_dump(mode="json", exclude={"sources"})
         sources = [source_identity(s, s3=recipe.run.s3, where=f"teacher.sources.{i}") for i, s in enumerate(teacher.sources)]
         kept = recipe.prompts.model_dump(mode="json", include={"split", "max_characters"})
-        removed = [suite["source"] for suite in suites if suite["kind"] == "source"]
         task = recipe.task.model_dump(mode="json", exclude={"verifier"})
-        return {**own, "sources": sources, **kept, "suites": removed, "task": task, "seed": recipe.seeds[0]}
+        return {**own, "sources": sources, **kept, "benchmarks": benchmarks, "task": task, "seed": recipe.seeds[0]}
     return teacher.model_dump(mode="json", exclude={"price_per_million_tokens"})
 
 

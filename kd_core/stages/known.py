@@ -33,6 +33,7 @@ from kd_core.recipe import (
 from kd_core.row_keys import answer_namespace, answer_rows, soft_label_key, soft_label_namespace
 from kd_core.shards import RowCache, Snapshot
 from kd_core.stages.graph import Node, champion
+from kd_core.stages.suites import suite_items
 from kd_core.store import Store
 from kd_core.teacher.sizes import Size, llama_size, stored_size
 
@@ -108,8 +109,10 @@ class Known:
         record, suites = self.records["prompts"], self.recipe.evaluation.suites
         sources = [*self.recipe.prompts.sources, *(suite.source for suite in suites if isinstance(suite, SourceSuite))]
         if record is not None:
+            done = record
+            suite_tables = suite_items(self.recipe, lambda name: pq.read_table(BytesIO(read_bytes(self.store, done, name))))
             table = pq.read_table(BytesIO(read_bytes(self.store, record, "prompts.parquet")))
-            items = sum(count for name, count in record.summary["counts"].items() if name.startswith("suite."))
+            items = sum(suite.num_rows for suite in suite_tables.values())
         elif any(isinstance(source, DatasetSource) for source in sources):
             return self._guessed_prompts()
         else:

@@ -15,6 +15,7 @@ from kd_core.recipe import ARMS, Recipe
 from kd_core.recipe_io import dump_recipe
 from kd_core.stages.evidence import efficiency, model_scores
 from kd_core.stages.job import Job
+from kd_core.stages.suites import suite_items
 
 __all__ = ["report_stage"]
 
@@ -128,7 +129,7 @@ def _curves(job: Job) -> list[Curve]:
 
 
 def _samples(job: Job, scores: dict[str, pa.Table], suite: str) -> tuple[Sample, ...]:
-    items = job.read_table("prompts", f"suite-{suite}.parquet").slice(0, _NUM_SAMPLES).to_pylist()
+    items = suite_items(job.recipe, lambda name: job.read_table("prompts", name))[suite].slice(0, _NUM_SAMPLES).to_pylist()
     texts = {
         name: {row["item_id"]: row["text"] for row in reversed(table.to_pylist()) if row["suite"] == suite}
         for name, table in scores.items()

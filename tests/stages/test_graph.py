@@ -56,7 +56,7 @@ COMMON = {
     "objective": STUDENT,
     "objective.supervision": {"soft_labels"} | STUDENT,
     "training": LEARNT,
-    "evaluation.suites": FROM_PROMPTS,
+    "evaluation.suites": EVALUATED,
     "evaluation.generate": EVALUATED,
     "evaluation.confidence": VERDICT,
     "gate": VERDICT,
@@ -69,9 +69,8 @@ TABLES = {
         "task.answer_marker": ALL,
         "prompts.split": ALL,  # and not on what is held out
         "prompts.max_characters": ALL,
-        "evaluation.suites.1.source": ALL,
-        "evaluation.suites.2.source": ALL,
-        "evaluation.suites.3.source": ALL,
+        **{f"evaluation.suites.{i}.name": ALL for i in (1, 2, 3)},  # a benchmark is kept apart from all training
+        **{f"evaluation.suites.{i}.source": ALL for i in (1, 2, 3)},
         "evaluation.compare": {"ablation_hard", "evaluate.ablation_hard"} | VERDICT,  # the last one is dropped
     },
     "pretrained": {
