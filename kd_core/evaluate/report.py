@@ -55,7 +55,7 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage: its fingerprint, whether it was computed or reused, and the seconds its computation took."""
+    """One stage: its fingerprint, how it stands (done, in a finished run), and the seconds its computation took."""
 
     name: str
     fingerprint: str

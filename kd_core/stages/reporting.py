@@ -101,7 +101,7 @@ def _stage_rows(job: Job) -> list[StageRow]:
     for name in job.inputs:
         groups.setdefault(name.partition(".")[0], []).append(name)
     return [
-        StageRow(group, job.inputs[names[0]].fingerprint, "computed", sum(float(job.summary(name)["seconds"]) for name in names))
+        StageRow(group, job.inputs[names[0]].fingerprint, "done", sum(float(job.summary(name)["seconds"]) for name in names))
         for group, names in groups.items()
     ]
 

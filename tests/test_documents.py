@@ -1,0 +1,57 @@
+"""Documents say what is true: paths exist, commands exist, recipes load, numbers in a recipe's header are its own."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kd_core.recipe_io import load_recipe
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(DOCUMENTS) >= 4
+    assert len(RECIPES) >= 3
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_paths_in_documents_exist(document: Path) -> None:
+    """Every `path/with/slash.ext` in back quotes is a file here."""
+    found = re.findall(r"`((?:kd_core|tasks|flows|infra|recipes|tests|benchmarks|docs)/[\w./-]*\w)/?`", document.read_text())
+    missing = [path for path in found if not (ROOT / path).exists()]
+    assert not missing, f"{document.name} names {missing}"
+
+
+def test_readme_tour_has_six_files() -> None:
+    readme = (ROOT / "README.md").read_text()
+    tour = readme[readme.index("## A tour") :]
+    assert len(re.findall(r"^\d\. `[\w./]+\.\w+`", tour, re.M)) == 6
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_make_targets_in_documents_exist(document: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"\bmake ([a-z]+)\b(?! sure| it| a | the )", "\n".join(re.findall(r"`[^`]*`|^    .*$", document.read_text(), re.M))))
+    assert named <= targets
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_recipes_are_valid_and_say_how_to_run_them(recipe: Path) -> None:
+    assert load_recipe(recipe).name == recipe.stem
+    header = "".join(line for line in recipe.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert f"recipes/{recipe.name}" in header, "the header has the command"
+
+
+def test_no_address_of_a_machine_is_committed() -> None:
+    """Neither paths of somebody's machine nor download addresses of a package index."""
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    assert len(names) > 100
+    index = re.compile(r"(py" + r"pi|npm" + r"js)\.(org|com)|python" + r"hosted|(^|[\s\"'=(])/(wo" + r"rk|home|Users)/")
+    for name in filter(None, names):
+        if (ROOT / name).suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".jinja", ""} and (ROOT / name).is_file():
+            match = index.search((ROOT / name).read_text(errors="ignore"))
+            assert match is None, f"{name} holds {match.group(0)!r}"
