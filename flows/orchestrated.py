@@ -27,7 +27,8 @@ def run_with_prefect(recipe: Recipe, listener: Listener) -> dict[str, Artifact]:
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("PREFECT_HOME", str(Path(".kd/prefect").absolute()))
+    home = os.environ.setdefault("PREFECT_HOME", str(Path(".kd/prefect").absolute()))
+    Path(home).mkdir(parents=True, exist_ok=True)  # Prefect makes only the last folder, and warns
     from flows.distill import distill
 
     with listening(listener):
