@@ -34,7 +34,7 @@ def recipe(sources: list[dict[str, Any]], suites: list[dict[str, Any]], **prompt
             "objective": {"supervision": "hard"},
             "training": {"steps": 2, "batch_rows": 1, "learning_rate": 0.1},
             "evaluation": {"suites": suites, "generate": None, "compare": []},
-            "gate": {"rules": [{"kind": "floor", "metric": "nll", "minimum": 0.0}]},
+            "gate": {"rules": [{"kind": "ceiling", "metric": "bytes", "maximum": 1.0}]},
             "publish": "test",
         }
     )

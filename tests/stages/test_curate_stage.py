@@ -75,18 +75,20 @@ def curate(tmp_path: Path):
 def test_sampled_ids_are_taken_as_they_are(curate) -> None:
     """Trap 14: the ids below are no tokenisation of the text, and they are what the student gets."""
     rows = curate(
-        recipe("curate.gold_rows=0", "evaluation.compare=[teacher]", "gate.rules=[{kind: ceiling, metric: parameters, maximum: 1000000}]"),
+        recipe(*NO_GOLD),
         [answer("b", "2+2=4#4", "stop", [9, 9, EOS], [4, 12, 4, 14])],
     )
     assert rows == [("b", "teacher", [4, 12, 4, 14, 9, 9, EOS], 4)]
 
 
+RULES = "gate.rules=[{kind: ceiling, metric: parameters, maximum: 1000000}]"
+NO_GOLD = ("curate.gold_rows=0", "evaluation.compare=[teacher]", RULES)
 SERVER = (
     "teacher={kind: server, model: m, revision: r}",
     "soft_labels=null",
     "objective={supervision: hard}",
     "evaluation.compare=[]",
-    "gate.rules=[{kind: ceiling, metric: parameters, maximum: 1000000}]",
+    RULES,
     "curate={keep_truncated: true, verify: false}",
 )
 
@@ -103,6 +105,6 @@ def test_text_answers_end_only_where_they_ended(curate, tmp_path: Path, reason: 
 
 
 def test_nothing_to_learn_from_ends_with_the_counts(curate) -> None:
-    no_gold = recipe("curate.gold_rows=0", "evaluation.compare=[teacher]", "gate.rules=[{kind: ceiling, metric: parameters, maximum: 1000000}]")
+    no_gold = recipe(*NO_GOLD)
     with pytest.raises(TrainingError, match=r"curate: no row is left to learn from: \{.*'wrong': 1"):
         curate(no_gold, [answer("b", "2+2=5#5", "stop", [9, EOS], [4, 12, 4, 14])])
