@@ -5,6 +5,7 @@ and a run in which everything is done start fast.
 """
 
 import json
+import logging
 import os
 import shlex
 import signal
@@ -45,6 +46,7 @@ _INTERRUPTED = 130
 def main() -> None:
     """Entry point: errors become one line and an exit code, never a traceback."""
     _settle_environment()
+    logging.getLogger("kd_core").addHandler(logging.NullHandler())  # a try that failed shows only in the error that ends them all
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(standalone_mode=False)
@@ -193,9 +195,8 @@ def doctor(recipe_file: RecipeFile, overrides: Overrides = [], as_json: AsJson =
     """Check a recipe and its models for the known ways in which distillation goes silently wrong."""
     from dataclasses import asdict
 
-    from kd_core.doctor import examine
-
     from flows.console import display
+    from kd_core.doctor import examine
 
     recipe, store = _open(recipe_file, overrides)
     with display(quiet=as_json) as shown:

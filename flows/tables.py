@@ -10,9 +10,8 @@ from rich.table import Table
 from flows.console import human_bytes, human_seconds
 
 if TYPE_CHECKING:
-    from kd_core.doctor import Finding
-
     from infra.stack import StackInfo
+    from kd_core.doctor import Finding
     from kd_core.plan import Plan
 
 __all__ = ["doctor_table", "plan_table", "show", "stack_json", "stack_text", "status_table"]
