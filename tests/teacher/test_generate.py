@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from kd_core.fingerprint import fingerprint
 from kd_core.recipe import Answers
@@ -38,6 +39,17 @@ def by_hand(loaded: LoadedModel, prompt: list[int], max_tokens: int) -> list[int
 def test_greedy_is_argmax_with_left_padding_and_shrinking_batches(tiny_model, device: torch.device) -> None:
     loaded = tiny_model(seed=3)
     loaded.model.to(device)
+    found = generate(loaded, PROMPTS, keys=KEYS, answers=GREEDY)
+    assert [answer.ids for answer in found] == [by_hand(loaded, prompt, GREEDY.max_tokens) for prompt in PROMPTS]
+
+
+def test_left_padding_does_not_move_positions(tiny_model) -> None:
+    """With learnt absolute positions: rotary ones would forgive an offset."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=24, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.5, bos_token_id=1, eos_token_id=1
+    )
+    loaded = LoadedModel(GPT2LMHeadModel(config).eval().requires_grad_(False), tiny_model().tokenizer, 17)
     found = generate(loaded, PROMPTS, keys=KEYS, answers=GREEDY)
     assert [answer.ids for answer in found] == [by_hand(loaded, prompt, GREEDY.max_tokens) for prompt in PROMPTS]
 
