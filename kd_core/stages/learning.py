@@ -57,6 +57,7 @@ def train_stage(job: Job) -> dict[str, Any]:
         "arm": arm,
         "seed": seed,
         "rows": table.num_rows,
+        "rows_too_long": result.rows_too_long,
         "steps": recipe.training.steps,
         "parameters": student.num_parameters,
         "bytes": student.num_bytes,

@@ -111,7 +111,13 @@ def _train_teacher(job: Job, teacher: TrainedTeacher) -> dict[str, Any]:
     save_model(loaded, job.directory)
     (job.directory / "metrics.json").write_text(json.dumps(result.metrics))
     weights = {"training": job.node.fingerprint, "content": _weights_digest(model)}
-    learnt = {"rows": len(rows), "counts": counts, "supervised_tokens": result.supervised_tokens, "resumed_from": result.resumed_from}
+    learnt = {
+        "rows": len(rows),
+        "rows_too_long": result.rows_too_long,
+        "counts": counts,
+        "supervised_tokens": result.supervised_tokens,
+        "resumed_from": result.resumed_from,
+    }
     return {**_describe(loaded, weights), **learnt, "training_seconds": result.seconds}
 
 

@@ -25,6 +25,7 @@ from kd_core.losses.objective import StepWeights, step_weights, supervised_loss
 from kd_core.progress import Tick, Ticker
 from kd_core.recipe import Objective, Run, Training
 from kd_core.softlabels.targets import Targets, concatenate, move
+from kd_core.teacher.models import pick_device
 from kd_core.tokens import Batch, collate
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.data import TokenRow, TrainingData, step_rows, token_batches
@@ -47,6 +48,7 @@ class TrainingResult:
         supervised_tokens: trained on, over all steps.
         seconds: of this process, after a resume only those since.
         resumed_from: step of the checkpoint this run started from; 0 for none.
+        rows_too_long: rows left out because they have more than training.max_tokens tokens.
     """
 
     metrics: list[dict[str, float]]
@@ -54,6 +56,7 @@ class TrainingResult:
     supervised_tokens: int
     seconds: float
     resumed_from: int
+    rows_too_long: int
 
 
 def train(
@@ -91,7 +94,7 @@ def train(
         raise TrainingError(
             f"no rows to train on: {len(data.rows)} rows, none within training.max_tokens = {training.max_tokens}; check the curate counts"
         )
-    accelerator = Accelerator(cpu=run.device == "cpu")
+    accelerator = Accelerator(cpu=pick_device(run.device).type == "cpu")
     device = accelerator.device
     if training.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise TrainingError("training.dtype: bfloat16, and this device has no bfloat16; use float32")
@@ -149,7 +152,7 @@ def train(
     nll = validation_nll(model, data.validation, num_columns=num_columns, micro_batch_tokens=run.micro_batch_tokens, device=device)
     if nll is not None:
         metrics[-1]["validation_nll"] = nll
-    return TrainingResult(metrics, nll, tokens, time.perf_counter() - began, start)
+    return TrainingResult(metrics, nll, tokens, time.perf_counter() - began, start, len(data.rows) - len(rows))
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
