@@ -177,6 +177,7 @@ def report(
 ) -> None:
     """Show the report of a finished run, and write it to files."""
     from flows.results import report_files
+    from flows.tables import show_markdown
 
     recipe, store = _open(recipe_file, overrides)
     files = report_files(recipe, store, recipe_file)
@@ -186,7 +187,7 @@ def report(
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    print(files["report.md"].decode())
+    show_markdown(files["report.md"].decode())
     print(f"Written: {folder / 'report.html'} (open it in a browser), {folder / 'report.md'}, {folder / 'report.json'}")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.table import Table
 
 from flows.console import human_bytes, human_seconds
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from kd_core.doctor import Finding
     from kd_core.plan import Plan
 
-__all__ = ["doctor_table", "plan_table", "show", "stack_json", "stack_text", "status_table"]
+__all__ = ["doctor_table", "plan_table", "show", "show_markdown", "stack_json", "stack_text", "status_table"]
 
 _MARKS = {
     "hit": "[green]hit[/]",
@@ -30,6 +31,14 @@ def show(table: Table) -> None:
     """Print a table to standard output; wide enough not to fold when it is no terminal."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
+
+
+def show_markdown(text: str) -> None:
+    """Print Markdown to standard output: set on a terminal, as it is elsewhere."""
+    if sys.stdout.isatty():
+        Console().print(Markdown(text))
+    else:
+        print(text)
 
 
 def _number(value: int | None) -> str:
