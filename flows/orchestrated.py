@@ -14,6 +14,8 @@ __all__ = ["run_with_prefect"]
 
 _SETTINGS = {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",  # the display shows progress, and errors come back as exceptions
+    "PREFECT_LOGGING_ROOT_LEVEL": "CRITICAL",  # the recorder of events complains there when a flow ends at once
+    "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",  # the default of 20 s is too short on a busy machine
 }
