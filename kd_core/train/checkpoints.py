@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kd_core.errors import IntegrityError
+from kd_core.errors import IntegrityError, StoreError
 from kd_core.failpoints import reach
 from kd_core.fingerprint import sha256_file
 from kd_core.store import Store
@@ -57,19 +57,27 @@ class Checkpoints:
         Raises:
             IntegrityError: its bytes are not the recorded ones.
         """
-        steps = self.steps()
-        if not steps:
-            return None
-        record = json.loads(self.store.get(f"{self._prefix(steps[-1])}/record.json"))
-        key = f"{self._prefix(steps[-1])}/{record['sha256']}.pt"
+        for step in reversed(self.steps()):
+            try:
+                return step, self._load(step, device)
+            except StoreError:
+                if step in self.steps():
+                    raise
+                # else another worker of the same run has gone on, or finished, and removed it meanwhile
+        return None
+
+    def _load(self, step: int, device: torch.device) -> dict[str, Any]:
+        record = json.loads(self.store.get(f"{self._prefix(step)}/record.json"))
+        key = f"{self._prefix(step)}/{record['sha256']}.pt"
         with tempfile.TemporaryDirectory(prefix="kd-") as name:
             path = Path(name) / "state.pt"
             self.store.download(key, path)
             if sha256_file(path) != record["sha256"]:
                 raise IntegrityError(
-                    f"{self.store.uri}/{key}: sha256 differs from its record; delete {self._prefix(steps[-1])} to resume from an older one"
+                    f"{self.store.uri}/{key}: sha256 differs from its record; delete {self._prefix(step)} to resume from an older one"
                 )
-            return steps[-1], torch.load(path, map_location=device, weights_only=True)
+            state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+            return state
 
     def clear(self) -> None:
         """Remove all checkpoints of this run."""

@@ -76,3 +76,21 @@ def test_what_is_not_tensors_and_plain_values_is_not_unpickled(tmp_path: Path) -
     checkpoints.save(1, {"model": Path("x")})
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
         checkpoints.load_newest(CPU)
+
+
+@pytest.mark.parametrize("left", [[], [5]])
+def test_a_checkpoint_that_another_worker_removes_meanwhile_is_passed_over(tmp_path: Path, left: list[int]) -> None:
+    """Two workers of one run: the first ends, and clears up, between the second's listing and its reading."""
+    theirs = Checkpoints(LocalStore(tmp_path), "f" * 32)
+
+    class SlowStore(LocalStore):
+        def get(self, key: str) -> bytes:
+            theirs.clear()
+            for step in left:
+                theirs.save(step, state(step))
+            return super().get(key)
+
+    for step in (5, 10):
+        theirs.save(step, state(step))
+    found = Checkpoints(SlowStore(tmp_path), "f" * 32).load_newest(CPU)
+    assert ([] if found is None else [found[0]]) == left
