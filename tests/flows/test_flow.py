@@ -12,6 +12,8 @@ import pytest
 from kd_core.errors import ArtifactError, IntegrityError, RecipeError, SourceError, StoreError, TeacherError
 from kd_core.recipe_io import load_recipe
 
+pytestmark = pytest.mark.slow  # a Prefect server takes 17-21 s to start
+
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[None]:
@@ -127,7 +129,6 @@ def test_evaluate_model_without_a_champion_says_so(flows, finished):
 # ------------------------------------------------------------------------------------------- kd run, with its own server
 
 
-@pytest.mark.slow
 def test_kd_run_starts_a_server_for_itself_and_leaves_nothing_behind(copy, finished, kd_process):
     def children(process: psutil.Process) -> set[psutil.Process]:
         try:
@@ -149,3 +150,11 @@ def test_kd_run_starts_a_server_for_itself_and_leaves_nothing_behind(copy, finis
     assert seen, "the temporary server is a process of its own"
     _, alive = psutil.wait_procs(seen, timeout=10)
     assert alive == []
+
+
+def test_kd_run_of_a_recipe_that_fails_ends_in_one_line(small_recipe, kd_process):
+    process = kd_process("run", small_recipe, "--set", "prompts.sources=[{kind: file, path: nowhere.jsonl, prompt: '{q}'}]")
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out) == (1, "")
+    [line] = err.splitlines()
+    assert line.startswith("kd: prompts.sources.0.path: no file at 'nowhere.jsonl'")
