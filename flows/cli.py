@@ -143,8 +143,10 @@ def run(
             done = run_local(recipe, store, shown)
         else:
             from flows.orchestrated import run_with_prefect
+            from kd_core.recipe_io import load_recipe
 
-            done = run_with_prefect(recipe, shown)
+            # as it is written: a resolved registry address may hold a password, and Prefect keeps parameters
+            done = run_with_prefect(load_recipe(recipe_file, overrides), shown)
     from flows.results import outcome, outcome_text
 
     if as_json:

@@ -93,7 +93,7 @@ WRONG = [
     # combinations within one part
     ("student.architecture.num_heads=3", "student.architecture: hidden_size 64 / num_heads 3 must be an even whole number"),
     ("student.architecture.num_kv_heads=4", "student.architecture: num_kv_heads 4 must divide num_heads 2"),
-    ("training.warmup_steps=600", "training: warmup_steps 600 must be below steps 600"),
+    ("training.warmup_steps=500", "training: warmup_steps 500 must be below steps 500"),
     ("prompts.split={validation: 0.5, test: 0.5}", "prompts.split: validation + test is 1; it must be below 1 to leave training prompts"),
     ("teacher.tokenizer.alphabet=aa", "teacher.tokenizer: alphabet names a character twice; each may stand once"),
     ("answers={num_samples: 2, temperature: 0, max_tokens: 3}", "answers: temperature 0 gives the same answer every time; set num_samples"),
