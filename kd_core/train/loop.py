@@ -34,7 +34,6 @@ from kd_core.train.schedules import learning_rate
 __all__ = ["TrainingResult", "train", "validation_nll"]
 
 _LOG_EVERY = 10
-_MAX_SKIPPED = 10
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def train(
         tick: progress.
 
     Raises:
-        TrainingError: no rows, or the loss stopped being finite.
+        TrainingError: no rows, or gradients that are not finite.
         SoftLabelError: missing or invalid soft labels.
     """
     rows = [row for row in data.rows if len(row.ids) <= training.max_tokens]
@@ -106,7 +105,7 @@ def train(
         accelerator.unwrap_model(model).load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         metrics, tokens = json.loads(state["metrics"]), state["tokens"]
-    began, skipped = time.perf_counter(), 0
+    began = time.perf_counter()
     autocast = torch.autocast(device.type, torch.bfloat16) if training.dtype == "bfloat16" else contextlib.nullcontext()
     model.train()
     tick(Tick(start, training.steps, "steps"))
@@ -127,23 +126,17 @@ def train(
             for name, value in {"loss": loss.detach(), **parts}.items():
                 sums[name] = sums.get(name, torch.zeros((), device=device)) + value
         norm = accelerator.clip_grad_norm_(model.parameters(), training.clip_norm if training.clip_norm is not None else math.inf)
-        if torch.isfinite(norm):
-            optimiser.step()
-        else:
-            skipped += 1
-            if skipped > _MAX_SKIPPED:
-                raise TrainingError(
-                    f"step {step}: gradients were not finite in {skipped} steps; lower training.learning_rate or use dtype: float32"
-                )
+        if not torch.isfinite(norm):
+            raise TrainingError(f"step {step + 1}: gradients are not finite; lower training.learning_rate or use training.dtype: float32")
+        optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         tokens += step_tokens
         last = step + 1 == training.steps
         if step % _LOG_EVERY == 0 or last:
             means = {name: float(value) / step_tokens for name, value in _over_ranks(accelerator, sums).items()}
             acting = {"hard_weight": weights.hard, "soft_weight": weights.soft, "temperature": weights.temperature}
-            metrics.append(
-                {"step": step + 1, **means, "gradient_norm": float(norm), "learning_rate": learning_rate(training, step), **acting}
-            )
+            acting |= {"gradient_norm": float(norm), "learning_rate": learning_rate(training, step)}
+            metrics.append({"step": step + 1, **means, **acting})
             tick(Tick(step + 1, training.steps, "steps", f"loss {means['loss']:.4f}"))
         if (step + 1) % run.checkpoint_every_steps == 0 and not last and accelerator.is_main_process:
             state = {"model": accelerator.unwrap_model(model).state_dict(), "optimiser": optimiser.state_dict()}
