@@ -53,15 +53,16 @@ def _forward_kl_topk(log_q_NV: Tensor, targets: TopKTargets, temperature: float)
         raise SoftLabelError(
             f"temperature {temperature:g} is not on the grid of these top-k soft labels: {targets.temperatures}; score again with it"
         )
-    log_norm_N1 = targets.log_normalizer_NG[:, targets.temperatures.index(temperature), None]
-    log_p_NK = targets.logprobs_NK / temperature - log_norm_N1
+    log_tail_p_N = targets.log_tail_NG[:, targets.temperatures.index(temperature)]
+    log_kept_N1 = torch.log(-torch.expm1(log_tail_p_N))[:, None]
+    log_p_NK = torch.log_softmax(targets.logprobs_NK / temperature, -1) + log_kept_N1
     log_q_NK = log_q_NV.gather(-1, targets.ids_NK)
     kept_N = (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(-1)
     if targets.ids_NK.shape[-1] == log_q_NV.shape[-1]:
         return kept_N
-    tail_p_N = (1.0 - log_p_NK.exp().sum(-1)).clamp(min=0.0)
     rest_NV = log_q_NV.scatter(-1, targets.ids_NK, -torch.inf)
     log_tail_q_N = torch.logsumexp(rest_NV, -1)
+    tail_p_N = log_tail_p_N.exp()
     return kept_N + torch.xlogy(tail_p_N, tail_p_N) - tail_p_N * log_tail_q_N
 
 

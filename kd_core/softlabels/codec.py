@@ -87,9 +87,10 @@ def decode(data: bytes) -> Targets:
     elif kind == _TOPK:
         temperatures = tuple(float(t) for t in reader.take("<f8", b))
         ids = reader.take("<u4", num * a).reshape(num, a)
-        targets = TopKTargets(
-            common, temperatures, ids, reader.take("<f4", num * a).reshape(num, a), reader.take("<f4", num * b).reshape(num, b)
-        )
+        logprobs_NK, norm_NG = reader.take("<f4", num * a).reshape(num, a), reader.take("<f4", num * b).reshape(num, b)
+        kept_NG = torch.stack([(logprobs_NK / t).exp().sum(-1) for t in temperatures], -1) * (-norm_NG).exp()
+        tail_NG = torch.log1p(-kept_NG.clamp(max=1.0)) if a < columns else torch.full_like(kept_NG, -torch.inf)
+        targets = TopKTargets(common, temperatures, ids, logprobs_NK, norm_NG, tail_NG)
     else:
         ids = torch.zeros(0, dtype=torch.int64)
         targets = DenseTargets(common, reader.take("<f4", num * columns).reshape(num, columns))

@@ -70,6 +70,8 @@ class TopKTargets:
         ids_NK: int64, by falling probability.
         logprobs_NK: log-probabilities at T = 1, float32.
         log_normalizer_NG: logsumexp over all V of logprobs / T_g, float32: p_T(i) = exp(logprob_i / T - log_normalizer).
+        log_tail_NG: log of the probability outside the k ids at T_g, float32; -inf where k = V. Stored log-probabilities are
+            quantised, the tail is exact: kept ids share 1 - tail in proportion to exp(logprob / T).
     """
 
     common: Common
@@ -77,6 +79,7 @@ class TopKTargets:
     ids_NK: Tensor
     logprobs_NK: Tensor
     log_normalizer_NG: Tensor
+    log_tail_NG: Tensor
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,10 @@ def make_targets(logits_NV: Tensor, labels_N: Tensor, policy: SoftLabels, *, uni
             if policy.k > num_columns:
                 raise SoftLabelError(f"soft_labels.k is {policy.k}, and the vocabulary has {num_columns} tokens; use k <= {num_columns}")
             top = logprobs_NV.topk(policy.k, -1)
-            grid = [torch.logsumexp(logprobs_NV / t, -1) for t in policy.temperatures]
-            return TopKTargets(common, policy.temperatures, top.indices, top.values, torch.stack(grid, -1))
+            rest_NV = logprobs_NV.scatter(-1, top.indices, -torch.inf)
+            norm_NG = torch.stack([torch.logsumexp(logprobs_NV / t, -1) for t in policy.temperatures], -1)
+            tail_NG = torch.stack([torch.logsumexp(rest_NV / t, -1) for t in policy.temperatures], -1) - norm_NG
+            return TopKTargets(common, policy.temperatures, top.indices, top.values, norm_NG, tail_NG)
         case Sampled():
             return _sampled(logprobs_NV, common, policy, uniform_N)
 
@@ -177,6 +182,7 @@ def concatenate(parts: list[Targets]) -> Targets:
             torch.cat([part.ids_NK for part in topk]),
             torch.cat([part.logprobs_NK for part in topk]),
             torch.cat([part.log_normalizer_NG for part in topk]),
+            torch.cat([part.log_tail_NG for part in topk]),
         )
     sampled = [part for part in parts if isinstance(part, SampledTargets)]
     lengths = torch.cat([part.offsets_N1.diff() for part in sampled])
