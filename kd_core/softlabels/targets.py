@@ -10,6 +10,8 @@ is ever renormalised over what was kept.
 """
 
 import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -19,7 +21,18 @@ from torch import Tensor
 from kd_core.errors import SoftLabelError
 from kd_core.recipe import Dense, Sampled, SoftLabels, TopK
 
-__all__ = ["Common", "DenseTargets", "SampledTargets", "Targets", "TopKTargets", "concatenate", "make_targets", "move", "position_uniforms"]
+__all__ = [
+    "Common",
+    "DenseTargets",
+    "SampledTargets",
+    "Targets",
+    "TopKTargets",
+    "concatenate",
+    "make_targets",
+    "move",
+    "position_uniforms",
+    "reduce_logits",
+]
 
 
 @dataclass(frozen=True)
@@ -106,51 +119,177 @@ def make_targets(logits_NV: Tensor, labels_N: Tensor, policy: SoftLabels, *, uni
     Raises:
         SoftLabelError: a logit is NaN or infinite, or k is larger than the vocabulary.
     """
-    if not bool(torch.isfinite(logits_NV).all()):
-        bad = int((~torch.isfinite(logits_NV)).any(-1).sum())
+    targets, finite_N = reduce_logits(logits_NV, labels_N, policy, uniform_N=uniform_N)
+    if not bool(finite_N.all()):
+        bad = int((~finite_N).sum())
         raise SoftLabelError(
             f"the teacher gave NaN or infinite logits at {bad} of {len(logits_NV)} positions; nothing was stored for these rows"
         )
-    logprobs_NV = torch.log_softmax(logits_NV.float(), -1)
-    num_columns = logprobs_NV.shape[-1]
-    entropy_N = _entropy(logprobs_NV)
-    common = Common(logprobs_NV.gather(-1, labels_N[:, None])[:, 0], entropy_N, num_columns)
+    return targets
+
+
+def reduce_logits(logits_NV: Tensor, labels_N: Tensor, policy: SoftLabels, *, uniform_N: Tensor) -> tuple[Targets, Tensor]:
+    """``make_targets`` where some positions may be broken: there the targets mean nothing.
+
+    Works through a few positions at a time, as many as stay in a CPU core's cache: every pass over them is then
+    three to five times faster than over the whole tile.
+
+    Returns:
+        The targets, and a bool a position: True where all logits are finite.
+
+    Raises:
+        SoftLabelError: k is larger than the vocabulary.
+    """
+    num, num_columns = logits_NV.shape
+    if isinstance(policy, TopK) and policy.k > num_columns:
+        raise SoftLabelError(f"soft_labels.k is {policy.k}, and the vocabulary has {num_columns} tokens; use k <= {num_columns}")
+    width = -(-num_columns // _BLOCK) * _BLOCK
+    step = max(1, _CACHE_BYTES // (4 * width)) if logits_NV.device.type == "cpu" else max(1, num)
+    room = torch.zeros(3, min(step, num), width, dtype=torch.float32, device=logits_NV.device)
+    parts, finite = [], []
+    for start in range(0, max(1, num), step):
+        chunk = slice(start, start + step)
+        tile = _Tile.of(logits_NV[chunk], room)
+        finite.append(tile.finite_N)
+        parts.append(_reduce(tile, labels_N[chunk], policy, uniform_N[chunk].to(logits_NV.device)))
+    return concatenate(parts), torch.cat(finite)
+
+
+_BLOCK = 256
+"""Columns whose probabilities are summed before the CDF is walked."""
+_STRIPES = 32
+"""Columns of a group whose largest one stands for them in the search for the top k."""
+_CACHE_BYTES = 2 << 20
+"""Of one float32 buffer of a chunk of positions, V = 49,152 measured: 0.5 to 4 MiB are within 10% but for the smallest."""
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A chunk of positions, shifted by each one's largest logit. Columns from V to the next multiple of 256 have no mass.
+
+    Attributes:
+        finite_N: False where a logit is NaN or infinite; all logits of such a position were replaced by 0.
+        shifted_NW: logits less the position's largest, float32; -inf in the columns after V.
+        mass_NW: room for exp(shifted / T).
+        spare_NW: room for one more such tensor: fresh memory costs more than the arithmetic.
+        num_columns: V.
+    """
+
+    finite_N: Tensor
+    shifted_NW: Tensor
+    mass_NW: Tensor
+    spare_NW: Tensor
+    num_columns: int
+
+    @classmethod
+    def of(cls, logits_NV: Tensor, room: Tensor) -> "_Tile":
+        num, num_columns = logits_NV.shape
+        shifted_NW, mass_NW, spare_NW = room[:, :num]
+        valid_NV = shifted_NW[:, :num_columns]
+        valid_NV.copy_(logits_NV)
+        shifted_NW[:, num_columns:] = -torch.inf
+        top_N = valid_NV.amax(-1)
+        finite_N = torch.isfinite(top_N) & torch.isfinite(valid_NV.amin(-1))  # NaN reaches both
+        if not bool(finite_N.all()):
+            valid_NV[~finite_N] = 0.0
+            top_N = valid_NV.amax(-1)
+        valid_NV -= top_N[:, None]
+        return cls(finite_N, shifted_NW, mass_NW, spare_NW, num_columns)
+
+    def exp(self, temperature: float) -> Tensor:
+        """exp(shifted / T), in ``mass_NW``: valid until the next call."""
+        scaled_NW = self.shifted_NW if temperature == 1.0 else torch.div(self.shifted_NW, temperature, out=self.mass_NW)
+        return torch.exp(scaled_NW, out=self.mass_NW)
+
+    def entropy(self, sum_N: Tensor, temperature: float) -> Tensor:
+        """log S - sum(e^y y) / S with y = shifted / T and S = sum(e^y), of the last ``exp``; float32, nats."""
+        valid = slice(self.num_columns)
+        dot_N = torch.mul(self.mass_NW[:, valid], self.shifted_NW[:, valid], out=self.spare_NW[:, valid]).sum(-1).double()
+        return (sum_N.log() - dot_N / temperature / sum_N).float()
+
+
+def _block_sums(mass_NW: Tensor) -> Tensor:
+    """Sums of 256 columns in float32, as float64: the CDF over 10^5 columns must not lose its tail."""
+    return mass_NW.view(len(mass_NW), -1, _BLOCK).sum(-1).double()
+
+
+def _reduce(tile: _Tile, labels_N: Tensor, policy: SoftLabels, uniform_N: Tensor) -> Targets:
+    sums_NB = _block_sums(tile.exp(1.0))
+    sum_N = sums_NB.sum(-1)
+    log_sum_N1 = sum_N.log()[:, None]
+    gold_N = (tile.shifted_NW.gather(-1, labels_N[:, None]) - log_sum_N1).float()[:, 0]
+    common = Common(gold_N, tile.entropy(sum_N, 1.0), tile.num_columns)
     match policy:
         case Dense():
-            return DenseTargets(common, logprobs_NV)
+            return DenseTargets(common, tile.shifted_NW[:, : tile.num_columns] - log_sum_N1.float())
         case TopK():
-            if policy.k > num_columns:
-                raise SoftLabelError(f"soft_labels.k is {policy.k}, and the vocabulary has {num_columns} tokens; use k <= {num_columns}")
-            top = logprobs_NV.topk(policy.k, -1)
-            rest_NV = logprobs_NV.scatter(-1, top.indices, -torch.inf)
-            norm_NG = torch.stack([torch.logsumexp(logprobs_NV / t, -1) for t in policy.temperatures], -1)
-            tail_NG = torch.stack([torch.logsumexp(rest_NV / t, -1) for t in policy.temperatures], -1) - norm_NG
-            return TopKTargets(common, policy.temperatures, top.indices, top.values, norm_NG, tail_NG)
+            return _topk(tile, common, policy, log_sum_N1)
         case Sampled():
-            return _sampled(logprobs_NV, common, policy, uniform_N)
+            return _sampled(tile, common, policy, sums_NB, uniform_N)
 
 
-def _entropy(logprobs_NV: Tensor) -> Tensor:
-    return -(logprobs_NV.exp() * logprobs_NV).sum(-1)
-
-
-def _sampled(logprobs_NV: Tensor, common: Common, policy: Sampled, uniform_N: Tensor) -> SampledTargets:
-    """Points (i + U) / N through the CDF. Source: Horvitz-Thompson systematic sampling; ours for soft labels.
-
-    The number of points at or below cdf_v is ceil(N * cdf_v - U); differences of consecutive ones are the counts, so
-    their expectation over U is exactly N * p_v. float64, or the CDF of 10^5 columns loses the tail.
+def _topk(tile: _Tile, common: Common, policy: TopK, log_sum_N1: Tensor) -> TopKTargets:
+    """A tail is summed over the columns that were not kept, so it keeps its relative precision however small it is; below
+    e^-103 of the largest probability it is zero in float32.
     """
-    scaled_NV = torch.log_softmax(logprobs_NV.double() / policy.temperature, -1)
-    cdf_NV = scaled_NV.exp().cumsum(-1)
-    cdf_NV = cdf_NV / cdf_NV[:, -1:]
-    points_NV = torch.ceil(cdf_NV * policy.num_draws - uniform_N.to(cdf_NV)[:, None]).long()
-    points_NV[:, -1] = policy.num_draws  # N - U rounds to N - 1 for the largest offsets
-    counts_NV = points_NV.diff(dim=-1, prepend=points_NV.new_zeros(len(points_NV), 1))
-    rows_E, ids_E = counts_NV.nonzero(as_tuple=True)
-    offsets_N1 = torch.zeros(len(counts_NV) + 1, dtype=torch.int64, device=counts_NV.device)
-    offsets_N1[1:] = torch.bincount(rows_E, minlength=len(counts_NV)).cumsum(0)
-    entropy_N = _entropy(scaled_NV).float()
-    return SampledTargets(common, policy.temperature, policy.num_draws, entropy_N, offsets_N1, ids_E, counts_NV[rows_E, ids_E])
+    ids_NK = _largest(tile.shifted_NW, policy.k)
+    kept_NK = tile.shifted_NW.gather(-1, ids_NK).double()
+    norms, tails = [], []
+    for i, temperature in enumerate(policy.temperatures):
+        mass_NW = tile.mass_NW if i == 0 and temperature == 1.0 else tile.exp(temperature)
+        kept_N = (kept_NK / temperature).exp().sum(-1)
+        tail_N = _block_sums(mass_NW.scatter_(-1, ids_NK, 0.0)).sum(-1)
+        norms.append((kept_N + tail_N).log() - log_sum_N1[:, 0] / temperature)
+        tails.append((tail_N / (kept_N + tail_N)).log())
+    norm_NG, tail_NG = torch.stack(norms, -1).float(), torch.stack(tails, -1).float()
+    return TopKTargets(common, policy.temperatures, ids_NK, (kept_NK - log_sum_N1).float(), norm_NG, tail_NG)
+
+
+def _largest(values_NW: Tensor, k: int) -> Tensor:
+    """Columns of the k largest values, by falling value, int64, shape (N, k).
+
+    The k groups of columns with the largest maxima hold the k largest columns: only they are searched.
+    """
+    num_groups = values_NW.shape[-1] // _STRIPES
+    if k >= num_groups:
+        return values_NW.topk(k, -1).indices
+    groups_NK = values_NW.view(-1, _STRIPES, num_groups).amax(1).topk(k, -1, sorted=False).indices
+    stripes = num_groups * torch.arange(_STRIPES, device=values_NW.device)
+    columns_NC = (groups_NK[:, :, None] + stripes).flatten(1)
+    best_NK = values_NW.gather(-1, columns_NC).topk(k, -1).indices
+    largest_NK: Tensor = columns_NC.gather(-1, best_NK)
+    return largest_NK
+
+
+def _sampled(tile: _Tile, common: Common, policy: Sampled, sums_NB: Tensor, uniform_N: Tensor) -> SampledTargets:
+    """Points (i + U) / N through the CDF: token v gets those in [cdf_(v-1), cdf_v), whose expected number is exactly N p_v.
+
+    The walk has two levels: the points find their block of 256 columns in the blocks' CDF, and only the blocks that were hit
+    are summed column by column. Both in float64.
+    Source: Madow 1949, systematic sampling; for soft labels: ours.
+    """
+    mass_NW, entropy_N, num = tile.mass_NW, common.entropy_N, len(uniform_N)
+    if policy.temperature != 1.0:
+        sums_NB = _block_sums(tile.exp(policy.temperature))
+        entropy_N = tile.entropy(sums_NB.sum(-1), policy.temperature)
+    cdf_NB = sums_NB.cumsum(-1)
+    total_N1 = cdf_NB[:, -1:]
+    points_ND = (torch.arange(policy.num_draws, device=mass_NW.device) + uniform_N[:, None]) / policy.num_draws * total_N1
+    points_ND = torch.minimum(points_ND, torch.nextafter(total_N1, torch.zeros_like(total_N1)))  # U near 1 rounds to N
+    blocks_ND = torch.searchsorted(cdf_NB, points_ND, right=True)
+    inside_ND = 1.0 - (cdf_NB.gather(-1, blocks_ND) - points_ND) / sums_NB.gather(-1, blocks_ND)
+    flat_ND = blocks_ND + sums_NB.shape[-1] * torch.arange(num, device=mass_NW.device)[:, None]
+    hit_H, which_P = torch.unique_consecutive(flat_ND.flatten(), return_inverse=True)
+    walk_HC = mass_NW.view(-1, _BLOCK)[hit_H].double().cumsum(-1)
+    walk_HC = walk_HC / walk_HC[:, -1:] + torch.arange(len(hit_H), device=mass_NW.device)[:, None]  # block h spans (h, h + 1]
+    columns_P = torch.searchsorted(walk_HC.flatten(), which_P + inside_ND.flatten().clamp(0.0, 1.0 - 1e-9), right=True)
+    columns_P = columns_P + (hit_H[which_P] - which_P) * _BLOCK
+    entries_E, counts_E = torch.unique_consecutive(columns_P, return_counts=True)
+    rows_E = entries_E // mass_NW.shape[-1]
+    offsets_N1 = torch.zeros(num + 1, dtype=torch.int64, device=mass_NW.device)
+    offsets_N1[1:] = torch.bincount(rows_E, minlength=num).cumsum(0)
+    ids_E = entries_E % mass_NW.shape[-1]
+    return SampledTargets(common, policy.temperature, policy.num_draws, entropy_N, offsets_N1, ids_E, counts_E)
 
 
 def position_uniforms(key: str, count: int) -> np.ndarray:
@@ -195,6 +334,28 @@ def concatenate(parts: list[Targets]) -> Targets:
         torch.cat([part.ids_E for part in sampled]),
         torch.cat([part.counts_E for part in sampled]),
     )
+
+
+def split(targets: Targets, lengths: Sequence[int]) -> list[Targets]:
+    """The inverse of ``concatenate``: targets of consecutive rows of ``lengths`` positions."""
+    ends = list(itertools.accumulate(lengths))
+    return [_slice(targets, end - length, end) for length, end in zip(lengths, ends, strict=True)]
+
+
+def _slice(targets: Targets, start: int, end: int) -> Targets:
+    common = Common(targets.common.gold_logprob_N[start:end], targets.common.entropy_N[start:end], targets.common.num_columns)
+    if isinstance(targets, SampledTargets):
+        first, last = int(targets.offsets_N1[start]), int(targets.offsets_N1[end])
+        return replace(
+            targets,
+            common=common,
+            cross_entropy_offset_N=targets.cross_entropy_offset_N[start:end],
+            offsets_N1=targets.offsets_N1[start : end + 1] - first,
+            ids_E=targets.ids_E[first:last],
+            counts_E=targets.counts_E[first:last],
+        )
+    tensors = {f.name: getattr(targets, f.name)[start:end] for f in fields(targets) if isinstance(getattr(targets, f.name), Tensor)}
+    return replace(targets, common=common, **tensors)
 
 
 @functools.singledispatch

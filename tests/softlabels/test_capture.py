@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from kd_core.errors import TeacherError
 from kd_core.recipe import Dense, Sampled
 from kd_core.softlabels.capture import row_key, score_rows
 from kd_core.softlabels.targets import DenseTargets, SampledTargets
@@ -72,7 +73,7 @@ def test_draws_follow_the_key_and_not_the_batch(tiny_model) -> None:
 def test_a_teacher_in_training_mode_is_refused(tiny_model) -> None:
     loaded = tiny_model()
     loaded.model.train()
-    with pytest.raises(AssertionError, match="eval mode"):
+    with pytest.raises(TeacherError, match="not in eval mode"):
         score_rows(loaded, KEYED, policy=DENSE, micro_batch_tokens=64)
 
 
