@@ -1,0 +1,308 @@
+"""``kd cache ...``: the cache of the teacher's work, looked into and looked after. Shows what kd_core.cache finds; owns no logic.
+
+Every command takes the store itself (``--store``), not a recipe: one cache serves many recipes. What changes a store
+(``repair``, ``gc``) shows its plan and does nothing without ``--yes``.
+"""
+
+import csv
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from flows.console import display, human_bytes
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from kd_core.store import Store
+
+__all__ = ["cache_app"]
+
+cache_app = typer.Typer(
+    name="cache",
+    help="Look into the cache of the teacher's work, and look after it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+StoreUri = Annotated[str, typer.Option("--store", metavar="URI", help="A local directory, or s3://bucket/prefix.")]
+Endpoint = Annotated[str | None, typer.Option("--s3-endpoint", metavar="URL", help="Address of an S3-compatible server; AWS without it.")]
+Region = Annotated[str, typer.Option("--s3-region", help="Region of the bucket.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output and nothing else.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do it. Without this the plan is shown and nothing is changed.")]
+
+_STORE, _REGION = ".kd/store", "us-east-1"
+_SHOWN_ROWS = 100
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
+
+
+def _open(uri: str, endpoint: str | None, region: str) -> "Store":
+    from kd_core.recipe import S3Options
+    from kd_core.store import open_store
+
+    return open_store(uri, S3Options(endpoint=endpoint, region=region))
+
+
+def _seconds(text: str) -> float:
+    """A duration as people write it.
+
+    >>> _seconds("7d"), _seconds("1.5h"), _seconds("0")
+    (604800.0, 5400.0, 0.0)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw]?)", text.strip())
+    if found is None or (found[2] == "" and float(found[1]) != 0):
+        raise typer.BadParameter(f"{text!r} is no duration; write a number with s, m, h, d or w, for example 7d")
+    return float(found[1]) * _UNITS.get(found[2], 1.0)
+
+
+def _share(value: float) -> float:
+    if not 0.0 < value <= 1.0:
+        raise typer.BadParameter(f"{value:g} is no share; use a number above 0 and at most 1")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------- looking
+
+
+@cache_app.command("sql")
+def sql_command(
+    statement: Annotated[str, typer.Argument(metavar="SQL", help="One SELECT on soft_labels, answers, commits, namespaces.")],
+    store_uri: StoreUri = _STORE,
+    endpoint: Endpoint = None,
+    region: Region = _REGION,
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV with a header line.")] = False,
+) -> None:
+    """Ask the cache in SQL, where it lies. Only the columns asked for are read.
+
+    kd cache sql "SELECT source, avg(mean_entropy) FROM soft_labels GROUP BY source"
+    """
+    from kd_core.cache.query import sql
+
+    try:
+        with sql(_open(store_uri, endpoint, region), statement) as answer:
+            _print_rows(answer.columns, answer.rows, "json" if as_json else "csv" if as_csv else "table")
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="SQL") from error
+
+
+@cache_app.command()
+def explode(
+    store_uri: StoreUri = _STORE,
+    endpoint: Endpoint = None,
+    region: Region = _REGION,
+    namespace: Annotated[str | None, typer.Option("--namespace", metavar="NS", help="First digits of a soft-label namespace.")] = None,
+    key: Annotated[list[str], typer.Option("--key", metavar="KEY", help="A row's key. May be repeated.")] = [],  # noqa: B006
+    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="K", help="At most so many rows of the cache.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="A .parquet or .csv file; the screen without it.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show soft labels as plain rows: key, position, token, probability."""
+    from kd_core.cache.catalog import find_namespace
+    from kd_core.cache.explode import EXPLODED_SCHEMA
+    from kd_core.cache.explode import explode as exploded
+
+    if out is not None and out.suffix not in (".parquet", ".csv"):
+        raise typer.BadParameter(f"{out}: write to a name that ends in .parquet or .csv", param_hint="--out")
+    found = find_namespace(_open(store_uri, endpoint, region), namespace, table="soft_labels")
+    tables = exploded(found.cache, found.snapshot, keys=set(key) if key else None, limit=limit)
+    if out is None:
+        rows = (tuple(row.values()) for table in tables for row in table.to_pylist())
+        return _print_rows(EXPLODED_SCHEMA.names, rows, "json" if as_json else "table")
+    num_rows = _write_exploded(out, tables)
+    if as_json:
+        return _print_json({"file": str(out), "rows": num_rows, "bytes": out.stat().st_size})
+    print(f"Written: {out} ({num_rows:,} rows, {human_bytes(out.stat().st_size)})")
+
+
+def _write_exploded(out: Path, tables: "Iterator[pa.Table]") -> int:
+    import pyarrow.csv as pc
+    import pyarrow.parquet as pq
+
+    from kd_core.cache.explode import EXPLODED_SCHEMA
+
+    count = 0
+    opened = pq.ParquetWriter(out, EXPLODED_SCHEMA, compression="zstd") if out.suffix == ".parquet" else pc.CSVWriter(out, EXPLODED_SCHEMA)
+    with opened as writer:
+        for table in tables:
+            writer.write_table(table)
+            count += table.num_rows
+    return count
+
+
+@cache_app.command("ls")
+def list_command(store_uri: StoreUri = _STORE, endpoint: Endpoint = None, region: Region = _REGION, as_json: AsJson = False) -> None:
+    """List the row tables: whose they are, rows, tokens, bytes, age."""
+    from kd_core.cache.catalog import namespaces
+
+    store = _open(store_uri, endpoint, region)
+    found = namespaces(store)
+    rows = [
+        {
+            "namespace": n.cache.namespace,
+            "table": n.cache.table,
+            "teacher": n.teacher,
+            "policy": n.policy,
+            "rows": n.num_rows,
+            "tokens": n.num_tokens,
+            "bytes": n.snapshot.size_bytes(),
+            "commits": len(n.snapshot.commits),
+            "age_seconds": max(0.0, time.time() - n.modified_seconds),
+        }
+        for n in found
+    ]
+    if as_json:
+        return _print_json({"store": store.uri, "namespaces": rows})
+    from flows.cache_tables import namespaces_table
+    from flows.tables import show
+
+    show(namespaces_table(rows, store.uri))
+
+
+# ---------------------------------------------------------------------------------------------- looking after
+
+
+@cache_app.command()
+def verify(
+    store_uri: StoreUri = _STORE,
+    endpoint: Endpoint = None,
+    region: Region = _REGION,
+    sample: Annotated[float, typer.Option("--sample", metavar="F", callback=_share, help="Share of the shards to read, drawn anew.")] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Check every byte and row, or a sample. Exit code 1 names what is damaged."""
+    from dataclasses import asdict
+
+    from kd_core.cache.verify import verify as verified
+
+    store = _open(store_uri, endpoint, region)
+    with display(quiet=as_json) as shown:
+        shown.start("verify")
+        found = verified(store, sample=sample, tick=shown.tick)
+    if as_json:
+        _print_json({"store": store.uri, **asdict(found)})
+    else:
+        from flows.cache_tables import damage_table
+        from flows.tables import show
+
+        if found.damage:
+            show(damage_table(found, store.uri))
+        what = f"{found.shards:,} of {found.commits:,} shards ({found.rows:,} rows) and {found.records:,} records were read"
+        print(
+            f"{what}; {len(found.damage)} damaged. Put it aside with: kd cache repair --yes"
+            if found.damage
+            else f"{what}; all is as committed."
+        )
+    raise typer.Exit(1 if found.damage else 0)
+
+
+@cache_app.command()
+def repair(
+    store_uri: StoreUri = _STORE, endpoint: Endpoint = None, region: Region = _REGION, yes: Yes = False, as_json: AsJson = False
+) -> None:
+    """Put damaged objects aside, so that the next run computes their rows again."""
+    from dataclasses import asdict
+
+    from kd_core.cache.repair import plan_repair
+    from kd_core.cache.repair import repair as repaired
+    from kd_core.cache.verify import verify as verified
+
+    store = _open(store_uri, endpoint, region)
+    with display(quiet=as_json) as shown:
+        shown.start("verify")
+        moves = plan_repair(store, verified(store, tick=shown.tick).damage)
+        if yes:
+            shown.start("repair")
+            repaired(store, moves, tick=shown.tick)
+    if as_json:
+        return _print_json({"store": store.uri, "done": yes, "moves": [asdict(move) for move in moves]})
+    from flows.cache_tables import repair_table
+    from flows.tables import show
+
+    if not moves:
+        return print("Nothing is damaged.")
+    show(repair_table(moves, store.uri, done=yes))
+    print("Run the recipe again to compute the lost rows." if yes else "Nothing was changed; do it with --yes.")
+
+
+@cache_app.command()
+def gc(
+    store_uri: StoreUri = _STORE,
+    endpoint: Endpoint = None,
+    region: Region = _REGION,
+    grace: Annotated[str, typer.Option("--grace", metavar="DURATION", help="Keep what is younger: 7d, 36h, 30m.")] = "7d",
+    unused: Annotated[bool, typer.Option("--namespaces", help="Also row tables that no record in the store names.")] = False,
+    yes: Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Delete what no commit and no record reaches, once it is old enough."""
+    from dataclasses import asdict
+
+    from kd_core.cache.garbage import collect, plan_collection
+
+    store, grace_seconds = _open(store_uri, endpoint, region), _seconds(grace)
+    with display(quiet=as_json) as shown:
+        shown.start("gc")
+        found = plan_collection(store, grace_seconds=grace_seconds, now_seconds=time.time(), unused_namespaces=unused)
+        if yes:
+            collect(store, found, tick=shown.tick)
+    size = sum(item.size_bytes for item in found)
+    if as_json:
+        return _print_json({"store": store.uri, "done": yes, "bytes": size, "objects": [asdict(item) for item in found]})
+    from flows.cache_tables import garbage_table
+    from flows.tables import show
+
+    if not found:
+        return print(f"Nothing to delete in {store.uri}: everything is reached, or younger than {grace}.")
+    show(garbage_table(found, store.uri, done=yes))
+    print(f"{len(found):,} objects, {human_bytes(size)} {'were deleted.' if yes else 'would be deleted; do it with --yes.'}")
+
+
+# ---------------------------------------------------------------------------------------------- printing
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def _print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: Literal["table", "json", "csv"]) -> None:
+    """Rows as they come: CSV and JSON of any length, a table of the first rows."""
+    if form == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([_plain(value) for value in row] for row in rows)
+    elif form == "json":
+        separator = "[\n"
+        for row in rows:
+            print(separator + json.dumps(dict(zip(columns, map(_plain, row), strict=True)), allow_nan=False), end="")
+            separator = ",\n"
+        print("[]" if separator == "[\n" else "\n]")
+    else:
+        from flows.cache_tables import rows_table
+        from flows.tables import show
+
+        rows = iter(rows)
+        show(rows_table(columns, [list(map(_plain, row)) for row in islice(rows, _SHOWN_ROWS)]))
+        if next(rows, None) is not None:
+            print(f"... these are the first {_SHOWN_ROWS} rows; --csv or --json prints all")
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON and CSV have it: bytes as hex, times as ISO 8601, no NaN."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -1,0 +1,206 @@
+"""SQL on the bucket itself: DuckDB over committed shards, read through Arrow in ranges of the columns that are asked for.
+
+Views: ``soft_labels`` and ``answers`` (rows of all namespaces, each row once, with namespace, teacher, policy, shard),
+``commits`` and ``namespaces``. A column that an older shard lacks is null. Only one SELECT is run: nothing can be
+written, and no other file can be read.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from kd_core.cache.catalog import Namespace, losing_rows, namespaces
+from kd_core.errors import IntegrityError
+from kd_core.store import Store
+from kd_core.store.arrow import StoreFiles, arrow_file_system
+
+__all__ = ["VIEWS", "Answer", "sql"]
+
+_SHARED = [pa.field("namespace", pa.string()), pa.field("teacher", pa.string()), pa.field("policy", pa.string())]
+_PLACE = [*_SHARED, pa.field("shard", pa.string())]
+VIEWS = {
+    "soft_labels": pa.schema(
+        [
+            *_PLACE,
+            pa.field("key", pa.string()),
+            pa.field("prompt_id", pa.string()),
+            pa.field("sample_index", pa.int32()),
+            pa.field("source", pa.string()),
+            pa.field("finish_reason", pa.string()),
+            pa.field("ids", pa.list_(pa.int32())),
+            pa.field("first_supervised", pa.int32()),
+            pa.field("num_supervised", pa.int32()),
+            pa.field("mean_entropy", pa.float32()),
+            pa.field("mean_gold_logprob", pa.float32()),
+            pa.field("min_gold_logprob", pa.float32()),
+            pa.field("targets", pa.binary()),
+        ]
+    ),
+    "answers": pa.schema(
+        [
+            *_PLACE,
+            pa.field("key", pa.string()),
+            pa.field("prompt_id", pa.string()),
+            pa.field("sample_index", pa.int32()),
+            pa.field("prompt_ids", pa.list_(pa.int32())),
+            pa.field("answer_ids", pa.list_(pa.int32())),
+            pa.field("text", pa.string()),
+            pa.field("finish_reason", pa.string()),
+            pa.field("error", pa.string()),
+        ]
+    ),
+    "commits": pa.schema(
+        [
+            pa.field("namespace", pa.string()),
+            pa.field("table_name", pa.string()),
+            pa.field("sha256", pa.string()),
+            pa.field("bytes", pa.int64()),
+            pa.field("rows", pa.int64()),
+            pa.field("tokens", pa.int64()),
+        ]
+    ),
+    "namespaces": pa.schema(
+        [
+            *_SHARED,
+            pa.field("table_name", pa.string()),
+            pa.field("commits", pa.int64()),
+            pa.field("rows", pa.int64()),
+            pa.field("doubled_rows", pa.int64()),
+            pa.field("tokens", pa.int64()),
+            pa.field("bytes", pa.int64()),
+            pa.field("modified", pa.timestamp("s", "UTC")),
+        ]
+    ),
+}
+"""View name -> its columns."""
+
+_READING = "reading the stream registered as"  # DuckDB's words for an error that came out of Arrow
+_BATCH_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The result of a query: column names, and its rows, fetched as they are asked for."""
+
+    columns: tuple[str, ...]
+    rows: Iterator[Sequence[Any]]
+
+
+@contextmanager
+def sql(store: Store, statement: str) -> Iterator[Answer]:
+    """Run one SELECT on the views of a store.
+
+    Raises:
+        ValueError: the statement is not one valid SELECT; one line.
+        StoreError: the store failed.
+        IntegrityError: a shard, commit or description is damaged.
+    """
+    found = namespaces(store)
+    connection = duckdb.connect()
+    try:
+        files = [_add_rows(connection, store, found, table) for table in ("soft_labels", "answers")]
+        connection.register("commits", pa.Table.from_pylist(_commit_rows(found), VIEWS["commits"]))
+        connection.register("namespaces", pa.Table.from_pylist(_namespace_rows(found), VIEWS["namespaces"]))
+        for setting in ("enable_external_access = false", "python_enable_replacements = false", "lock_configuration = true"):
+            connection.execute(f"SET {setting}")
+        with _errors(store, files):
+            _check(connection, statement)
+            connection.execute(statement)
+            yield Answer(tuple(column[0] for column in connection.description or ()), _rows(connection))
+    finally:
+        connection.close()
+
+
+def _check(connection: duckdb.DuckDBPyConnection, statement: str) -> None:
+    statements = connection.extract_statements(statement)
+    if [s.type for s in statements] != [duckdb.StatementType.SELECT]:
+        raise ValueError("one SELECT is expected: the cache is read, never written")
+
+
+def _rows(connection: duckdb.DuckDBPyConnection) -> Iterator[Sequence[Any]]:
+    while rows := connection.fetchmany(_BATCH_ROWS):
+        yield from rows
+
+
+@contextmanager
+def _errors(store: Store, files: Sequence[StoreFiles]) -> Iterator[None]:
+    try:
+        yield
+    except duckdb.Error as error:
+        cause = next((f.error for f in files if f.error is not None), None)
+        if cause is not None:
+            raise cause from error
+        line = " ".join(str(error).split())
+        if _READING in line:
+            raise IntegrityError(f"{store.uri}: a shard cannot be read ({line}); kd cache verify names it") from error
+        raise ValueError(line) from error
+
+
+def _add_rows(connection: duckdb.DuckDBPyConnection, store: Store, found: Sequence[Namespace], table: str) -> StoreFiles:
+    """Register a table's committed shards, and its view, in which a doubled row stands once."""
+    mine = [namespace for namespace in found if namespace.cache.table == table]
+    sizes = {n.cache.shard_key(commit): commit.size_bytes for n in mine for commit in n.snapshot.commits}
+    file_system, files = arrow_file_system(store, sizes)
+    parquet = ds.ParquetFileFormat(default_fragment_scan_options=ds.ParquetFragmentScanOptions(pre_buffer=True))
+    fragments = [
+        parquet.make_fragment(n.cache.shard_key(commit), file_system, partition_expression=_same_for_all(n, commit.sha256))
+        for n in mine
+        for commit in n.snapshot.commits
+    ]
+    connection.register(f"_{table}", ds.FileSystemDataset(fragments, VIEWS[table], parquet, file_system))
+    lost = [(n.cache.namespace, shard, key) for n in mine for key, shard in losing_rows(n.snapshot)]
+    without = ""
+    if lost:
+        columns = zip(*lost, strict=True)
+        connection.register(f"_{table}_doubled", pa.table([pa.array(c, pa.string()) for c in columns], ["namespace", "shard", "key"]))
+        without = f" ANTI JOIN _{table}_doubled USING (namespace, shard, key)"
+    connection.execute(f"CREATE VIEW {table} AS SELECT * FROM _{table}{without}")
+    return files
+
+
+def _same_for_all(namespace: Namespace, shard: str) -> ds.Expression:
+    """What is the same in all rows of a shard: columns that cost no bytes, and by which whole shards are left out."""
+    known = {"namespace": namespace.cache.namespace, "shard": shard, "teacher": namespace.teacher, "policy": namespace.policy}
+    same = ds.scalar(True)
+    for name, value in known.items():
+        if value is not None:
+            same = same & (ds.field(name) == value)
+    return same
+
+
+def _commit_rows(found: Sequence[Namespace]) -> list[dict[str, Any]]:
+    return [
+        {
+            "namespace": n.cache.namespace,
+            "table_name": n.cache.table,
+            "sha256": commit.sha256,
+            "bytes": commit.size_bytes,
+            "rows": len(commit.keys),
+            "tokens": commit.num_tokens,
+        }
+        for n in found
+        for commit in n.snapshot.commits
+    ]
+
+
+def _namespace_rows(found: Sequence[Namespace]) -> list[dict[str, Any]]:
+    return [
+        {
+            "namespace": n.cache.namespace,
+            "teacher": n.teacher,
+            "policy": n.policy,
+            "table_name": n.cache.table,
+            "commits": len(n.snapshot.commits),
+            "rows": n.num_rows,
+            "doubled_rows": n.num_doubled,
+            "tokens": n.num_tokens,
+            "bytes": n.snapshot.size_bytes(),
+            "modified": int(n.modified_seconds),
+        }
+        for n in found
+    ]
