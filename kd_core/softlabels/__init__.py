@@ -1,6 +1,19 @@
 """The teacher's distribution, reduced by a policy, as bytes, in shards."""
 
-from kd_core.softlabels.codec import decode, encode
+from kd_core.softlabels.codec import decode, decode_rows, encode, encode_rows, parse_model
 from kd_core.softlabels.targets import Common, DenseTargets, SampledTargets, Targets, TopKTargets, concatenate, make_targets
 
-__all__ = ["Common", "DenseTargets", "SampledTargets", "Targets", "TopKTargets", "concatenate", "decode", "encode", "make_targets"]
+__all__ = [
+    "Common",
+    "DenseTargets",
+    "SampledTargets",
+    "Targets",
+    "TopKTargets",
+    "concatenate",
+    "decode",
+    "decode_rows",
+    "encode",
+    "encode_rows",
+    "make_targets",
+    "parse_model",
+]

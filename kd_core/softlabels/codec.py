@@ -1,99 +1,77 @@
-"""Targets of one row to bytes and back: the binary column of a soft-label shard, versioned.
+"""Soft labels of rows as bytes and back: the binary column of a soft-label shard, versioned.
 
-Version 1 is plain little-endian arrays after a header; Parquet's zstd does what compression there is. Ids take 32 bits
-(17 would mask Qwen's end of turn silently). A blob that is not what its header says raises SoftLabelError.
+Version 2 is written: a model a shard (in the Parquet footer) and a blob a row. A blob is decoded with its shard's model and its
+row's own tokens (``labels``: the ids at its supervised positions, which the shard holds anyway); its checksum covers all
+three, so damage and what does not belong together raise SoftLabelError. Rows of version 1 need neither and go on being read.
+
+What comes back: ids, counts, dense log-probabilities, normalisers and tails as they were; entropies within 1/128 nat; the gold
+log-probability -x within 1/250 + x/60 nat; top-k log-probabilities as levels of p^(1/2Tmax), so fine that the KL
+from the kept distribution to the decoded one is about 1e-4 nat on average, at every temperature of the grid. Drawn ids
+come back rising, top-k ids by falling log-probability. Where T0 is 1 the entropy at T0 is the entropy.
+
+The compiler behind version 2 takes 0.4 s to import: it is imported where rows are coded, not here.
 """
 
-import struct
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from kd_core.errors import SoftLabelError
-from kd_core.softlabels.targets import Common, DenseTargets, SampledTargets, Targets, TopKTargets
+from kd_core.softlabels import codec_v1
+from kd_core.softlabels.codec_v1 import decode, encode
+from kd_core.softlabels.targets import Targets, concatenate
 
-__all__ = ["decode", "encode"]
+if TYPE_CHECKING:
+    from kd_core.softlabels.codec_v2 import Model
 
-MAGIC = b"KDSL"
-VERSION = 1
-_HEADER = struct.Struct("<4sBBIIII")  # magic, version, kind, positions N, columns V, two numbers of the policy
-_SAMPLED, _TOPK, _DENSE = 0, 1, 2
-
-
-def _bytes(tensor: Tensor, dtype: str) -> bytes:
-    return tensor.cpu().numpy().astype(dtype).tobytes()
+__all__ = ["decode", "decode_rows", "encode", "encode_rows", "parse_model"]
 
 
-def encode(targets: Targets) -> bytes:
-    """One row's targets as bytes; ``decode`` gives the same targets back, bit for bit."""
-    common, num = targets.common, len(targets.common.gold_logprob_N)
-    match targets:
-        case SampledTargets():
-            kind, a, b = _SAMPLED, targets.num_draws, len(targets.ids_E)
-            lengths = targets.offsets_N1.diff()
-            body = struct.pack("<d", targets.temperature) + _bytes(targets.cross_entropy_offset_N, "<f4") + _bytes(lengths, "<u2")
-            body += _bytes(targets.ids_E, "<u4") + _bytes(targets.counts_E, "<u2")
-        case TopKTargets():
-            kind, a, b = _TOPK, targets.ids_NK.shape[-1], len(targets.temperatures)
-            body = struct.pack(f"<{b}d", *targets.temperatures) + _bytes(targets.ids_NK, "<u4")
-            body += _bytes(targets.logprobs_NK, "<f4") + _bytes(targets.log_normalizer_NG, "<f4")
-        case DenseTargets():
-            kind, a, b = _DENSE, 0, 0
-            body = _bytes(targets.logprobs_NV, "<f4")
-    header = _HEADER.pack(MAGIC, VERSION, kind, num, common.num_columns, a, b)
-    return header + _bytes(common.gold_logprob_N, "<f4") + _bytes(common.entropy_N, "<f4") + body
+def encode_rows(rows: Sequence[Targets], labels: Sequence[np.ndarray]) -> tuple[bytes, list[bytes]]:
+    """The rows of a shard as one model and a blob a row.
 
-
-class _Reader:
-    """Arrays off a blob, one after the other; never past its end."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data, self.at = data, 0
-
-    def take(self, dtype: str, count: int) -> Tensor:
-        size = np.dtype(dtype).itemsize * count
-        if self.at + size > len(self.data):
-            raise SoftLabelError(f"soft labels end after {len(self.data)} bytes, {self.at + size} expected; the row must be scored again")
-        array = np.frombuffer(self.data, dtype, count, self.at)
-        self.at += size
-        return torch.from_numpy(array.astype("f4" if dtype == "<f4" else "i8" if dtype != "<f8" else "f8"))
-
-
-def decode(data: bytes) -> Targets:
-    """Bytes of one row back to targets.
+    Args:
+        rows: at least one; all of one policy and vocabulary.
+        labels: gold ids at each row's supervised positions, int64.
 
     Raises:
-        SoftLabelError: wrong magic, unknown version, short or long blob, an id outside the vocabulary, counts that do
-            not sum to the number of draws.
+        SoftLabelError: rows of different kinds, labels that do not fit them, an id outside the vocabulary or twice at one
+            position, draws that do not add up, NaN, or more than 2^20 columns.
     """
-    if len(data) < _HEADER.size:
-        raise SoftLabelError(f"soft labels of {len(data)} bytes are shorter than their header; the row must be scored again")
-    magic, version, kind, num, columns, a, b = _HEADER.unpack_from(data)
-    if magic != MAGIC or version != VERSION or kind not in (_SAMPLED, _TOPK, _DENSE):
-        raise SoftLabelError(f"not soft labels of version {VERSION}: magic {magic!r}, version {version}, kind {kind}")
-    reader = _Reader(data)
-    reader.at = _HEADER.size
-    common = Common(reader.take("<f4", num), reader.take("<f4", num), columns)
-    targets: Targets
-    if kind == _SAMPLED:
-        temperature = float(reader.take("<f8", 1)[0])
-        offset_N, lengths = reader.take("<f4", num), reader.take("<u2", num)
-        ids_E, counts_E = reader.take("<u4", b), reader.take("<u2", b)
-        offsets_N1 = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        if int(offsets_N1[-1]) != b or int(counts_E.sum()) != a * num:
-            raise SoftLabelError("soft labels do not add up: draws or offsets differ from the header; the row must be scored again")
-        targets, ids = SampledTargets(common, temperature, a, offset_N, offsets_N1, ids_E, counts_E), ids_E
-    elif kind == _TOPK:
-        temperatures = tuple(float(t) for t in reader.take("<f8", b))
-        ids = reader.take("<u4", num * a).reshape(num, a)
-        logprobs_NK, norm_NG = reader.take("<f4", num * a).reshape(num, a), reader.take("<f4", num * b).reshape(num, b)
-        kept_NG = torch.stack([(logprobs_NK / t).exp().sum(-1) for t in temperatures], -1) * (-norm_NG).exp()
-        tail_NG = torch.log1p(-kept_NG.clamp(max=1.0)) if a < columns else torch.full_like(kept_NG, -torch.inf)
-        targets = TopKTargets(common, temperatures, ids, logprobs_NK, norm_NG, tail_NG)
-    else:
-        ids = torch.zeros(0, dtype=torch.int64)
-        targets = DenseTargets(common, reader.take("<f4", num * columns).reshape(num, columns))
-    if reader.at != len(data) or (len(ids) and int(ids.max()) >= columns):
-        raise SoftLabelError("soft labels hold bytes beyond their arrays, or an id outside the vocabulary; the row must be scored again")
-    return targets
+    from kd_core.softlabels import codec_v2
+
+    return codec_v2.encode_rows(rows, labels)
+
+
+def parse_model(data: bytes) -> "Model | None":
+    """A shard's model; None for a shard of version 1, which has none (b"").
+
+    Raises:
+        SoftLabelError: not a model, of another version, or damaged.
+    """
+    from kd_core.softlabels import codec_v2
+
+    return codec_v2.parse_model(data) if data else None
+
+
+def decode_rows(model: "Model | None", blobs: Sequence[bytes], labels: Sequence[np.ndarray]) -> Targets:
+    """Targets of rows of one shard, their positions one after the other.
+
+    Args:
+        model: what ``parse_model`` gave for the shard.
+        blobs: at least one if the shard has no model.
+        labels: gold ids at each row's supervised positions, int64.
+
+    Raises:
+        SoftLabelError: a damaged blob, one of an unknown version, or one that belongs to other labels or another model.
+    """
+    if model is not None:
+        from kd_core.softlabels import codec_v2
+
+        return codec_v2.decode_rows(model, blobs, labels)
+    rows = [codec_v1.decode(blob) for blob in blobs]
+    lengths = [len(row.common.gold_logprob_N) for row in rows]
+    if lengths != [len(gold) for gold in labels]:
+        raise SoftLabelError(f"soft labels of {sum(lengths)} positions for labels of {sum(len(gold) for gold in labels)}")
+    return concatenate(list(rows))

@@ -1,8 +1,10 @@
-"""The binary form of soft labels: bit for bit back, wide ids survive, damage is never decoded silently into other shapes."""
+"""Version 1 of the binary form of soft labels, which caches still hold: it goes on being read."""
 
+import base64
 import struct
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,9 @@ from hypothesis import strategies as st
 
 from kd_core.errors import SoftLabelError
 from kd_core.recipe import Dense, Sampled, SoftLabels, TopK
-from kd_core.softlabels import Common, SampledTargets, Targets, TopKTargets, decode, encode, make_targets
+from kd_core.softlabels import Common, SampledTargets, Targets, TopKTargets, make_targets
+from kd_core.softlabels.codec import decode_rows, parse_model
+from kd_core.softlabels.codec_v1 import decode, encode
 
 POLICIES = st.one_of(
     st.just(Dense(kind="dense")),
@@ -132,3 +136,34 @@ def test_another_version_is_refused_by_its_number() -> None:
     blob[4] = 9
     with pytest.raises(SoftLabelError, match=r"not soft labels of version 1: magic b'KDSL', version 9"):
         decode(bytes(blob))
+
+
+GOLDEN = {  # two positions of five columns, written when version 1 was the current one
+    "dense": "S0RTTAECAgAAAAUAAAAAAAAAAAAAAMPsscCcb3/A341rPjKIJT+U92i9w+yxwLJ1M8FgXz7Ard79wB5D38BVGsm/ZL6IvrYLnsCcb3/A",
+    "topk": "S0RTTAEBAgAAAAUAAAADAAAAAgAAAMPsscCcb3/A341rPjKIJT8AAAAAAADwPwAAAAAAAABAAAAAAAMAAAABAAAAAgAAAAEAAAAEAAAAlPdovWBfPsDD7LHA"
+    "ZL6IvlUayb+cb3/AvlsTM7TZfj64rkKy3dbqPg==",
+    "sampled": "S0RTTAEAAgAAAAUAAAAJAAAABgAAAMPsscCcb3/A341rPjKIJT8AAAAAAAAAQNHVPT+9npA/AwADAAAAAAABAAAAAwAAAAEAAAACAAAABAAAAAcAAQAB"
+    "AAMABQABAA==",
+}
+
+
+@pytest.mark.parametrize("policy", SMALL, ids=lambda p: p.kind)
+def test_a_row_of_version_1_is_still_read(policy: SoftLabels) -> None:
+    """A shard of that time has no model; its rows are read by ``decode_rows`` all the same."""
+    blob = base64.b64decode(GOLDEN[policy.kind])
+    found = decode_rows(parse_model(b""), [blob, blob], [np.array([1, 4]), np.array([1, 4])])
+    assert found.common.gold_logprob_N.tolist() == pytest.approx([-5.56015, -3.99119] * 2, abs=1e-5)
+    assert found.common.num_columns == 5
+    if isinstance(found, SampledTargets):
+        assert (found.temperature, found.num_draws) == (2.0, 9)
+        assert (found.ids_E.tolist(), found.counts_E.tolist()) == ([0, 1, 3, 1, 2, 4] * 2, [7, 1, 1, 3, 5, 1] * 2)
+    elif isinstance(found, TopKTargets):
+        assert found.ids_NK.tolist() == [[0, 3, 1], [2, 1, 4]] * 2
+        assert found.log_tail_NG[0].tolist() == pytest.approx([-7.8966, -4.0385], abs=1e-3)
+    else:
+        assert found.logprobs_NV[1].tolist() == pytest.approx([-6.97694, -1.57112, -0.26708, -4.93893, -3.99119], abs=1e-5)
+
+
+def test_rows_of_version_1_need_labels_of_their_length() -> None:
+    with pytest.raises(SoftLabelError, match="2 positions for labels of 3"):
+        decode_rows(None, [base64.b64decode(GOLDEN["sampled"])], [np.array([1, 4, 4])])

@@ -1,0 +1,422 @@
+"""Version 2 of the binary column of a soft-label shard: whole rows to entropy-coded bytes and back, compiled.
+
+Axes: N positions of all rows, R rows, E drawn ids, K ids of a top-k position, G temperatures, V columns, L levels,
+C contexts of the coder.
+
+    model  header, temperatures, class map of ids, tables of the entropy coder, crc32
+    blob   version (1 byte), crc32 of model, labels and rest (4), [number of ids (4)], [exact float32 arrays], rANS words
+
+Everything numeric that both sides must agree on goes through whole numbers: rounded once, far from a tie.
+"""
+
+import itertools
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kd_core.errors import SoftLabelError
+from kd_core.softlabels.entropy import ALPHABET, Stream, Tables, add_events, code_bits, encode_events, make_tables, quantise_tables
+from kd_core.softlabels.events import FAMILIES, Draws, SampledRow, TopKRow, decode_sampled, decode_topk, sampled_events, topk_events
+from kd_core.softlabels.ranking import classes_by_count, pack_classes, ranks_of_classes, unpack_classes
+from kd_core.softlabels.targets import Common, DenseTargets, SampledTargets, Targets, TopKTargets, concatenate
+
+__all__ = ["VERSION", "Model", "decode_rows", "encode_rows", "parse_model"]
+
+VERSION = 2
+_SAMPLED, _TOPK, _DENSE = 0, 1, 2
+_MAGIC = b"KDSM"
+_MODEL = struct.Struct("<4sBBIIIfII")  # magic, version, kind, V, size, levels, lowest, G, bytes of the class map
+_BLOB = struct.Struct("<BI")
+_ENTROPY_STEPS = 64  # a nat
+_GOLD_LOST = 4095  # quantised gold log-probability of -inf
+_MAX_COLUMNS = 1 << 20
+_KL_BUDGET = 1e-4  # nats a position, mean: half of what is promised, as the choice looks at a sample
+_KL_SAMPLE = 1024  # positions
+_LEVEL_CHOICES = np.unique(np.rint(2.0 ** np.arange(2, 16.1, 0.125)).astype(np.int64))
+
+
+class Header(NamedTuple):
+    """What a model says before its tables.
+
+    Attributes:
+        kind: the rows' policy.
+        num_columns: V.
+        size: draws a position, k, or 0.
+        num_levels: levels of p^(1/2Tmax) between 0 and 1, topk only.
+        lowest: log-probability that level 0 stands for, topk only.
+        temperatures: T0, the grid, or nothing.
+    """
+
+    kind: int
+    num_columns: int
+    size: int = 0
+    num_levels: int = 0
+    lowest: float = 0.0
+    temperatures: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Model:
+    """What all rows of a shard share.
+
+    Attributes:
+        header: policy and its numbers.
+        crc: of the model's bytes.
+        id_of_rank_V: int64.
+        tables: of the entropy coder.
+    """
+
+    header: Header
+    crc: int
+    id_of_rank_V: np.ndarray
+    tables: Tables
+
+
+def encode_rows(rows: Sequence[Targets], labels: Sequence[np.ndarray]) -> tuple[bytes, list[bytes]]:
+    """``codec.encode_rows`` of version 2."""
+    whole = concatenate(list(rows))
+    position_R1 = np.concatenate([[0], np.cumsum([len(row.common.gold_logprob_N) for row in rows])]).astype(np.int64)
+    gold_N = _check_labels(labels, np.diff(position_R1), whole.common.num_columns)
+    if bool(torch.isnan(whole.common.gold_logprob_N).any() | torch.isnan(whole.common.entropy_N).any()):
+        raise SoftLabelError("soft labels hold NaN where an entropy or a gold log-probability should be; nothing was encoded")
+    match whole:
+        case SampledTargets():
+            model, bodies = _encode_sampled(whole, gold_N, position_R1)
+        case TopKTargets():
+            model, bodies = _encode_topk(whole, position_R1)
+        case DenseTargets():
+            model = _pack_model(Header(_DENSE, whole.common.num_columns), b"", np.zeros((0, ALPHABET), np.uint8))
+            bodies = [_dense_body(whole, first, end) for first, end in itertools.pairwise(position_R1)]
+    crc = zlib.crc32(model)
+    return model, [_BLOB.pack(VERSION, _checksum(crc, gold, body)) + body for gold, body in zip(labels, bodies, strict=True)]
+
+
+def parse_model(data: bytes) -> Model:
+    """``codec.parse_model`` of version 2."""
+    if len(data) < _MODEL.size + 4 or data[: len(_MAGIC)] != _MAGIC or data[len(_MAGIC)] != VERSION:
+        raise SoftLabelError(f"not a soft-label model of version {VERSION}: {len(data)} bytes, beginning {data[:5]!r}")
+    if zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
+        raise SoftLabelError("the soft labels' model is damaged: its checksum differs; the shard must be scored again")
+    _, _, kind, num_columns, size, num_levels, lowest, num_temperatures, map_size = _MODEL.unpack_from(data)
+    temperatures = struct.unpack_from(f"<{num_temperatures}d", data, _MODEL.size)
+    at = _MODEL.size + 8 * num_temperatures
+    class_V = unpack_classes(data[at : at + map_size], num_columns)
+    codes_CA = np.frombuffer(zlib.decompress(data[at + map_size : -4]), np.uint8).reshape(-1, ALPHABET)
+    header = Header(kind, num_columns, size, num_levels, lowest, temperatures)
+    return Model(header, zlib.crc32(data), ranks_of_classes(class_V)[1], make_tables(_own_or_family(codes_CA)))
+
+
+def _pack_model(header: Header, class_map: bytes, codes_CA: np.ndarray) -> bytes:
+    kind, num_columns, size, num_levels, lowest, temperatures = header
+    data = _MODEL.pack(_MAGIC, VERSION, kind, num_columns, size, num_levels, lowest, len(temperatures), len(class_map))
+    data += struct.pack(f"<{len(temperatures)}d", *temperatures) + class_map + zlib.compress(codes_CA.tobytes(), 9)
+    return data + zlib.crc32(data).to_bytes(4, "little")
+
+
+def _own_or_family(codes_CA: np.ndarray) -> np.ndarray:
+    """Codes of all contexts: the stored ones are one a family of contexts, then one a context, 0 where the family's serves."""
+    if not len(codes_CA):
+        return codes_CA
+    family_FA, own_CA = codes_CA[: len(FAMILIES) - 1], codes_CA[len(FAMILIES) - 1 :]
+    return np.where(own_CA.any(1, keepdims=True), own_CA, np.repeat(family_FA, np.diff(FAMILIES), axis=0))
+
+
+def _choose_tables(histogram_CA: np.ndarray) -> np.ndarray:
+    """Codes as ``_own_or_family`` reads them: a context gets a table of its own where that saves more than it takes."""
+    own_CA = quantise_tables(histogram_CA)
+    own_bits_C = code_bits(histogram_CA, make_tables(own_CA).freq_CA)
+    family_FA = np.zeros((len(FAMILIES) - 1, ALPHABET), np.uint8)
+    for f, (first, end) in enumerate(itertools.pairwise(FAMILIES)):
+        part_CA = histogram_CA[first:end]
+        shared_A = make_tables(quantise_tables(part_CA.sum(0, keepdims=True))).freq_CA
+        worth_C = code_bits(part_CA, shared_A) - own_bits_C[first:end] > 8 + 6 * (part_CA > 0).sum(1)  # bits in the model, compressed
+        own_CA[first:end][~worth_C] = 0
+        family_FA[f] = quantise_tables(part_CA[~worth_C].sum(0, keepdims=True))[0]
+    return np.concatenate([family_FA, own_CA])
+
+
+def _encode_events(events: Callable[[int, np.ndarray], int], rooms_R: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
+    """Tables over all rows' events, then each row's words: two passes, as one row's events are what fits in memory."""
+    room = np.zeros((int(rooms_R.max()), 4), np.int64)
+    histogram_CA = np.zeros((FAMILIES[-1], ALPHABET), np.int64)
+    for row in range(len(rooms_R)):
+        add_events(room[: events(row, room)], histogram_CA)
+    codes_CA = _choose_tables(histogram_CA)
+    tables = make_tables(_own_or_family(codes_CA))
+    words, bodies = np.zeros(2 + 3 * len(room), np.uint16), []
+    for row in range(len(rooms_R)):
+        first = encode_events(room[: events(row, room)], tables, words)
+        bodies.append(words[first:].astype("<u2").tobytes())
+    return codes_CA, bodies
+
+
+def _checksum(crc: int, labels: np.ndarray, body: bytes) -> int:
+    return zlib.crc32(body, zlib.crc32(labels.astype("<i8").tobytes(), crc))
+
+
+def _check_labels(labels: Sequence[np.ndarray], lengths: np.ndarray, num_columns: int) -> np.ndarray:
+    found = [len(row) for row in labels]
+    if found != lengths.tolist():
+        raise SoftLabelError(f"labels of {sum(found)} positions in {len(found)} rows for soft labels of {sum(lengths)} in {len(lengths)}")
+    gold_N = np.concatenate([np.zeros(0, np.int64), *labels]).astype(np.int64)
+    if len(gold_N) and not (gold_N.min() >= 0 and gold_N.max() < num_columns):
+        raise SoftLabelError(f"a label lies outside the vocabulary of {num_columns} columns: {int(gold_N.min())} to {int(gold_N.max())}")
+    return gold_N
+
+
+def _check_ids(ids_E: np.ndarray, position_E: np.ndarray, num_columns: int) -> None:
+    if num_columns > _MAX_COLUMNS:
+        raise SoftLabelError(f"a vocabulary of {num_columns} columns; sampled and topk soft labels hold ids below {_MAX_COLUMNS}")
+    if len(ids_E) and not (ids_E.min() >= 0 and ids_E.max() < num_columns):
+        raise SoftLabelError(f"an id lies outside the vocabulary of {num_columns} columns: {int(ids_E.min())} to {int(ids_E.max())}")
+    if bool((np.diff(np.sort(position_E * num_columns + ids_E)) == 0).any()):
+        raise SoftLabelError("an id stands twice at one position; nothing was encoded")
+
+
+def _quantise_entropy(entropy_N: Tensor) -> np.ndarray:
+    return np.asarray(np.rint(np.maximum(entropy_N.double().cpu().numpy(), 0) * _ENTROPY_STEPS).astype(np.int64))
+
+
+def _entropy(quantised_N: np.ndarray) -> Tensor:
+    return torch.from_numpy((quantised_N / _ENTROPY_STEPS).astype(np.float32))
+
+
+def _quantise_gold(logprob_N: np.ndarray) -> np.ndarray:
+    """32 ln(1 + 4x) of x = -logprob: steps of 1/128 nat at 0, of 3% far away."""
+    steps_N = np.rint(32 * np.log1p(4 * np.maximum(-logprob_N.astype(np.float64), 0)))
+    return np.asarray(np.minimum(steps_N, _GOLD_LOST).astype(np.int64))
+
+
+def _gold_logprob(quantised_N: np.ndarray) -> Tensor:
+    logprob_N = -np.expm1(quantised_N / 32) / 4
+    return torch.from_numpy(np.where(quantised_N == _GOLD_LOST, -np.inf, logprob_N).astype(np.float32))
+
+
+def _draws(num_draws: int, temperature: float) -> Draws:
+    counts = np.arange(num_draws + 1)
+    entropy = np.rint(16 * _ENTROPY_STEPS * counts * np.log(np.maximum(counts, 1))).astype(np.int64)
+    return Draws(num_draws, temperature == 1.0, entropy, _quantise_gold(np.log(np.maximum(counts, 1) / num_draws)))
+
+
+def _encode_sampled(targets: SampledTargets, gold_N: np.ndarray, position_R1: np.ndarray) -> tuple[bytes, list[bytes]]:
+    common, offsets_N1 = targets.common, targets.offsets_N1.cpu().numpy()
+    ids_E, counts_E = targets.ids_E.cpu().numpy(), targets.counts_E.cpu().numpy()
+    position_E = np.repeat(np.arange(len(gold_N)), np.diff(offsets_N1))
+    _check_ids(ids_E, position_E, common.num_columns)
+    drawn_N = np.bincount(position_E, counts_E, len(gold_N))
+    if bool((drawn_N != targets.num_draws).any()) or (len(counts_E) and counts_E.min() < 1):
+        raise SoftLabelError(f"draws do not add up: {targets.num_draws} a position expected, all counts positive; nothing was encoded")
+    class_V = classes_by_count(np.bincount(ids_E, minlength=common.num_columns))
+    rank_of_id_V, _ = ranks_of_classes(class_V)
+    entropy_N = _quantise_entropy(common.entropy_N)
+    offset_N = entropy_N if targets.temperature == 1.0 else _quantise_entropy(targets.cross_entropy_offset_N)
+    whole = SampledRow(
+        offsets_N1,
+        rank_of_id_V[ids_E],
+        counts_E,
+        rank_of_id_V[gold_N],
+        offset_N,
+        entropy_N,
+        _quantise_gold(common.gold_logprob_N.cpu().numpy()),
+    )
+    draws = _draws(targets.num_draws, targets.temperature)
+
+    def events(row: int, room: np.ndarray) -> int:
+        first, end = position_R1[row], position_R1[row + 1]
+        low, high = offsets_N1[first], offsets_N1[end]
+        part = SampledRow(
+            whole.offsets_N1[first : end + 1] - low,
+            whole.ranks_E[low:high],
+            whole.counts_E[low:high],
+            *(array_N[first:end] for array_N in whole[3:]),
+        )
+        return sampled_events(draws, part, room)
+
+    ids_R = np.diff(offsets_N1[position_R1])
+    codes_CA, words = _encode_events(events, 6 * np.diff(position_R1) + 2 * ids_R)
+    header = Header(_SAMPLED, common.num_columns, targets.num_draws, temperatures=(targets.temperature,))
+    return _pack_model(header, pack_classes(class_V), codes_CA), [
+        struct.pack("<I", num) + body for num, body in zip(ids_R, words, strict=True)
+    ]
+
+
+def _encode_topk(targets: TopKTargets, position_R1: np.ndarray) -> tuple[bytes, list[bytes]]:
+    common, ids_NK = targets.common, targets.ids_NK.cpu().numpy()
+    num, k = ids_NK.shape
+    _check_ids(ids_NK.ravel(), np.repeat(np.arange(num), k), common.num_columns)
+    class_V = classes_by_count(np.bincount(ids_NK.ravel(), minlength=common.num_columns))
+    ranks_NK = ranks_of_classes(class_V)[0][ids_NK]
+    logprob_NK = targets.logprobs_NK.double().cpu().numpy()
+    num_levels = _choose_levels(targets)
+    level_NK = _levels(logprob_NK, num_levels, targets.temperatures)
+    lowest = _lowest_logprob(logprob_NK, level_NK, num_levels, targets.temperatures)
+    whole = TopKRow(ranks_NK, level_NK, _quantise_entropy(common.entropy_N), _quantise_gold(common.gold_logprob_N.cpu().numpy()))
+
+    def events(row: int, room: np.ndarray) -> int:
+        return topk_events(TopKRow(*(array[position_R1[row] : position_R1[row + 1]] for array in whole)), room)
+
+    codes_CA, words = _encode_events(events, (3 + 2 * k) * np.diff(position_R1))
+    header = Header(_TOPK, common.num_columns, k, num_levels, lowest, targets.temperatures)
+    return _pack_model(header, pack_classes(class_V), codes_CA), [
+        b"".join(part[first:end].tobytes() for part in _exact_parts(targets)) + body
+        for first, end, body in zip(position_R1, position_R1[1:], words, strict=False)
+    ]
+
+
+def _exact_parts(targets: TopKTargets) -> list[np.ndarray]:
+    """What is stored as float32: tails, unless everything is kept; normalisers, but for T = 1, where it is 0."""
+    tail_NG, norm_NG = (tensor.cpu().numpy().astype("<f4") for tensor in (targets.log_tail_NG, targets.log_normalizer_NG))
+    stored = [g for g, temperature in enumerate(targets.temperatures) if temperature != 1.0]
+    return [tail_NG if targets.ids_NK.shape[1] < targets.common.num_columns else tail_NG[:, :0], norm_NG[:, stored]]
+
+
+def _logprob_of_level(num_levels: int, lowest: float, temperatures: tuple[float, ...]) -> np.ndarray:
+    """float64, shape (num_levels + 1,)."""
+    logprob_L = 2 * max(temperatures) * np.log(np.maximum(np.arange(num_levels + 1), 1) / num_levels)
+    logprob_L[0] = lowest
+    return logprob_L
+
+
+def _levels(logprob_NK: np.ndarray, num_levels: int, temperatures: tuple[float, ...]) -> np.ndarray:
+    return np.asarray(np.rint(np.exp(logprob_NK / (2 * max(temperatures))) * num_levels).clip(0, num_levels).astype(np.int64))
+
+
+def _lowest_logprob(logprob_NK: np.ndarray, level_NK: np.ndarray, num_levels: int, temperatures: tuple[float, ...]) -> float:
+    """Log of the mean probability at level 0, as float32 holds it; never further than a tenth of a level's width down."""
+    rest = np.exp(logprob_NK[level_NK == 0])
+    floor = 2 * max(temperatures) * np.log(0.1 / num_levels)
+    return float(np.float32(max(floor, np.log(rest.mean())) if rest.any() else floor))
+
+
+def _choose_levels(targets: TopKTargets) -> int:
+    """Fewest levels that keep the mean KL within the budget at every temperature of the grid."""
+    every = max(1, len(targets.ids_NK) // _KL_SAMPLE)
+    logprob_NK = targets.logprobs_NK[::every].double().cpu().numpy()
+    kept_NG = -np.expm1(targets.log_tail_NG[::every].double().cpu().numpy())
+
+    def divergence(num_levels: int) -> float:
+        level_NK = _levels(logprob_NK, num_levels, targets.temperatures)
+        lowest = _lowest_logprob(logprob_NK, level_NK, num_levels, targets.temperatures)
+        found_NK = _logprob_of_level(num_levels, lowest, targets.temperatures)[level_NK]
+        means = []
+        for g, temperature in enumerate(targets.temperatures):
+            log_p, log_q = (_log_softmax(part / temperature) for part in (logprob_NK, found_NK))
+            means.append((kept_NG[:, g] * (np.exp(log_p) * np.maximum(log_p - log_q, -1e4)).sum(-1)).mean())
+        return float(max(means))
+
+    low, high = 0, len(_LEVEL_CHOICES) - 1
+    while low < high and len(logprob_NK):
+        middle = (low + high) // 2
+        low, high = (low, middle) if divergence(int(_LEVEL_CHOICES[middle])) <= _KL_BUDGET else (middle + 1, high)
+    return int(_LEVEL_CHOICES[low])
+
+
+def _log_softmax(x_NK: np.ndarray) -> np.ndarray:
+    shifted = x_NK - x_NK.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+
+
+def _dense_body(targets: DenseTargets, first: int, end: int) -> bytes:
+    """float32 as planes of their bytes, deflated: signs and exponents repeat, mantissas do not."""
+    columns = [targets.common.gold_logprob_N[first:end, None], targets.common.entropy_N[first:end, None], targets.logprobs_NV[first:end]]
+    values = torch.cat(columns, -1).cpu().numpy().astype("<f4")
+    return zlib.compress(values.view(np.uint8).reshape(-1, 4).T.tobytes(), 6)
+
+
+def decode_rows(model: Model, blobs: Sequence[bytes], labels: Sequence[np.ndarray]) -> Targets:
+    """``codec.decode_rows`` of version 2."""
+    header = model.header
+    for i, (blob, gold) in enumerate(zip(blobs, labels, strict=True)):
+        if len(blob) < _BLOB.size or blob[0] != VERSION:
+            raise SoftLabelError(f"row {i}: not soft labels of version {VERSION}: {len(blob)} bytes, beginning {blob[:5]!r}")
+        if _checksum(model.crc, gold, blob[_BLOB.size :]) != _BLOB.unpack_from(blob)[1]:
+            raise SoftLabelError(
+                f"row {i}: the checksum of its soft labels differs: they are damaged, or belong to other tokens or another shard's model; "
+                "the row must be scored again"
+            )
+    gold_N = _check_labels(labels, np.array([len(gold) for gold in labels], np.int64), header.num_columns)
+    position_R1 = np.concatenate([[0], np.cumsum([len(gold) for gold in labels])]).astype(np.int64)
+    if header.kind == _SAMPLED:
+        return _decode_sampled(model, blobs, gold_N, position_R1)
+    if header.kind == _TOPK:
+        return _decode_topk(model, blobs, position_R1)
+    return _decode_dense(model, blobs, len(gold_N))
+
+
+def _stream(parts: Sequence[memoryview], position_R1: np.ndarray, ids_R: np.ndarray) -> Stream:
+    words = np.frombuffer(b"".join([*parts, bytes(4)]), "<u2").astype(np.int32)
+    return Stream(words, _offsets([len(part) // 2 for part in parts]), position_R1, _offsets(ids_R))
+
+
+def _offsets(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+
+def _refuse(row: int) -> None:
+    if row >= 0:
+        raise SoftLabelError(f"row {row}: its soft labels end early or late although their checksum holds; the row must be scored again")
+
+
+def _decode_sampled(model: Model, blobs: Sequence[bytes], gold_N: np.ndarray, position_R1: np.ndarray) -> SampledTargets:
+    header, num = model.header, len(gold_N)
+    ids_R = np.array([struct.unpack_from("<I", blob, _BLOB.size)[0] for blob in blobs], np.int64)
+    stream = _stream([memoryview(blob)[_BLOB.size + 4 :] for blob in blobs], position_R1, ids_R)
+    ids_E, counts_E = np.empty(int(ids_R.sum()), np.int64), np.empty(int(ids_R.sum()), np.int64)
+    rank_of_id_V = np.empty_like(model.id_of_rank_V)
+    rank_of_id_V[model.id_of_rank_V] = np.arange(header.num_columns)
+    out = SampledRow(np.zeros(num + 1, np.int64), ids_E, counts_E, rank_of_id_V[gold_N], *(np.empty(num, np.int64) for _ in range(3)))
+    draws = _draws(header.size, header.temperatures[0])
+    _refuse(decode_sampled(stream, model.tables, draws, model.id_of_rank_V, out))
+    common = Common(_gold_logprob(out.gold_q_N), _entropy(out.entropy_q_N), header.num_columns)
+    return SampledTargets(
+        common,
+        header.temperatures[0],
+        header.size,
+        _entropy(out.offset_q_N),
+        torch.from_numpy(out.offsets_N1),
+        torch.from_numpy(ids_E),
+        torch.from_numpy(counts_E),
+    )
+
+
+def _decode_topk(model: Model, blobs: Sequence[bytes], position_R1: np.ndarray) -> TopKTargets:
+    header, num = model.header, int(position_R1[-1])
+    grid = header.temperatures
+    widths = (len(grid) if header.size < header.num_columns else 0, sum(temperature != 1.0 for temperature in grid))
+    exact: list[list[np.ndarray]] = [[], []]
+    parts = []
+    for blob, rows in zip(blobs, np.diff(position_R1).tolist(), strict=True):
+        at = _BLOB.size
+        for arrays, width in zip(exact, widths, strict=True):
+            arrays.append(np.frombuffer(blob, "<f4", rows * width, at).reshape(rows, width))
+            at += 4 * rows * width
+        parts.append(memoryview(blob)[at:])
+    out = TopKRow(
+        np.empty((num, header.size), np.int64), np.empty((num, header.size), np.int64), np.empty(num, np.int64), np.empty(num, np.int64)
+    )
+    _refuse(decode_topk(_stream(parts, position_R1, np.zeros(len(blobs))), model.tables, model.id_of_rank_V, out))
+    norm_NG, tail_NG = np.zeros((num, len(grid)), np.float32), np.full((num, len(grid)), -np.inf, np.float32)
+    tail_NG[:, : widths[0]] = np.concatenate([np.zeros((0, widths[0])), *exact[0]])
+    norm_NG[:, [temperature != 1.0 for temperature in grid]] = np.concatenate([np.zeros((0, widths[1])), *exact[1]])
+    logprob_L = _logprob_of_level(header.num_levels, header.lowest, grid).astype(np.float32)
+    return TopKTargets(
+        Common(_gold_logprob(out.gold_q_N), _entropy(out.entropy_q_N), header.num_columns),
+        grid,
+        torch.from_numpy(out.ranks_NK),
+        torch.from_numpy(logprob_L[out.levels_NK]),
+        torch.from_numpy(norm_NG),
+        torch.from_numpy(tail_NG),
+    )
+
+
+def _decode_dense(model: Model, blobs: Sequence[bytes], num: int) -> DenseTargets:
+    planes = [np.frombuffer(zlib.decompress(blob[_BLOB.size :]), np.uint8).reshape(4, -1).T for blob in blobs]
+    values = torch.from_numpy(np.concatenate([np.zeros((0, 4), np.uint8), *planes]).view("<f4").reshape(num, -1).astype(np.float32))
+    values = values.reshape(num, model.header.num_columns + 2)
+    return DenseTargets(Common(values[:, 0].clone(), values[:, 1].clone(), model.header.num_columns), values[:, 2:].clone())

@@ -1,0 +1,212 @@
+"""Range asymmetric numeral systems (rANS) with static tables: events to bytes and back, compiled.
+
+An event is (context, symbol, raw bits): the symbol is coded with its context's table, the raw bits are stored as they are.
+The state lives in [2^16, 2^32) and moves 16-bit words; tables are quantised to 12 bits, so a symbol costs at least 1/2842 bit.
+Source: Duda 2013 (arXiv 1311.2540), the static table form; events and table format ours.
+
+Owns the coder and its tables; what an event means belongs to ``events.py``. It trusts its input: a caller checks a
+checksum first, and a stream that ends early or late is reported as a status, never read past its end.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numba
+import numpy as np
+
+__all__ = [
+    "ALPHABET",
+    "Stream",
+    "Tables",
+    "add_events",
+    "bucket",
+    "bucket_base",
+    "code_bits",
+    "compiled",
+    "encode_events",
+    "make_tables",
+    "open_row",
+    "pop_raw",
+    "pop_symbol",
+    "pop_value",
+    "quantise_tables",
+]
+
+PRECISION = 12  # bits of a table
+ALPHABET = 96  # symbols a context may use; bucket() of 2^20 is 79
+_LOW = 1 << 16
+_WEIGHTS = np.array([0] + [round(2 ** (code / 4 + 8)) for code in range(4 * PRECISION + 1)], np.int64)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compiled(function: Function) -> Function:
+    """numba.njit with the on-disk cache, keeping the function's type."""
+    return cast(Function, numba.njit(cache=True)(function))
+
+
+@compiled
+def bucket(value: int) -> tuple[int, int]:
+    """Symbol and number of raw low bits of a whole number >= 0: exact below 4, then four buckets an octave."""
+    if value < 4:
+        return value, 0
+    exponent = 2
+    while value >> (exponent + 1):
+        exponent += 1
+    return 4 * (exponent - 1) + ((value >> (exponent - 2)) & 3), exponent - 2
+
+
+@compiled
+def bucket_base(symbol: int) -> tuple[int, int]:
+    """Smallest value of a bucket and its number of raw bits: the inverse of ``bucket``."""
+    if symbol < 4:
+        return symbol, 0
+    return (4 + (symbol & 3)) << ((symbol >> 2) - 1), (symbol >> 2) - 1
+
+
+class Tables(NamedTuple):
+    """Static frequencies of C contexts; a row of ``freq_CA`` sums to 4096, or to 0 where the context is never used.
+
+    Attributes:
+        freq_CA: int32, shape (C, ALPHABET).
+        start_CA: int32, exclusive cumulative sums.
+        symbol_CS: int8, shape (C, 4096): the symbol of each slot.
+    """
+
+    freq_CA: np.ndarray
+    start_CA: np.ndarray
+    symbol_CS: np.ndarray
+
+
+class Stream(NamedTuple):
+    """Words of R rows, one after the other, and what each row begins with.
+
+    Attributes:
+        words: 16 bits each, int32 (numba makes float64 of signed and unsigned); some more than the rows have, to read ahead.
+        words_R1, positions_R1, ids_R1: int64 offsets of each row's words, positions and ids.
+    """
+
+    words: np.ndarray
+    words_R1: np.ndarray
+    positions_R1: np.ndarray
+    ids_R1: np.ndarray
+
+
+def quantise_tables(histogram_CA: np.ndarray) -> np.ndarray:
+    """Histograms as one byte a symbol, a quarter of an octave fine: what a model stores of its tables.
+
+    Args:
+        histogram_CA: int64 counts, shape (C, ALPHABET).
+
+    Returns:
+        uint8: 0 where a symbol never occurs, otherwise 1 + 4 log2 of its share in 4096ths (at least one of them).
+    """
+    share_CA = histogram_CA * ((1 << PRECISION) / np.maximum(histogram_CA.sum(1, keepdims=True), 1))
+    return np.where(histogram_CA > 0, 1 + np.rint(4 * np.log2(np.maximum(share_CA, 1))), 0).astype(np.uint8)
+
+
+def make_tables(codes_CA: np.ndarray) -> Tables:
+    """Tables from what ``quantise_tables`` gave; whole-number arithmetic, so every machine makes the same."""
+    weight_CA = _WEIGHTS[codes_CA]
+    total_C1 = np.maximum(weight_CA.sum(1, keepdims=True), 1)
+    room_C1 = (1 << PRECISION) - (codes_CA > 0).sum(1, keepdims=True)  # after one slot for each symbol that occurs
+    freq_CA = np.where(codes_CA > 0, 1 + weight_CA * room_C1 // total_C1, 0)
+    used_C = freq_CA.any(1)
+    freq_CA[used_C, freq_CA[used_C].argmax(1)] += (1 << PRECISION) - freq_CA[used_C].sum(1)
+    symbol_CS = np.zeros((len(freq_CA), 1 << PRECISION), np.int8)
+    symbols = np.tile(np.arange(ALPHABET, dtype=np.int8), int(used_C.sum()))
+    symbol_CS[used_C] = np.repeat(symbols, freq_CA[used_C].ravel()).reshape(-1, 1 << PRECISION)
+    start_CA = np.cumsum(freq_CA, axis=1) - freq_CA
+    return Tables(freq_CA.astype(np.int32), start_CA.astype(np.int32), symbol_CS)
+
+
+def code_bits(histogram_CA: np.ndarray, freq_CA: np.ndarray) -> np.ndarray:
+    """Bits that events of a histogram take with given tables, float64, shape (C,); every symbol must have a frequency."""
+    return np.asarray((histogram_CA * (PRECISION - np.log2(np.maximum(freq_CA, 1)))).sum(1))
+
+
+@compiled
+def add_events(events_X4: np.ndarray, histogram_CA: np.ndarray) -> None:
+    """Count events into a histogram of contexts and symbols."""
+    for x in range(len(events_X4)):
+        histogram_CA[events_X4[x, 0], events_X4[x, 1]] += 1
+
+
+@compiled
+def encode_events(events_X4: np.ndarray, tables: Tables, words: np.ndarray) -> int:
+    """Write events backwards into ``words`` (uint16), so that a decoder reads them forwards.
+
+    Args:
+        events_X4: int64 (context, symbol, number of raw bits, raw bits), in decoding order.
+        tables: with a frequency for every symbol that occurs.
+        words: room, at least 2 + 3 x events words.
+
+    Returns:
+        First used index of ``words``: the stream is words[index:].
+    """
+    at = len(words)
+    state = _LOW
+    for x in range(len(events_X4) - 1, -1, -1):
+        left, raw = events_X4[x, 2], events_X4[x, 3]
+        while left > 0:  # low bits first: the decoder meets the high ones first
+            take = min(left, 16)
+            if state >> (32 - take):
+                at -= 1
+                words[at] = state & 0xFFFF
+                state >>= 16
+            state = (state << take) | (raw & ((1 << take) - 1))
+            raw >>= take
+            left -= take
+        freq = tables.freq_CA[events_X4[x, 0], events_X4[x, 1]]
+        start = tables.start_CA[events_X4[x, 0], events_X4[x, 1]]
+        if state >= freq << (32 - PRECISION):
+            at -= 1
+            words[at] = state & 0xFFFF
+            state >>= 16
+        state = ((state // freq) << PRECISION) + state % freq + start
+    words[at - 1] = state & 0xFFFF
+    words[at - 2] = state >> 16
+    return at - 2
+
+
+@compiled
+def open_row(stream: Stream, row: int) -> tuple[int, int]:
+    """State and next word at the start of a row."""
+    at = stream.words_R1[row]
+    return (stream.words[at] << 16) | stream.words[at + 1], at + 2
+
+
+@compiled
+def pop_symbol(stream: Stream, tables: Tables, context: int, state: int, at: int) -> tuple[int, int, int]:
+    """One symbol off the stream: (symbol, state, next word)."""
+    slot = state & ((1 << PRECISION) - 1)
+    symbol = tables.symbol_CS[context, slot]
+    state = tables.freq_CA[context, symbol] * (state >> PRECISION) + slot - tables.start_CA[context, symbol]
+    if state < _LOW:
+        state = (state << 16) | stream.words[at]
+        at += 1
+    return symbol, state, at
+
+
+@compiled
+def pop_raw(stream: Stream, bits: int, state: int, at: int) -> tuple[int, int, int]:
+    """``bits`` raw bits off the stream: (value, state, next word)."""
+    value = 0
+    while bits > 0:
+        take = ((bits - 1) & 15) + 1
+        value = (value << take) | (state & ((1 << take) - 1))
+        state >>= take
+        bits -= take
+        if state < _LOW:
+            state = (state << 16) | stream.words[at]
+            at += 1
+    return value, state, at
+
+
+@compiled
+def pop_value(stream: Stream, tables: Tables, context: int, state: int, at: int) -> tuple[int, int, int]:
+    """One number that was put as its bucket: (value, state, next word)."""
+    symbol, state, at = pop_symbol(stream, tables, context, state, at)
+    base, bits = bucket_base(symbol)
+    raw, state, at = pop_raw(stream, bits, state, at)
+    return base + raw, state, at

@@ -1,0 +1,344 @@
+"""What a row of soft labels says, as events of the entropy coder, in the order in which the decoder can use it.
+
+Axes: N positions of a row, E ids over all of them (position n owns offsets[n]:offsets[n+1]), X events.
+
+Ids come here as *ranks* (``ranking.py``): small numbers are frequent ids, so sorted ranks have small gaps. Sampled counts and
+quantised log-probabilities are both *levels*: a falling sequence, then for each level its ids as sorted gaps. Contexts are
+coarse (an octave of the previous rank, of the ids still to come): a table must pay for the bytes it takes in the model.
+
+A position, sampled: number of ids; is the gold id among them, and its count; the other counts, falling; their ids; entropy
+as a residual on the draws' own entropy; gold log-probability as a residual on the gold count.
+A position, topk: levels, falling; ids; entropy; gold log-probability.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from kd_core.softlabels.entropy import Stream, Tables, bucket, compiled, open_row, pop_raw, pop_symbol, pop_value
+
+__all__ = ["FAMILIES", "Draws", "SampledRow", "TopKRow", "decode_sampled", "decode_topk", "sampled_events", "topk_events"]
+
+_IDS = 0  # number of ids
+_FLAG = 1  # is the gold id drawn: by number of ids
+_GOLD_COUNT = 17  # by number of ids
+_FIRST_LEVEL = 33
+_LEVEL = 34  # counts: by draws left over x ids to come; topk drops: by last level x index
+_GAP = 226  # by octave of the previous rank x ids to come
+_ENTROPY = 394  # by the entropy of the draws
+_ENTROPY_2 = 418  # at T = 1, by the one at T0
+_GOLD = 442  # by gold count, or by entropy where every draw fell on gold
+_WHOLE = 474  # entropy and gold log-probability of topk
+FAMILIES = (_IDS, _FLAG, _GOLD_COUNT, _FIRST_LEVEL, _LEVEL, _GAP, _ENTROPY, _ENTROPY_2, _GOLD, _WHOLE, _WHOLE + 1, _WHOLE + 2)
+
+_RESIDUAL_BIAS, _RESIDUAL_END = 24, 95  # residual symbols; the last one says: 32 raw bits follow
+
+
+@compiled
+def _octave(value: int) -> int:
+    octave = 0
+    while value >> octave:
+        octave += 1
+    return octave
+
+
+@compiled
+def _put(events: np.ndarray, at: int, context: int, value: int) -> int:
+    symbol, bits = bucket(value)
+    events[at, 0] = context
+    events[at, 1] = symbol
+    events[at, 2] = bits
+    events[at, 3] = value & ((1 << bits) - 1)
+    return at + 1
+
+
+@compiled
+def _put_residual(events: np.ndarray, at: int, context: int, residual: int, low_bits: int) -> int:
+    symbol = (residual >> low_bits) + _RESIDUAL_BIAS
+    inside = 0 <= symbol < _RESIDUAL_END
+    events[at, 0] = context
+    events[at, 1] = symbol if inside else _RESIDUAL_END
+    events[at, 2] = low_bits if inside else 32
+    events[at, 3] = residual & ((1 << low_bits) - 1) if inside else residual + (1 << 31)
+    return at + 1
+
+
+@compiled
+def _put_set(events: np.ndarray, at: int, ranks: np.ndarray) -> int:
+    """Sorted distinct ranks as gaps."""
+    last = -1
+    for i in range(len(ranks)):
+        at = _put(events, at, _gap_context(last, len(ranks) - i), ranks[i] - last - 1)
+        last = ranks[i]
+    return at
+
+
+@compiled
+def _gap_context(last: int, left: int) -> int:
+    return _GAP + 8 * _octave(last + 1) + min(_octave(left - 1), 7)
+
+
+@compiled
+def _count_context(excess: int, left: int) -> int:
+    return _LEVEL + 6 * min(bucket(excess)[0], 31) + (left - 2 if left < 6 else 4 if left < 10 else 5)
+
+
+@compiled
+def _drop_context(last: int, index: int) -> int:
+    return _LEVEL + 8 * min(_octave(last), 23) + min(_octave(index), 7)
+
+
+@compiled
+def _gold_context(count: int, num_draws: int, entropy: int) -> int:
+    return _GOLD + (24 + min(_octave(entropy), 7) if count == num_draws else min(bucket(count)[0], 23))
+
+
+class Draws(NamedTuple):
+    """What draws predict: the same numbers for encoder and decoder.
+
+    Attributes:
+        num_draws: draws a position.
+        own_temperature: drawn at T = 1, so the draws' entropy is the entropy.
+        count_entropy: int64, by count c: 1024 c ln c, rounded.
+        count_gold: int64, by count c: quantised gold log-probability if c / num_draws were the probability.
+    """
+
+    num_draws: int
+    own_temperature: bool
+    count_entropy: np.ndarray
+    count_gold: np.ndarray
+
+
+class SampledRow(NamedTuple):
+    """Sampled targets in whole numbers; ``gold_N`` is the rank of the token that stands there."""
+
+    offsets_N1: np.ndarray
+    ranks_E: np.ndarray
+    counts_E: np.ndarray
+    gold_N: np.ndarray
+    offset_q_N: np.ndarray
+    entropy_q_N: np.ndarray
+    gold_q_N: np.ndarray
+
+
+class TopKRow(NamedTuple):
+    """Top-k targets in whole numbers."""
+
+    ranks_NK: np.ndarray
+    levels_NK: np.ndarray
+    entropy_q_N: np.ndarray
+    gold_q_N: np.ndarray
+
+
+@compiled
+def sampled_events(draws: Draws, row: SampledRow, events: np.ndarray) -> int:
+    """Write a row's events; returns their number. Room: 6 + 2 x ids events a position."""
+    at = 0
+    for n in range(len(row.gold_N)):
+        low, high = row.offsets_N1[n], row.offsets_N1[n + 1]
+        num = high - low
+        at = _put(events, at, _IDS, num - 1)
+        gold_count = 0
+        draws_entropy = draws.count_entropy[draws.num_draws]
+        for e in range(low, high):
+            draws_entropy -= draws.count_entropy[row.counts_E[e]]
+            if row.ranks_E[e] == row.gold_N[n]:
+                gold_count = row.counts_E[e]
+        draws_entropy //= draws.num_draws * 16
+        events[at, 0] = _FLAG + min(num, 16) - 1
+        events[at, 1] = 1 if gold_count else 0
+        events[at, 2] = 0
+        at += 1
+        left, todo_draws = num, draws.num_draws
+        if gold_count:
+            if num > 1:
+                at = _put(events, at, _GOLD_COUNT + min(num, 16) - 1, gold_count - 1)
+            left, todo_draws = num - 1, draws.num_draws - gold_count
+        keys = np.empty(left, np.int64)
+        i = 0
+        for e in range(low, high):
+            if row.ranks_E[e] != row.gold_N[n]:
+                keys[i] = (int(draws.num_draws - row.counts_E[e]) << 20) | row.ranks_E[e]
+                i += 1
+        keys.sort()
+        for i in range(left):
+            todo = left - i
+            count = draws.num_draws - (keys[i] >> 20)
+            if todo_draws == todo or todo == 1:
+                break
+            at = _put(events, at, _count_context(todo_draws - todo, todo), count - (todo_draws + todo - 1) // todo)
+            todo_draws -= count
+        at = _put_groups(events, at, keys)
+        at = _put_residual(events, at, _ENTROPY + min(bucket(draws_entropy)[0], 23), row.offset_q_N[n] - draws_entropy, 2)
+        if not draws.own_temperature:
+            at = _put_residual(events, at, _ENTROPY_2 + min(bucket(row.offset_q_N[n])[0], 23), row.entropy_q_N[n] - row.offset_q_N[n], 2)
+        at = _put_residual(
+            events, at, _gold_context(gold_count, draws.num_draws, row.entropy_q_N[n]), row.gold_q_N[n] - draws.count_gold[gold_count], 0
+        )
+    return at
+
+
+@compiled
+def _put_groups(events: np.ndarray, at: int, keys: np.ndarray) -> int:
+    """Sorted keys (level << 20 | rank): each level's ranks as a set."""
+    first = 0
+    for i in range(1, len(keys) + 1):
+        if i == len(keys) or keys[i] >> 20 != keys[first] >> 20:
+            at = _put_set(events, at, keys[first:i] & ((1 << 20) - 1))
+            first = i
+    return at
+
+
+@compiled
+def topk_events(row: TopKRow, events: np.ndarray) -> int:
+    """Write a row's events; returns their number. Room: 3 + 2k events a position."""
+    at = 0
+    top = (1 << 32) - 1
+    for n in range(len(row.ranks_NK)):
+        keys = ((top - row.levels_NK[n]) << 20) | row.ranks_NK[n]
+        keys.sort()
+        last = top - (keys[0] >> 20)
+        at = _put(events, at, _FIRST_LEVEL, last)
+        for i in range(1, len(keys)):
+            if last == 0:
+                break
+            level = top - (keys[i] >> 20)
+            at = _put(events, at, _drop_context(last, i), last - level)
+            last = level
+        at = _put_groups(events, at, keys)
+        at = _put(events, at, _WHOLE, row.entropy_q_N[n])
+        at = _put(events, at, _WHOLE + 1, row.gold_q_N[n])
+    return at
+
+
+@compiled
+def _pop_residual(stream: Stream, tables: Tables, context: int, low_bits: int, state: int, at: int) -> tuple[int, int, int]:
+    symbol, state, at = pop_symbol(stream, tables, context, state, at)
+    if symbol == _RESIDUAL_END:
+        raw, state, at = pop_raw(stream, 32, state, at)
+        return raw - (1 << 31), state, at
+    raw, state, at = pop_raw(stream, low_bits, state, at)
+    return ((symbol - _RESIDUAL_BIAS) << low_bits) + raw, state, at
+
+
+@compiled
+def _sort_pair(keys: np.ndarray, values: np.ndarray, low: int, high: int) -> None:
+    """Sort keys[low:high] and their values: by insertion where there are few."""
+    if high - low > 64:
+        order = np.argsort(keys[low:high])
+        keys[low:high] = keys[low:high][order]
+        values[low:high] = values[low:high][order]
+        return
+    for i in range(low + 1, high):
+        key, value, j = keys[i], values[i], i - 1
+        while j >= low and keys[j] > key:
+            keys[j + 1], values[j + 1] = keys[j], values[j]
+            j -= 1
+        keys[j + 1], values[j + 1] = key, value
+
+
+@compiled
+def decode_sampled(stream: Stream, tables: Tables, draws: Draws, id_of_rank_V: np.ndarray, out: SampledRow) -> int:
+    """Fill ``out`` (ids, not ranks, in ``ranks_E``; a position's ids rise) from every row of a stream.
+
+    Returns:
+        -1, or the first row whose stream does not say what its header says.
+    """
+    num_columns = len(id_of_rank_V)
+    for row in range(len(stream.words_R1) - 1):
+        state, at = open_row(stream, row)
+        end = stream.words_R1[row + 1]
+        e = stream.ids_R1[row]
+        for n in range(stream.positions_R1[row], stream.positions_R1[row + 1]):
+            num, state, at = pop_value(stream, tables, _IDS, state, at)
+            num += 1
+            low, high = e, e + num
+            if high > stream.ids_R1[row + 1] or num > draws.num_draws or at > end:
+                return row
+            flag, state, at = pop_symbol(stream, tables, _FLAG + min(num, 16) - 1, state, at)
+            left, todo_draws, gold_count = num, draws.num_draws, 0
+            if flag:
+                gold_count = draws.num_draws
+                if num > 1:
+                    gold_count, state, at = pop_value(stream, tables, _GOLD_COUNT + min(num, 16) - 1, state, at)
+                    gold_count += 1
+                left, todo_draws = num - 1, draws.num_draws - gold_count
+                out.ranks_E[low + left] = id_of_rank_V[out.gold_N[n]]
+                out.counts_E[low + left] = gold_count
+            draws_entropy = draws.count_entropy[draws.num_draws] - draws.count_entropy[gold_count]
+            for i in range(left):
+                todo = left - i
+                count = 1 if todo_draws == todo else todo_draws
+                if todo_draws > todo and todo > 1:
+                    count, state, at = pop_value(stream, tables, _count_context(todo_draws - todo, todo), state, at)
+                    count += (todo_draws + todo - 1) // todo
+                if count < 1 or count > draws.num_draws:
+                    return row
+                out.counts_E[low + i] = count
+                draws_entropy -= draws.count_entropy[count]
+                todo_draws -= count
+            if todo_draws != 0:
+                return row
+            draws_entropy //= draws.num_draws * 16
+            first = low
+            for i in range(low + 1, low + left + 1):
+                if i == low + left or out.counts_E[i] != out.counts_E[first]:
+                    last = -1
+                    for j in range(first, i):
+                        gap, state, at = pop_value(stream, tables, _gap_context(last, i - j), state, at)
+                        last += gap + 1
+                        if last >= num_columns or at > end:
+                            return row
+                        out.ranks_E[j] = id_of_rank_V[last]
+                    first = i
+            _sort_pair(out.ranks_E, out.counts_E, low, high)
+            residual, state, at = _pop_residual(stream, tables, _ENTROPY + min(bucket(draws_entropy)[0], 23), 2, state, at)
+            entropy = draws_entropy + residual
+            out.offset_q_N[n] = entropy
+            if not draws.own_temperature:
+                residual, state, at = _pop_residual(stream, tables, _ENTROPY_2 + min(bucket(entropy)[0], 23), 2, state, at)
+                entropy += residual
+            out.entropy_q_N[n] = entropy
+            residual, state, at = _pop_residual(stream, tables, _gold_context(gold_count, draws.num_draws, entropy), 0, state, at)
+            out.gold_q_N[n] = draws.count_gold[gold_count] + residual
+            out.offsets_N1[n + 1] = high
+            e = high
+        if e != stream.ids_R1[row + 1] or at != end or state != 1 << 16:
+            return row
+    return -1
+
+
+@compiled
+def decode_topk(stream: Stream, tables: Tables, id_of_rank_V: np.ndarray, out: TopKRow) -> int:
+    """Fill ``out`` (ids, not ranks, in ``ranks_NK``, by falling level) from every row of a stream; returns as ``decode_sampled``."""
+    num_columns = len(id_of_rank_V)
+    for row in range(len(stream.words_R1) - 1):
+        state, at = open_row(stream, row)
+        end = stream.words_R1[row + 1]
+        for n in range(stream.positions_R1[row], stream.positions_R1[row + 1]):
+            ids, levels = out.ranks_NK[n], out.levels_NK[n]
+            last, state, at = pop_value(stream, tables, _FIRST_LEVEL, state, at)
+            levels[0] = last
+            for i in range(1, len(levels)):
+                if last > 0:
+                    drop, state, at = pop_value(stream, tables, _drop_context(last, i), state, at)
+                    last -= drop
+                    if last < 0 or at > end:
+                        return row
+                levels[i] = last
+            first = 0
+            for i in range(1, len(levels) + 1):
+                if i == len(levels) or levels[i] != levels[first]:
+                    rank = -1
+                    for j in range(first, i):
+                        gap, state, at = pop_value(stream, tables, _gap_context(rank, i - j), state, at)
+                        rank += gap + 1
+                        if rank >= num_columns or at > end:
+                            return row
+                        ids[j] = id_of_rank_V[rank]
+                    first = i
+            out.entropy_q_N[n], state, at = pop_value(stream, tables, _WHOLE, state, at)
+            out.gold_q_N[n], state, at = pop_value(stream, tables, _WHOLE + 1, state, at)
+        if at != end or state != 1 << 16:
+            return row
+    return -1
