@@ -22,6 +22,8 @@ from flows.console import display, human_bytes
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from kd_core.cache.parity import Parity
+    from kd_core.progress import Ticker
     from kd_core.store import Store
 
 __all__ = ["cache_app"]
@@ -167,6 +169,42 @@ def list_command(store_uri: StoreUri = _STORE, endpoint: Endpoint = None, region
     show(namespaces_table(rows, store.uri))
 
 
+@cache_app.command()
+def stats(
+    namespace: Annotated[
+        str | None, typer.Argument(metavar="[NS]", help="First digits of a namespace; not needed if there is one.")
+    ] = None,
+    store_uri: StoreUri = _STORE,
+    endpoint: Endpoint = None,
+    region: Region = _REGION,
+    as_json: AsJson = False,
+) -> None:
+    """Figures of one row table: bytes a token by part, entropies, finish reasons, doubled rows, orphan shards."""
+    from dataclasses import asdict
+
+    from kd_core.cache.catalog import find_namespace
+    from kd_core.cache.figures import figures
+
+    found = find_namespace(_open(store_uri, endpoint, region), namespace, table=None)
+    with display(quiet=as_json) as shown:
+        shown.start("stats")
+        numbers = figures(found, tick=shown.tick)
+    about = {"namespace": found.cache.namespace, "table": found.cache.table, "teacher": found.teacher, "policy": found.policy}
+    if as_json:
+        return _print_json({**about, **asdict(numbers)})
+    from flows.cache_tables import bytes_table, counts_table, entropy_table
+    from flows.tables import show
+
+    print(" ".join(str(value) for value in about.values() if value))
+    tables = [bytes_table(numbers), entropy_table(numbers) if numbers.entropy else None]
+    tables.append(counts_table("Finish reasons", numbers.finish_reasons) if numbers.finish_reasons else None)
+    unused = {"doubled rows": numbers.doubled_rows, "orphan shards": numbers.orphan_shards}
+    for table in (*tables, counts_table("Not read by anyone", unused)):
+        if table is not None:
+            print()
+            show(table)
+
+
 # ---------------------------------------------------------------------------------------------- looking after
 
 
@@ -176,6 +214,9 @@ def verify(
     endpoint: Endpoint = None,
     region: Region = _REGION,
     sample: Annotated[float, typer.Option("--sample", metavar="F", callback=_share, help="Share of the shards to read, drawn anew.")] = 1.0,
+    live: Annotated[str | None, typer.Option("--live", metavar="RECIPE", help="Also score rows again with this recipe's teacher.")] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, metavar="K", help="Rows to score again.")] = 16,
+    overrides: Annotated[list[str], typer.Option("--set", metavar="PATH=VALUE", help="Change a field of the recipe of --live.")] = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
     """Check every byte and row, or a sample. Exit code 1 names what is damaged."""
@@ -187,10 +228,13 @@ def verify(
     with display(quiet=as_json) as shown:
         shown.start("verify")
         found = verified(store, sample=sample, tick=shown.tick)
+        shown.start("live teacher")
+        parity = None if live is None else _parity(live, overrides, store, rows, shown.tick)
     if as_json:
-        _print_json({"store": store.uri, **asdict(found)})
+        compared = None if parity is None else {**asdict(parity), "holds": parity.holds}
+        _print_json({"store": store.uri, **asdict(found), "live": compared})
     else:
-        from flows.cache_tables import damage_table
+        from flows.cache_tables import damage_table, parity_table
         from flows.tables import show
 
         if found.damage:
@@ -201,7 +245,24 @@ def verify(
             if found.damage
             else f"{what}; all is as committed."
         )
-    raise typer.Exit(1 if found.damage else 0)
+        if parity is not None:
+            show(parity_table(parity))
+            print(_PARITY_HOLDS if parity.holds else _PARITY_FAILS)
+    raise typer.Exit(1 if found.damage or (parity is not None and not parity.holds) else 0)
+
+
+_PARITY_HOLDS = "The live teacher is the teacher that made these labels."
+_PARITY_FAILS = (
+    "The live teacher is not the one that made these labels, as it runs here: use the packages and the device that made them, "
+    "or delete the namespace to have it computed again."
+)
+
+
+def _parity(recipe_file: str, overrides: list[str], store: "Store", rows: int, tick: "Ticker") -> "Parity":
+    from kd_core.cache.parity import live_parity
+    from kd_core.recipe_io import load_recipe
+
+    return live_parity(load_recipe(recipe_file, overrides), store, num_rows=rows, tick=tick)
 
 
 @cache_app.command()

@@ -1,6 +1,6 @@
 """Tables of ``kd cache``; one function a command."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -9,11 +9,23 @@ from rich.text import Text
 from flows.console import human_bytes, human_seconds
 
 if TYPE_CHECKING:
+    from kd_core.cache.figures import Figures
     from kd_core.cache.garbage import Garbage
+    from kd_core.cache.parity import Parity
     from kd_core.cache.repair import Move
     from kd_core.cache.verify import Verified
 
-__all__ = ["damage_table", "garbage_table", "namespaces_table", "repair_table", "rows_table"]
+__all__ = [
+    "bytes_table",
+    "counts_table",
+    "damage_table",
+    "entropy_table",
+    "garbage_table",
+    "namespaces_table",
+    "parity_table",
+    "repair_table",
+    "rows_table",
+]
 
 _DAY = 86_400
 
@@ -59,6 +71,50 @@ def namespaces_table(rows: Sequence[dict[str, Any]], store: str) -> Table:
         said = (row["namespace"][:12], row["table"], row["teacher"] or "-", row["policy"] or "-")
         counts = (_number(row["rows"]), _number(row["tokens"]), human_bytes(row["bytes"]), _number(row["commits"]))
         table.add_row(*map(Text, said), *counts, _age(row["age_seconds"]))
+    return table
+
+
+def bytes_table(numbers: "Figures") -> Table:
+    """Where the bytes go: one line a part, largest first."""
+    table = _table(
+        f"Stored bytes ({_number(numbers.tokens)} tokens, {numbers.rows:,} rows)", ("part",), ("bytes", "bytes a token", "share")
+    )
+    whole = sum(numbers.bytes_by_part.values())
+    for name, size in [*sorted(numbers.bytes_by_part.items(), key=lambda item: -item[1]), ("in all", whole)]:
+        table.add_row(name, human_bytes(size), f"{size / numbers.tokens:.2f}" if numbers.tokens else "-", f"{size / max(whole, 1):.1%}")
+    return table
+
+
+def entropy_table(numbers: "Figures") -> Table:
+    """Histogram of rows by mean entropy."""
+    table = _table("Rows by mean entropy of the teacher", ("nats",), ("rows", "tokens"))
+    table.add_column("")
+    most = max(found.rows for found in numbers.entropy)
+    for found in numbers.entropy:
+        bar = "█" * max(1, round(40 * found.rows / most))
+        table.add_row(f"{found.low:g} to {found.high:g}", f"{found.rows:,}", f"{found.tokens:,}", f"[dim]{bar}[/]")
+    return table
+
+
+def counts_table(title: str, counts: Mapping[str, int]) -> Table:
+    """One line a name."""
+    table = _table(title, ("",), ("number",))
+    for name, count in counts.items():
+        table.add_row(Text(name), f"{count:,}")
+    return table
+
+
+def parity_table(parity: "Parity") -> Table:
+    """One line a row that was scored again."""
+    bounds = f"gold error at most {parity.gold_bound:g}, total variation at most {parity.total_variation_bound:g}"
+    table = _table(f"Live teacher against {parity.namespace[:12]} ({bounds})", ("row", "result"))
+    for column in ("tokens", "gold error", "total variation", "same ids"):
+        table.add_column(column, justify="right")
+    for row in parity.rows:
+        mark = "[green]ok[/]" if row.holds else "[red]differs[/]"
+        table.add_row(row.key, mark, f"{row.tokens:,}", f"{row.gold_error:.2g}", f"{row.total_variation:.2g}", f"{row.same_ids:.1%}")
+    for key, reason in parity.refused.items():
+        table.add_row(key, Text(f"refused: {reason}", style="red"))
     return table
 
 

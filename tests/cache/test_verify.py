@@ -56,10 +56,10 @@ def test_a_sound_cache_has_nothing_to_report(store, add_shard, tmp_path) -> None
     assert objects(store) == before
 
 
-def test_every_47th_byte_of_a_shard_is_named(store, add_shard) -> None:
+def test_every_97th_byte_of_a_shard_is_named(store, add_shard) -> None:
     commit = add_shard(store, range(10))
     key = cache_of(store).shard_key(commit)
-    for at in range(0, commit.size_bytes, 47):
+    for at in range(0, commit.size_bytes, 97):
         flip(store, key, at)
         [damage] = verify(store).damage
         flip(store, key, at)
