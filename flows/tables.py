@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.markdown import Markdown
 from rich.table import Table
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from infra.stack import StackInfo
     from kd_core.doctor import Finding
     from kd_core.plan import Plan
+    from kd_core.soft_label_plan import SoftLabelOption
 
 __all__ = ["doctor_table", "plan_table", "show", "show_markdown", "stack_json", "stack_text", "status_table"]
 
@@ -27,8 +28,8 @@ _MARKS = {
 _FINDINGS = {"ok": "[green]ok[/]", "failed": "[red]failed[/]", "skipped": "[dim]skipped[/]"}
 
 
-def show(table: Table) -> None:
-    """Print a table to standard output; wide enough not to fold when it is no terminal."""
+def show(table: RenderableType) -> None:
+    """Print a table, or several to standard output; wide enough not to fold when it is no terminal."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
 
@@ -52,20 +53,51 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def plan_table(plan: "Plan") -> Table:
-    """One line a stage: what is there, and what the rest would cost."""
-    table = _table("Plan (nothing has been run)", "stage", "fingerprint", "status", "rows", "cached", "tokens", "to store", "time", "price")
+def plan_table(plan: "Plan") -> Group:
+    """One line a stage: what is there, and what the rest would cost; then other target policies, and where the figures come from."""
+    columns = ("stage", "fingerprint", "status", "rows", "cached", "tokens", "to store", "requests", "time", "price")
+    table = _table("Plan (nothing has been run)", *columns)
     for s in plan.stages:
-        size = "-" if s.bytes is None else human_bytes(s.bytes)
-        time = "-" if s.seconds is None else human_seconds(s.seconds)
-        price = "-" if s.price is None else f"{s.price:.4f}"
-        table.add_row(
-            s.name, s.fingerprint[:12], _MARKS[s.status], _number(s.rows), _number(s.rows_cached), _number(s.tokens), size, time, price
-        )
-    known = [s.seconds for s in plan.stages if s.seconds is not None]
+        counts = map(_number, (s.rows, s.rows_cached, s.tokens))
+        costs = _costs(s.bytes, (s.requests,), s.seconds, s.price)
+        table.add_row(s.name, s.fingerprint[:12], _MARKS[s.status], *counts, *costs)
     table.add_section()
-    table.add_row("in all", "", "", "", "", "", "", human_seconds(sum(known)), "")
+    total = plan.total
+    least = "at least" if total.unknown else ""
+    table.add_row("in all", least, "", "", "", "", *_costs(total.bytes, (total.requests,), total.seconds, total.price))
+    parts: list[RenderableType] = [table]
+    if total.price_a_month is not None:
+        parts.append(f"Keeping what is added costs {total.price_a_month:.4f} a month.")
+    if plan.soft_label_options:
+        parts += ["", _options_table(plan.soft_label_options)]
+    return Group(*parts, *(f"- {note}" for note in plan.notes))
+
+
+def _options_table(options: "Sequence[SoftLabelOption]") -> Table:
+    columns = ("policy", "", "cached", "tokens", "bytes a token", "to store", "writes", "reads an epoch", "time", "price", "a month")
+    table = _table("Soft labels under other policies", *columns)
+    for o in options:
+        each = "-" if o.bytes_a_token is None else f"{o.bytes_a_token:,.1f}"
+        costs = _costs(o.bytes, (o.write_requests, o.epoch_requests), o.seconds, o.price)
+        month = "-" if o.price_a_month is None else f"{o.price_a_month:.4f}"
+        mark = "this recipe" if o.chosen else ""
+        table.add_row(_policy_name(o.policy), mark, _number(o.rows_cached), _number(o.tokens), each, *costs, month)
     return table
+
+
+def _policy_name(policy: dict[str, Any]) -> str:
+    match policy["kind"]:
+        case "sampled":
+            return f"sampled, {policy['num_draws']} draws at T {policy['temperature']:g}"
+        case "topk":
+            return f"topk, k {policy['k']}, T {' '.join(f'{t:g}' for t in policy['temperatures'])}"
+    return str(policy["kind"])
+
+
+def _costs(size: int | None, requests: tuple[int | None, ...], seconds: float | None, price: float | None) -> list[str]:
+    bytes_text = "-" if size is None else human_bytes(size)
+    time = "-" if seconds is None else human_seconds(seconds)
+    return [bytes_text, *map(_number, requests), time, "-" if price is None else f"{price:.4f}"]
 
 
 def status_table(rows: Sequence[dict[str, Any]], store: str) -> Table:

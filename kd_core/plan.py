@@ -4,20 +4,33 @@ One line a group of the graph. Hits cost nothing; the rest is estimated from wha
 measured rates or arithmetic (``costs``). Reads the store and the sources, writes nothing, loads no model and no torch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 from math import ceil
 from typing import Any, Literal
 
 from kd_core.artifacts import Record, find
-from kd_core.costs import forward_seconds, load_seconds, measured_seconds, soft_label_bytes, training_seconds
+from kd_core.costs import (
+    epoch_requests,
+    forward_seconds,
+    load_seconds,
+    measured_seconds,
+    price,
+    row_groups,
+    table_bytes,
+    text_bytes,
+    training_seconds,
+    write_requests,
+)
 from kd_core.fingerprint import fingerprint
 from kd_core.recipe import Recipe, ServerTeacher, TrainedTeacher, Training
+from kd_core.soft_label_plan import SoftLabelOption, bytes_factor, estimate, scoring_rate, soft_label_options
 from kd_core.stages.graph import Node, build_graph
 from kd_core.stages.known import Known
 from kd_core.store import Store
 
-__all__ = ["Plan", "StagePlan", "make_plan", "plan_json"]
+__all__ = ["Plan", "PlanTotal", "StagePlan", "make_plan", "plan_json"]
 
 Status = Literal["hit", "partial", "miss"]
 
@@ -39,10 +52,12 @@ class StagePlan:
         status: hit: all is in the store; partial: some nodes or rows are.
         rows: all nodes together; prompts, answers, rows learnt from, items evaluated.
         rows_cached: of them, in the store.
-        tokens: to generate, score or train on.
+        tokens: to generate, score or train on; of soft labels the supervised positions.
         bytes: to add to the store.
+        requests: to the store: shards and commits written, row groups read in training. The few files of each artifact
+            are not counted.
         seconds: to compute.
-        price: in the currency of ``run.price_per_hour`` and the server teacher's price; None if neither is stated.
+        price: of seconds, requests and a server teacher's tokens, as far as the recipe states their prices; None if it states none.
     """
 
     name: str
@@ -52,20 +67,50 @@ class StagePlan:
     rows_cached: int | None
     tokens: int | None
     bytes: int | None
+    requests: int | None
     seconds: float | None
     price: float | None
 
 
 @dataclass(frozen=True)
+class PlanTotal:
+    """Sums over the lines that are known: lower bounds where ``unknown`` names some.
+
+    Attributes:
+        bytes, requests, seconds, price: as in StagePlan.
+        price_a_month: of keeping those bytes in the store; None if the recipe states no such price.
+        unknown: lines whose seconds are not known.
+    """
+
+    bytes: int
+    requests: int
+    seconds: float
+    price: float | None
+    price_a_month: float | None
+    unknown: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The lines, in the order of the graph."""
+    """What a run would do.
+
+    Attributes:
+        stages: the lines, in the order of the graph.
+        total: their sums.
+        soft_label_options: other target policies beside the recipe's; empty where it uses no soft labels.
+        notes: where the estimates come from, one sentence each.
+    """
 
     stages: tuple[StagePlan, ...]
+    total: PlanTotal
+    soft_label_options: tuple[SoftLabelOption, ...]
+    notes: tuple[str, ...]
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """The plan as plain data: {"stages": [one object a line, with StagePlan's fields]}."""
-    return {"stages": [asdict(stage) for stage in plan.stages]}
+    """The plan as plain data: {"stages": [...], "total": {...}, "soft_label_options": [...], "notes": [...]}."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(plan)))
+    return plain
 
 
 def make_plan(recipe: Recipe, store: Store) -> Plan:
@@ -83,7 +128,47 @@ def make_plan(recipe: Recipe, store: Store) -> Plan:
     groups: dict[str, list[Node]] = {}
     for node in nodes.values():
         groups.setdefault(node.group, []).append(node)
-    return Plan(tuple(_stage_plan(known, group, members) for group, members in groups.items()))
+    stages = tuple(_stage_plan(known, group, members) for group, members in groups.items())
+    return Plan(stages, _sum(recipe, stages), soft_label_options(known), tuple(_notes(known, stages)))
+
+
+def _sum(recipe: Recipe, stages: Sequence[StagePlan]) -> PlanTotal:
+    size = sum(stage.bytes or 0 for stage in stages)
+    prices = [stage.price for stage in stages if stage.price is not None]
+    return PlanTotal(
+        bytes=size,
+        requests=sum(stage.requests or 0 for stage in stages),
+        seconds=sum(stage.seconds or 0.0 for stage in stages),
+        price=sum(prices) if prices else None,
+        price_a_month=price((recipe.run.price_per_gb_month, size, 1e9)),
+        unknown=tuple(stage.name for stage in stages if stage.seconds is None),
+    )
+
+
+_RATES = {
+    "recipe": "as run.score_tokens_per_second says",
+    "measured": "as finished records of this store measured it",
+    "arithmetic": "from its parameters and an assumed rate of this machine; state run.score_tokens_per_second if you know better",
+}
+
+
+def _notes(known: Known, stages: Sequence[StagePlan]) -> Iterator[str]:
+    if known.lengths_assumed and known.prompt_tokens is not None:
+        gold = "" if known.gold_tokens is None else f" and {known.gold_tokens:.0f} a gold answer"
+        yield f"lengths: hub data sets are not fetched for a plan; {known.prompt_tokens:.0f} tokens a prompt{gold} are assumed"
+    answers = known.recipe.answers
+    if answers is not None and known.records["answers"] is None and known.answer_tokens(answers.max_tokens) == answers.max_tokens:
+        yield f"answers: as long as answers.max_tokens allows, {answers.max_tokens:,} tokens each; shorter ones cost less"
+    policy = known.recipe.soft_labels
+    if policy is None or not any(stage.name == "soft_labels" and stage.status != "hit" for stage in stages):
+        return
+    if (rate := scoring_rate(known)) is not None:
+        yield f"scoring: {rate.tokens_per_second:,.0f} tokens/s, prompts included, {_RATES[rate.source]}"
+    if known.stored_labels(policy.kind) is not None:
+        factor = bytes_factor(known, policy.kind)
+        yield f"soft labels' bytes: {factor:.2f} of the codec's law, as measured on stored labels of kind {policy.kind}"
+    else:
+        yield f"soft labels' bytes: the codec's law; this store holds no labels of kind {policy.kind} to measure"
 
 
 def _stage_plan(known: Known, group: str, members: Sequence[Node]) -> StagePlan:
@@ -94,8 +179,8 @@ def _stage_plan(known: Known, group: str, members: Sequence[Node]) -> StagePlan:
     cached = _add(work.rows_cached, *(_rows_of(record) for record in done))
     rows = _add(work.rows, *(_rows_of(record) for record in done))
     status: Status = "hit" if not missing else "partial" if done or work.rows_cached else "miss"
-    price = _price(known.recipe, group, work)
-    return StagePlan(group, fp, status, rows, cached, work.tokens, work.bytes, work.seconds, price)
+    cost = _price(known.recipe, group, work)
+    return StagePlan(group, fp, status, rows, cached, work.tokens, work.bytes, work.requests, work.seconds, cost)
 
 
 @dataclass(frozen=True)
@@ -107,16 +192,16 @@ class _Work:
     tokens: int | None = 0
     bytes: int | None = 0
     seconds: float | None = 0.0
+    requests: int | None = 0
 
 
 def _price(recipe: Recipe, group: str, work: _Work) -> float | None:
-    per_hour, per_million = recipe.run.price_per_hour, None
+    run, per_million = recipe.run, None
     if group == "answers" and isinstance(recipe.teacher, ServerTeacher):
         per_million = recipe.teacher.price_per_million_tokens
-    if per_hour is None and per_million is None:
-        return None
-    price: float | None = _add(_scaled(work.seconds, (per_hour or 0.0) / 3600), _scaled(work.tokens, (per_million or 0.0) / 1e6))
-    return price
+    return price(
+        (run.price_per_hour, work.seconds, 3600), (run.price_per_thousand_requests, work.requests, 1000), (per_million, work.tokens, 1e6)
+    )
 
 
 def _rows_of(record: Record) -> int | None:
@@ -166,50 +251,57 @@ def _answers(known: Known, missing: Sequence[Node]) -> _Work:
     recipe, cached = known.recipe, known.answers
     assert recipe.answers is not None, "a recipe without answers has no such node"
     if cached.rows is None:
-        return _Work(None, cached.cached, None, None, None)
+        return _Work(None, cached.cached, None, None, None, None)
     rows, answer = cached.rows - cached.cached, known.answer_tokens(recipe.answers.max_tokens)
     row_tokens = answer + (known.prompt_tokens or 0.0)
 
     def measure(record: Record) -> tuple[float, float] | None:
         share = record.summary["rows_computed"] / record.summary["rows"]
-        return (record.summary["tokens"] * share, record.summary["seconds"]) if _same_teacher(known, record) else None
+        return (record.summary["tokens"] * share, record.summary["seconds"]) if known.same_teacher(record) else None
 
     seconds = _scaled(measured_seconds(known.finished("answers"), measure), rows * answer)
     if seconds is None and isinstance(recipe.teacher, ServerTeacher):
         seconds = rows * answer / (recipe.run.teacher_concurrency * _SERVER_TOKENS_A_SECOND)
     elif seconds is None and known.teacher_parameters is not None:
         seconds = _generating(known, known.teacher_parameters, rows, row_tokens, answer)
-    return _Work(cached.rows, cached.cached, round(rows * answer), round(rows * (cached.row_bytes or _text_bytes(row_tokens))), seconds)
+    frame, writes = row_groups(1, shard_rows=recipe.run.shard_rows), write_requests(rows, shard_rows=recipe.run.shard_rows)
+    size = rows * (cached.row_bytes or table_bytes(1, row_tokens, groups=frame))
+    return _Work(cached.rows, cached.cached, round(rows * answer), round(size), seconds, writes)
 
 
 def _curate(known: Known, missing: Sequence[Node]) -> _Work:
     rows = known.curated_rows
     rate = measured_seconds(known.finished("curate"), lambda record: (record.summary["rows"], record.summary["seconds"]))
-    size = None if known.row_tokens is None else _text_bytes(known.row_tokens[0])
+    size = None if known.row_tokens is None else text_bytes(1, known.row_tokens[0])
     return _Work(rows, 0, None, _whole(_scaled(rows, size)), _scaled(rows, rate or _SECONDS_A_ROW))
 
 
 def _soft_labels(known: Known, missing: Sequence[Node]) -> _Work:
-    recipe, cached = known.recipe, known.soft_labels
-    assert recipe.soft_labels is not None, "a recipe without soft labels has no such node"
-    if cached.rows is None or known.row_tokens is None:
-        return _Work(cached.rows, cached.cached, None, None, None)
-    rows, (row_tokens, supervised) = cached.rows - cached.cached, known.row_tokens
-    positions = round(rows * supervised) if cached.missing_tokens is None else cached.missing_tokens
+    policy = known.recipe.soft_labels
+    assert policy is not None, "a recipe without soft labels has no such node"
+    found = estimate(known, policy)
+    return _Work(found.rows, found.rows_cached, found.tokens, found.bytes, found.seconds, found.write_requests)
 
-    def measure(record: Record) -> tuple[float, float] | None:
-        share = record.summary["rows_computed"] / record.summary["rows"]
-        return (record.summary["supervised_tokens"] * share, record.summary["seconds"]) if _same_teacher(known, record) else None
 
-    seconds = _scaled(measured_seconds(known.finished("soft_labels"), measure), positions)
-    if seconds is None and known.teacher_parameters is not None:
-        tokens = rows * row_tokens
-        seconds = forward_seconds(known.teacher_parameters, tokens=tokens, passes=tokens / recipe.run.micro_batch_tokens, run=recipe.run)
-    size = _scaled(cached.row_bytes, rows)
-    if size is None and known.num_columns is not None:
-        targets = soft_label_bytes(recipe.soft_labels, rows=rows, positions=positions, num_columns=known.num_columns)
-        size = targets + rows * _text_bytes(row_tokens)
-    return _Work(cached.rows, cached.cached, positions, _whole(size), seconds)
+def _hidden_states(known: Known, missing: Sequence[Node]) -> _Work:
+    """int8 columns and a float32 scale a block and position, beside plain columns; the same pass as for soft labels."""
+    recipe, cached, each = known.recipe, known.hidden_states, known.row_tokens
+    assert recipe.hidden_states is not None, "a recipe without hidden states has no such node"
+    if cached.rows is None or each is None:
+        return _Work(cached.rows, cached.cached, None, None, None, None)
+    rows, width = cached.rows - cached.cached, recipe.hidden_states.width
+    tokens, positions = cached.missing_tokens or (round(rows * each[0]), round(rows * each[1]))
+    if width is None and isinstance(recipe.teacher, TrainedTeacher):
+        width = recipe.teacher.architecture.hidden_size
+    size = (
+        None
+        if width is None
+        else positions * len(recipe.hidden_states.blocks) * (width + 4)
+        + table_bytes(rows, tokens, groups=row_groups(rows, shard_rows=recipe.run.shard_rows))
+    )
+    measured, rate = measured_seconds(filter(known.same_teacher, known.finished("hidden_states")), known.scored), scoring_rate(known)
+    seconds = _scaled(measured, tokens) if measured is not None or rate is None else tokens / rate.tokens_per_second
+    return _Work(cached.rows, cached.cached, positions, _whole(size), seconds, write_requests(rows, shard_rows=recipe.run.shard_rows))
 
 
 def _train(known: Known, missing: Sequence[Node]) -> _Work:
@@ -224,7 +316,16 @@ def _train(known: Known, missing: Sequence[Node]) -> _Work:
     row_tokens = None if known.row_tokens is None else known.row_tokens[0]
     rows = known.gold_rows if supervision == "gold" else known.curated_rows
     one = _training(known, known.recipe.training, parameters, row_tokens, rate, rows=rows)
-    return _total([one] * len(missing))
+    reads = _label_reads(known.recipe, rows) if supervision == "soft" else 0
+    return _total([replace(one, requests=reads)] * len(missing))
+
+
+def _label_reads(recipe: Recipe, rows: int | None) -> int | None:
+    """Range reads of soft labels over all epochs, as if no local disk kept any of them."""
+    if not rows:
+        return None
+    epochs = recipe.training.steps * recipe.training.batch_rows / rows
+    return ceil(epochs * epoch_requests(rows, shard_rows=recipe.run.shard_rows))
 
 
 def _evaluate(known: Known, missing: Sequence[Node]) -> _Work:
@@ -252,7 +353,7 @@ def _evaluate_one(known: Known, node: Node) -> _Work:
         passes = ceil(scored / recipe.run.micro_batch_tokens)
         seconds = forward_seconds(parameters + (known.teacher_parameters or 0), tokens=scored, passes=2 * passes, run=recipe.run)
         seconds += _generating(known, parameters, samples, known.prompt_tokens + answer, answer)
-    return _Work(items, 0, round(samples * answer + scored), round(items * _text_bytes(answer)), seconds)
+    return _Work(items, 0, round(samples * answer + scored), round(text_bytes(items, answer * items)), seconds)
 
 
 def _verdict(known: Known, missing: Sequence[Node]) -> _Work:
@@ -269,6 +370,7 @@ _WORK: Mapping[str, Callable[[Known, Sequence[Node]], _Work]] = {
     "answers": _answers,
     "curate": _curate,
     "soft_labels": _soft_labels,
+    "hidden_states": _hidden_states,
     "train": _train,
     "evaluate": _evaluate,
     **dict.fromkeys(_VERDICTS, _verdict),
@@ -300,19 +402,6 @@ def _generating(known: Known, parameters: int, rows: int, row_tokens: float, ans
     run = known.recipe.run
     passes = ceil(rows / run.generate_rows) * answer_tokens
     return forward_seconds(parameters, tokens=rows * row_tokens, passes=passes, run=run)
-
-
-def _same_teacher(known: Known, record: Record) -> bool:
-    """Whether a record's teacher is this recipe's, or of its size."""
-    if record.upstream["teacher"] == known.nodes["teacher"].fingerprint:
-        return True
-    teacher = find(known.store, "teacher", record.upstream["teacher"])
-    return teacher is not None and known.teacher_parameters is not None and teacher.summary["parameters"] == known.teacher_parameters
-
-
-def _text_bytes(tokens: float) -> float:
-    """Of a stored row, compressed: keys, ids and text (59 measured for answers of 20 tokens to prompts of 7)."""
-    return 30.0 + 3.0 * tokens
 
 
 def _total(works: Sequence[_Work]) -> _Work:

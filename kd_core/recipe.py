@@ -581,8 +581,14 @@ class Run(_Frozen):
     """Base URL of the server teacher, for example http://127.0.0.1:8000/v1."""
     teacher_concurrency: int = Field(default=32, ge=1, le=1024)
     """Requests in flight to a server teacher."""
+    score_tokens_per_second: float | None = Field(default=None, gt=0.0)
+    """Rate of the scoring pass, tokens a second, prompts included, for the plan; None: as finished records measured it."""
     price_per_hour: float | None = Field(default=None, ge=0.0)
     """Price of this machine, for the plan and the report."""
+    price_per_gb_month: float | None = Field(default=None, ge=0.0)
+    """Price of 10^9 bytes kept in the store for a month, for the plan."""
+    price_per_thousand_requests: float | None = Field(default=None, ge=0.0)
+    """Price of a thousand requests to the store, for the plan: reads and writes alike, so state the dearer one."""
 
 
 # ---------------------------------------------------------------------------------------------- the recipe

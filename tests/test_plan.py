@@ -10,19 +10,31 @@ from typing import Any
 
 import pytest
 
+from flows.tables import plan_table, show
 from kd_core.artifacts import find
-from kd_core.costs import PASS_SECONDS, forward_seconds, measured_seconds, soft_label_bytes, training_seconds
+from kd_core.costs import (
+    PASS_SECONDS,
+    epoch_requests,
+    forward_seconds,
+    measured_seconds,
+    soft_label_bytes,
+    training_seconds,
+    write_requests,
+)
 from kd_core.errors import SourceError
 from kd_core.plan import Plan, StagePlan, make_plan, plan_json
 from kd_core.progress import silent
-from kd_core.recipe import Recipe, Run
-from kd_core.recipe_io import parse_recipe
+from kd_core.recipe import Dense, Recipe, Run, Sampled, TopK
+from kd_core.recipe_io import load_recipe, parse_recipe
+from kd_core.shard_files import GROUP_ROWS
+from kd_core.soft_label_plan import SoftLabelOption, scoring_rate
 from kd_core.stages.graph import build_graph, walk
+from kd_core.stages.known import Known
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore
 
 ROOT = Path(__file__).parents[1]
-KEYS = ["name", "fingerprint", "status", "rows", "rows_cached", "tokens", "bytes", "seconds", "price"]
+KEYS = ["name", "fingerprint", "status", "rows", "rows_cached", "tokens", "bytes", "requests", "seconds", "price"]
 GROUPS = [
     "prompts",
     "teacher",
@@ -117,7 +129,7 @@ def empty(tmp_path: Path) -> LocalStore:
 
 def test_the_lines_are_the_groups_of_the_graph_in_order(data: Path, empty: LocalStore) -> None:
     plan = plan_json(make_plan(_recipe(data), empty))
-    assert list(plan) == ["stages"]
+    assert list(plan) == ["stages", "total", "soft_label_options", "notes"]
     assert [stage["name"] for stage in plan["stages"]] == GROUPS
     assert all(list(stage) == KEYS for stage in plan["stages"])
     assert json.loads(json.dumps(plan)) == plan
@@ -187,7 +199,9 @@ def test_what_a_first_run_was_expected_to_do_is_what_it_did(data: Path, empty: L
 def test_a_second_run_is_all_hits_and_costs_nothing(data: Path, finished: LocalStore) -> None:
     plan = make_plan(_recipe(data, run={"price_per_hour": 3.0}), finished)
     assert {line.status for line in plan.stages} == {"hit"}
-    assert {(line.tokens, line.bytes, line.seconds, line.price) for line in plan.stages} == {(0, 0, 0.0, 0.0)}
+    assert {(line.tokens, line.bytes, line.requests, line.seconds, line.price) for line in plan.stages} == {(0, 0, 0, 0.0, 0.0)}
+    assert (plan.total.bytes, plan.total.requests, plan.total.seconds, plan.total.price) == (0, 0, 0.0, 0.0)
+    assert plan.notes == (), "nothing was estimated"
     assert all(line.rows == line.rows_cached for line in plan.stages)
     assert {line.name for line in plan.stages if line.rows is None} == {"gate", "report", "publish"}
 
@@ -311,11 +325,15 @@ def test_hub_data_sets_are_not_fetched(data: Path, empty: LocalStore) -> None:
     expected = {"prompts": 1000, "answers": 1600, "curate": 1620, "soft_labels": 1620, "student": 3240, "baseline": 40, "evaluate": 700}
     assert rows == expected
     assert lines["answers"].tokens == 1600 * 8, "without a gold answer to measure, the bound"
-    assert lines["student"].tokens is None
+    assert lines["student"].tokens == 2 * 4 * 8 * (240 + 8), "prompts are as long as is assumed"
+    assert {lines[name].seconds is None for name in rows} == {False}
     unlimited = {"sources": [hub], "split": {"validation": 0.1, "test": 0.1}}
-    lines = _lines(make_plan(_recipe(data, prompts=unlimited), empty))
+    plan = make_plan(_recipe(data, prompts=unlimited), empty)
+    lines = _lines(plan)
     assert {lines[name].rows for name in rows} == {None}
-    assert {lines[name].seconds for name in rows} == {None}
+    assert {lines[name].seconds for name in rows} == {None, lines["student"].seconds}
+    assert set(plan.total.unknown) == {"prompts", "answers", "curate", "soft_labels", "evaluate"}
+    assert {(option.rows, option.bytes, option.seconds) for option in plan.soft_label_options} == {(None, None, None)}
 
 
 def test_a_source_that_is_not_there_is_an_error(tmp_path: Path, empty: LocalStore) -> None:
@@ -352,38 +370,210 @@ def _tree(folder: Path) -> list[tuple[str, int]]:
     return sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*"))
 
 
-# ---------------------------------------------------------------------------------------------- bytes
+# ---------------------------------------------------------------------------------------------- soft labels
+
+
+def _chosen(plan: Plan) -> SoftLabelOption:
+    (option,) = [option for option in plan.soft_label_options if option.chosen]
+    return option
+
+
+def _line_of(option: SoftLabelOption) -> tuple[Any, ...]:
+    return option.rows, option.rows_cached, option.tokens, option.bytes, option.write_requests, option.seconds, option.price
+
+
+@pytest.mark.parametrize("limit", [60, 70, 90])
+def test_the_recipes_own_option_is_its_line(data: Path, empty: LocalStore, finished: LocalStore, limit: int) -> None:
+    changed = _data(data)
+    changed["prompts"]["sources"][0]["limit"] = limit
+    run = {"price_per_hour": 2.0, "price_per_thousand_requests": 0.5, "price_per_gb_month": 0.02}
+    for store in (empty, finished):
+        plan = make_plan(parse_recipe({**changed, "run": run}, origin="test"), store)
+        line, option = _lines(plan)["soft_labels"], _chosen(plan)
+        assert _line_of(option) == (line.rows, line.rows_cached, line.tokens, line.bytes, line.requests, line.seconds, line.price)
+        done = store is finished and limit == 60
+        assert [bool(number) for number in _line_of(option)[2:]] == [not done] * 5
 
 
 @pytest.mark.parametrize(
-    "policy",
-    [{"kind": "dense"}, {"kind": "topk", "k": 3, "temperatures": [1.0]}, {"kind": "topk", "k": 5, "temperatures": [1.0, 2.0, 4.0]}],
+    ("policy", "temperature", "expected"),
+    [
+        ({"kind": "sampled", "num_draws": 4, "temperature": 2.0}, 2.0, ["sampled 2", "sampled 4", "sampled 8", "dense"]),
+        ({"kind": "sampled", "num_draws": 1, "temperature": 1.0}, 1.0, ["sampled 1", "sampled 2", "dense"]),
+        ({"kind": "topk", "k": 8, "temperatures": [1.0, 2.0]}, 2.0, ["topk 8", "sampled 12", "sampled 25", "sampled 50", "dense"]),
+        (
+            {"kind": "topk", "k": 8, "temperatures": [1.0, 2.0]},
+            {"kind": "piecewise", "values": [1.0, 2.0], "at": [0.5]},
+            ["topk 8", "dense"],
+        ),
+        ({"kind": "dense"}, {"kind": "linear", "start": 4.0, "end": 1.0}, ["dense"]),
+    ],
 )
-def test_bytes_of_soft_labels_are_those_of_the_codec(policy: dict[str, Any]) -> None:
-    import torch
-    from pydantic import TypeAdapter
+def test_options_are_what_the_objective_could_train_on(
+    data: Path, empty: LocalStore, policy: dict[str, Any], temperature: Any, expected: list[str]
+) -> None:
+    """A vocabulary of 14 columns: top-k with 32 is refused by capture."""
+    objective = {"supervision": "soft", "soft_weight": 1.0, "temperature": temperature}
+    plan = make_plan(_recipe(data, soft_labels=policy, objective=objective), empty)
+    named = [f"{o.policy['kind']} {o.policy.get('num_draws', o.policy.get('k', ''))}".strip() for o in plan.soft_label_options]
+    assert sorted(named) == sorted(expected)
+    for option in plan.soft_label_options:
+        _recipe(data, soft_labels=option.policy, objective=objective)  # a recipe with it is a valid one
+    assert _chosen(plan).policy == {"max_refused_rows": 0, **policy}
+    sizes = [option.bytes_a_token for option in plan.soft_label_options]
+    assert sizes == sorted(sizes)  # type: ignore[type-var]
+    assert len({option.seconds for option in plan.soft_label_options}) == 1, "the teacher reads the same tokens"
 
-    from kd_core.recipe import SoftLabels
-    from kd_core.softlabels import encode, make_targets
 
-    chosen: Any = TypeAdapter(SoftLabels).validate_python(policy)
-    torch.manual_seed(0)
-    blobs = [encode(make_targets(torch.randn(n, 20), torch.zeros(n, dtype=torch.int64), chosen, uniform_N=torch.rand(n))) for n in (3, 7)]
-    assert soft_label_bytes(chosen, rows=2, positions=10, num_columns=20) == sum(map(len, blobs))
+def test_a_large_vocabulary_is_offered_top_k_and_warned_of_dense(empty: LocalStore) -> None:
+    """The recipe of a pre-trained teacher, before anything has run: its files' headers and assumed lengths are enough."""
+    plan = make_plan(load_recipe(ROOT / "recipes" / "smollm2-gsm8k-cpu.yaml"), empty)
+    options = {(o.policy["kind"], o.policy.get("num_draws", o.policy.get("k"))): o for o in plan.soft_label_options}
+    assert list(options) == [("sampled", 25), ("sampled", 50), ("sampled", 100), ("topk", 32), ("topk", 128), ("dense", None)]
+    assert options["sampled", 50].chosen
+    assert [option.tokens for option in plan.soft_label_options] == [168 * 128] * 6
+    assert options["dense", None].bytes == pytest.approx(168 * 128 * 49_152 * 4, rel=0.01)
+    assert 8 < options["sampled", 25].bytes_a_token < options["topk", 128].bytes_a_token < 250  # type: ignore[operator]
+    assert plan.total.unknown == ()
+    assert [note.partition(":")[0] for note in plan.notes] == ["lengths", "answers", "scoring", "soft labels' bytes"]
 
 
-def test_bytes_of_sampled_soft_labels_follow_a_measured_law() -> None:
-    """On a law as peaked as a language model's (Zipf, exponent 1.5); the rest of the format is exact."""
-    import torch
+def test_without_soft_labels_nothing_is_offered(data: Path, empty: LocalStore) -> None:
+    evaluation = {**_data(data)["evaluation"], "compare": []}
+    plan = make_plan(_recipe(data, objective={"supervision": "hard"}, evaluation=evaluation), empty)
+    assert plan.soft_label_options == ()
+    assert not [note for note in plan.notes if note.startswith(("scoring:", "soft labels'"))]
 
-    from kd_core.recipe import Sampled
-    from kd_core.softlabels import encode, make_targets
 
-    logits = (-1.5 * torch.arange(1, 50_001).log()).expand(64, -1)
-    for draws in (25, 50):
-        policy = Sampled(kind="sampled", num_draws=draws, temperature=1.0)
-        blob = encode(make_targets(logits, torch.zeros(64, dtype=torch.int64), policy, uniform_N=torch.rand(64)))
-        assert soft_label_bytes(policy, rows=1, positions=64, num_columns=50_000) == pytest.approx(len(blob), rel=0.35)
-    one = Sampled(kind="sampled", num_draws=1, temperature=1.0)
-    blob = encode(make_targets(logits, torch.zeros(64, dtype=torch.int64), one, uniform_N=torch.rand(64)))
-    assert soft_label_bytes(one, rows=1, positions=64, num_columns=50_000) == len(blob)
+def test_a_stated_rate_wins_over_a_measured_one_and_that_over_arithmetic(data: Path, empty: LocalStore, finished: LocalStore) -> None:
+    changed = _data(data)
+    changed["prompts"]["sources"][0]["limit"] = 90
+    recipe = parse_recipe(changed, origin="test")
+    known = [Known(recipe, store, nodes, _records(store, nodes)) for store in (empty, finished) for nodes in [build_graph(recipe, store)]]
+    arithmetic, measured = map(scoring_rate, known)
+    assert arithmetic is not None
+    assert measured is not None
+    assert arithmetic.source == "arithmetic"
+    work = []
+    for record in known[1].finished("soft_labels"):
+        curated = find(finished, "curate", record.upstream["curate"])
+        assert curated is not None
+        work.append((curated.summary["tokens"] * record.summary["rows_computed"] / record.summary["rows"], record.summary["seconds"]))
+    tokens, seconds = max(work)
+    assert (measured.source, measured.tokens_per_second) == ("measured", pytest.approx(tokens / seconds))
+    stated = parse_recipe({**changed, "run": {"score_tokens_per_second": 50.0}}, origin="test")
+    for store in (empty, finished):
+        plan = make_plan(stated, store)
+        option = _chosen(plan)
+        assert option.seconds is not None
+        assert option.tokens is not None
+        assert option.seconds > option.tokens / 50, "prompts are read too"
+        assert any(note.startswith("scoring: 50 tokens/s") for note in plan.notes)
+    slower = make_plan(parse_recipe({**changed, "run": {"score_tokens_per_second": 25.0}}, origin="test"), finished)
+    assert _chosen(slower).seconds == pytest.approx(2 * _chosen(make_plan(stated, finished)).seconds)  # type: ignore[operator]
+
+
+def _records(store: LocalStore, nodes: dict[str, Any]) -> dict[str, Any]:
+    return {name: find(store, node.stage, node.fingerprint) for name, node in nodes.items()}
+
+
+def test_bytes_and_requests_are_those_of_the_run_that_follows(data: Path, finished: LocalStore) -> None:
+    changed = _data(data)
+    changed["prompts"]["sources"][0]["limit"] = 110
+    recipe = parse_recipe({**changed, "run": {"shard_rows": 16}}, origin="test")
+    for name in ("answers", "soft_labels"):
+        for node in walk(recipe, finished):
+            if node.name == name:
+                break
+            run_node(recipe, node.name, store=finished, tick=silent, extra={})
+        before, plan = _objects(finished, name), make_plan(recipe, finished)
+        assert _lines(plan)[name].rows_cached
+        run_node(recipe, name, store=finished, tick=silent, extra={})
+        added = {key: size for key, size in _objects(finished, name).items() if key not in before}
+        shards = sum(size for key, size in added.items() if "/shards/" in key)
+        assert _lines(plan)[name].requests == len(added)
+        assert _lines(plan)[name].bytes == pytest.approx(shards, rel=0.4)
+    assert any("as measured on stored labels of kind sampled" in note for note in plan.notes)
+
+
+def _objects(store: LocalStore, table: str) -> dict[str, int]:
+    return {info.key: info.size_bytes for info in store.list(f"rows/{table}/") if not info.key.endswith("/about.json")}
+
+
+def test_requests_follow_the_shards() -> None:
+    assert [write_requests(rows, shard_rows=100) for rows in (0, 1, 100, 101, 250)] == [0, 2, 2, 4, 6]
+    groups_and_footers = {
+        0: 0,
+        1: 1 + 1,
+        GROUP_ROWS: 1 + 1,
+        GROUP_ROWS + 1: 2 + 1,
+        512: 512 // GROUP_ROWS + 1,
+        513: 512 // GROUP_ROWS + 1 + 2,
+    }
+    assert {rows: epoch_requests(rows, shard_rows=512) for rows in groups_and_footers} == groups_and_footers
+
+
+def test_training_reads_labels_every_epoch(data: Path, empty: LocalStore) -> None:
+    longer = _recipe(data, training={"steps": 400, "batch_rows": 8, "learning_rate": 0.003}, run={"shard_rows": 64})
+    plan = make_plan(longer, empty)
+    lines, option = _lines(plan), _chosen(plan)
+    assert option.rows is not None
+    assert option.epoch_requests is not None
+    epochs = 400 * 8 / option.rows
+    assert lines["student"].requests == pytest.approx(2 * epochs * option.epoch_requests, abs=2), "two seeds"
+    assert (lines["baseline"].requests, lines["ablation_hard"].requests) == (0, 0)
+    assert plan.total.requests == sum(line.requests or 0 for line in plan.stages)
+
+
+def test_requests_and_storage_are_priced(data: Path, empty: LocalStore) -> None:
+    prices = {"price_per_thousand_requests": 10.0, "price_per_gb_month": 1e6}
+    plan = make_plan(_recipe(data, run=prices), empty)
+    for line in plan.stages:
+        assert line.price == (None if line.requests is None else pytest.approx(0.01 * line.requests))
+    assert plan.total.price == pytest.approx(0.01 * plan.total.requests)
+    assert plan.total.price_a_month == pytest.approx(plan.total.bytes / 1000)
+    for option in plan.soft_label_options:
+        assert option.price == pytest.approx(0.01 * option.write_requests)  # type: ignore[operator]
+        assert option.price_a_month == pytest.approx(option.bytes / 1000, abs=1e-3)  # type: ignore[operator]
+
+
+def test_hidden_states_are_planned_like_soft_labels(data: Path, empty: LocalStore) -> None:
+    lines = _lines(make_plan(_recipe(data, hidden_states={"blocks": [0, 1], "width": 8}), empty))
+    hidden, labels = lines["hidden_states"], lines["soft_labels"]
+    assert (hidden.rows, hidden.tokens, hidden.requests, hidden.seconds) == (labels.rows, labels.tokens, labels.requests, labels.seconds)
+    assert hidden.tokens is not None
+    whole = _lines(make_plan(_recipe(data, hidden_states={"blocks": [0, 1]}), empty))["hidden_states"]
+    assert whole.bytes - hidden.bytes == 2 * 8 * hidden.tokens, "16 columns of the teacher against 8, in two blocks"  # type: ignore[operator]
+
+
+def test_people_see_the_options_and_where_figures_come_from(data: Path, empty: LocalStore, capsys: pytest.CaptureFixture[str]) -> None:
+    show(plan_table(make_plan(_recipe(data, run={"price_per_gb_month": 0.02}), empty)))
+    text = capsys.readouterr().out
+    shown = [line for line in text.splitlines() if line.startswith(("sampled,", "dense"))]
+    assert [line.split("  ")[0] for line in shown] == [f"sampled, {n} draws at T 1" for n in (2, 4, 8)] + ["dense"]
+    assert ["this recipe" in line for line in shown] == [False, True, False, False]
+    assert "Keeping what is added costs" in text
+    assert "- scoring: " in text
+
+
+# ---------------------------------------------------------------------------------------------- bytes
+
+
+def test_bytes_of_a_position_by_the_codecs_law() -> None:
+    """Real figures, bytes a position: SmolLM2-135M on GSM8K, 6,338 positions, through version 2 of the codec."""
+    measured = {
+        Sampled(kind="sampled", num_draws=25, temperature=1.0): (6.25, 0.4),
+        Sampled(kind="sampled", num_draws=100, temperature=1.0): (12.36, 0.5),
+        TopK(kind="topk", k=32, temperatures=(1.0,)): (45.45, 0.1),
+        TopK(kind="topk", k=128, temperatures=(1.0,)): (145.8, 0.1),
+        TopK(kind="topk", k=128, temperatures=(1.0, 2.0, 4.0)): (186.2, 0.1),
+    }
+    for policy, (found, off) in measured.items():
+        law = soft_label_bytes(policy, num_columns=49_152)
+        assert law == soft_label_bytes(policy, num_columns=None)
+        assert law == pytest.approx(found, rel=off)
+        assert isinstance(policy, TopK) or law > found, "this text has few choices; a plan is rather too dear"
+    assert soft_label_bytes(Dense(kind="dense"), num_columns=20) == 80.0
+    assert soft_label_bytes(Dense(kind="dense"), num_columns=None) is None
+    few = soft_label_bytes(Sampled(kind="sampled", num_draws=1000, temperature=1.0), num_columns=5)
+    assert few == pytest.approx(0.9 + 1.08 * 5), "no more ids than there are columns"

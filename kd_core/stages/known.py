@@ -1,10 +1,11 @@
 """What can be known of a recipe without computing any of it: counts, lengths and sizes.
 
 A finished record is believed first, then the sources (files and generated families are read in memory, hub data sets are
-never fetched), then the recipe's own numbers. What none of them tells is None. Reads the store, writes nothing, needs no torch.
+never fetched), then the recipe's own numbers. What none of them tells is None, but for lengths of texts that nobody has
+read: those are assumed, and ``lengths_assumed`` says so. Reads the store, writes nothing, needs no torch.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -14,8 +15,10 @@ from statistics import fmean
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from kd_core.artifacts import Record, find, read_bytes
+from kd_core.fingerprint import fingerprint
 from kd_core.prompts import collect_prompts, estimate_rows
 from kd_core.prompts.sources import read_source
 from kd_core.recipe import (
@@ -25,23 +28,27 @@ from kd_core.recipe import (
     PretrainedTeacher,
     Recipe,
     ServerTeacher,
+    SoftLabels,
     Source,
     SourceSuite,
     StudentFromConfig,
     TrainedTeacher,
 )
-from kd_core.row_keys import answer_namespace, answer_rows, soft_label_key, soft_label_namespace
+from kd_core.row_keys import about_hidden_states, answer_namespace, answer_rows, soft_label_key, soft_label_namespace
 from kd_core.shards import RowCache, Snapshot
 from kd_core.stages.graph import Node, champion
 from kd_core.stages.suites import suite_items
 from kd_core.store import Store
+from kd_core.teacher.columns import stored_columns
 from kd_core.teacher.sizes import Size, llama_size, stored_size
 
-__all__ = ["CachedRows", "Known", "PromptCounts"]
+__all__ = ["CachedRows", "Known", "PromptCounts", "StoredLabels"]
 
 _CHARACTERS_PER_TOKEN = 4.0  # of common sub-word tokenizers on English text
+_UNREAD_CHARACTERS = {"prompt": 240.0, "gold": 400.0}  # between GSM8K (235 and 290) and MATH (200 and 550)
 _SAMPLE_ROWS = 256
 _NEWEST_RECORDS = 20
+_POLICY: TypeAdapter[SoftLabels] = TypeAdapter(SoftLabels)
 
 
 @dataclass(frozen=True)
@@ -77,14 +84,37 @@ class CachedRows:
     Attributes:
         rows: asked for.
         cached: found.
-        missing_tokens: supervised tokens of the others; None where rows are not known one by one.
+        missing_tokens: (tokens, supervised tokens) of the others; None where rows are not known one by one.
         row_bytes: mean stored bytes of the table's rows; None if it is empty.
     """
 
     rows: int | None
     cached: int
-    missing_tokens: int | None
-    row_bytes: float | None
+    missing_tokens: tuple[int, int] | None = None
+    row_bytes: float | None = None
+
+
+@dataclass(frozen=True)
+class StoredLabels:
+    """Soft labels that the store holds, by which estimates of bytes are corrected.
+
+    Attributes:
+        policy: what was kept.
+        num_columns: of the teacher.
+        rows: of the table.
+        tokens: of those rows, prompts included.
+        positions: supervised tokens of those rows.
+        groups: row groups of all shards.
+        bytes: of all shards.
+    """
+
+    policy: SoftLabels
+    num_columns: int
+    rows: int
+    tokens: float
+    positions: int
+    groups: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -159,17 +189,26 @@ class Known:
     @cached_property
     def prompt_tokens(self) -> float | None:
         """Mean length of a prompt."""
-        return self.tokens_of(self.prompts.mean_characters("prompt"))
+        return self.tokens_of(_UNREAD_CHARACTERS["prompt"] if self.lengths_assumed else self.prompts.mean_characters("prompt"))
 
     @cached_property
     def gold_tokens(self) -> float | None:
         """Mean length of a worked gold answer, with its end token; None where there are none."""
-        tokens = self.tokens_of(self.prompts.mean_characters("gold"))
+        characters = self.prompts.mean_characters("gold")
+        if self.lengths_assumed and any(_has_gold(source) for source in self.recipe.prompts.sources):
+            characters = _UNREAD_CHARACTERS["gold"]
+        tokens = self.tokens_of(characters)
         return None if tokens is None else tokens + 1.0
 
+    @property
+    def lengths_assumed(self) -> bool:
+        """Whether no prompt has been read, so that lengths of prompts and gold answers are mere assumptions."""
+        return self.prompts.table is None
+
     def answer_tokens(self, max_tokens: int) -> float:
-        """Expected length of a generated answer: the mean of this teacher's answers, else of gold ones, at most the bound."""
-        return min(float(max_tokens), self._answered_tokens or self.gold_tokens or float(max_tokens))
+        """Expected length of a generated answer: of this teacher's answers, else of gold ones if they were read, at most the bound."""
+        gold = None if self.lengths_assumed else self.gold_tokens
+        return min(float(max_tokens), self._answered_tokens or gold or float(max_tokens))
 
     @cached_property
     def _answered_tokens(self) -> float | None:
@@ -250,31 +289,92 @@ class Known:
     def answers(self) -> CachedRows:
         """Answers: exact where prompts and teacher are known."""
         if self._answer_table is None:
-            return CachedRows(self.answer_rows, 0, None, None)
+            return CachedRows(self.answer_rows, 0)
         _, snapshot, keys = self._answer_table
         return CachedRows(self.answer_rows, len(keys), None, _row_bytes(snapshot))
 
-    @cached_property
-    def soft_labels(self) -> CachedRows:
-        """Soft labels: exact after curation.
+    def soft_labels(self, policy: SoftLabels) -> CachedRows:
+        """Soft labels under a policy: exact after curation.
 
         Before it, rows are all answers and gold rows; the cached ones are a lower bound: answers that are there and were
         scored. Gold rows cannot be keyed without a tokenizer.
         """
-        policy, teacher, curated = self.recipe.soft_labels, self.records["teacher"], self.records["curate"]
-        if policy is None or teacher is None:
-            return CachedRows(self.curated_rows, 0, None, None)
-        namespace = soft_label_namespace(policy, teacher)
-        snapshot = RowCache(self.store, "soft_labels", namespace).snapshot()
-        held = snapshot.keys()
-        if curated is None:
-            return CachedRows(self.curated_rows, self._scored_answers(namespace, held) if held else 0, None, _row_bytes(snapshot))
-        table = pq.read_table(BytesIO(read_bytes(self.store, curated, "rows.parquet")), columns=["ids", "first_supervised"])
-        rows = list(zip(table["ids"].to_pylist(), table["first_supervised"].to_pylist(), strict=True))
-        missing = [len(ids) - first for ids, first in rows if soft_label_key(namespace, ids, first) not in held]
-        return CachedRows(len(rows), len(rows) - len(missing), sum(missing), _row_bytes(snapshot))
+        teacher, done = self.records["teacher"], self.records.get("soft_labels")
+        if done is not None and policy == self.recipe.soft_labels:
+            return CachedRows(done.summary["rows"], done.summary["rows"], (0, 0))
+        return self._scored_rows("soft_labels", None if teacher is None else soft_label_namespace(policy, teacher))
 
-    def _scored_answers(self, namespace: str, held: set[str]) -> int:
+    @cached_property
+    def hidden_states(self) -> CachedRows:
+        """Hidden states that the recipe asks for; counted like soft labels."""
+        wanted, teacher = self.recipe.hidden_states, self.records["teacher"]
+        found = None if wanted is None or teacher is None else fingerprint(about_hidden_states(wanted, teacher))
+        return self._scored_rows("hidden_states", found)
+
+    def _scored_rows(self, table: str, namespace: str | None) -> CachedRows:
+        held: Collection[str] = () if namespace is None else RowCache(self.store, table, namespace).snapshot().keys()
+        if namespace is None or not held:
+            return CachedRows(self.curated_rows, 0, None if self._curated is None else _sums(self._curated))
+        if self._curated is None:
+            return CachedRows(self.curated_rows, self._scored_answers(namespace, held))
+        missing = [row for row in self._curated if soft_label_key(namespace, *row) not in held]
+        return CachedRows(len(self._curated), len(self._curated) - len(missing), _sums(missing))
+
+    @cached_property
+    def _curated(self) -> list[tuple[list[int], int]] | None:
+        """(token ids, first supervised position) of every curated row; None before curation."""
+        if (record := self.records["curate"]) is None:
+            return None
+        table = pq.read_table(BytesIO(read_bytes(self.store, record, "rows.parquet")), columns=["ids", "first_supervised"])
+        return list(zip(table["ids"].to_pylist(), table["first_supervised"].to_pylist(), strict=True))
+
+    @cached_property
+    def _stored_labels(self) -> dict[str, StoredLabels | None]:
+        return {}
+
+    def stored_labels(self, kind: str) -> StoredLabels | None:
+        """Soft labels of a kind of policy: this recipe's, else the newest finished ones; None where there are none, or of schema 1."""
+        if kind not in self._stored_labels:
+            self._stored_labels[kind] = self._find_stored_labels(kind)
+        return self._stored_labels[kind]
+
+    def _find_stored_labels(self, kind: str) -> StoredLabels | None:
+        for policy, teacher, curated in self._labelled(kind):
+            snapshot = RowCache(self.store, "soft_labels", soft_label_namespace(policy, teacher)).snapshot()
+            counts = [commit.num_tokens for commit in snapshot.commits if commit.num_tokens is not None]
+            if sum(counts) and len(counts) == len(snapshot.commits):
+                rows = sum(len(commit.keys) for commit in snapshot.commits)
+                tokens = rows * curated.summary["tokens"] / curated.summary["rows"]
+                columns = int(teacher.summary["teacher"]["num_columns"])
+                groups = sum(len(commit.ranges) - 1 for commit in snapshot.commits)
+                return StoredLabels(policy, columns, rows, tokens, sum(counts), groups, snapshot.size_bytes())
+        return None
+
+    def _labelled(self, kind: str) -> Iterator[tuple[SoftLabels, Record, Record]]:
+        """(policy, teacher, curated rows) of tables of soft labels that may be there."""
+        policy, teacher, curated = self.recipe.soft_labels, self.records["teacher"], self.records["curate"]
+        if policy is not None and policy.kind == kind and teacher is not None and curated is not None:
+            yield policy, teacher, curated
+        for record in reversed(self.finished("soft_labels")):
+            teacher, curated = (find(self.store, stage, record.upstream[stage]) for stage in ("teacher", "curate"))
+            if record.identity["kind"] == kind and teacher is not None and curated is not None:
+                yield _POLICY.validate_python(record.identity), teacher, curated
+
+    def same_teacher(self, record: Record) -> bool:
+        """Whether the teacher above a record is this recipe's, or of its size."""
+        if record.upstream["teacher"] == self.nodes["teacher"].fingerprint:
+            return True
+        teacher = find(self.store, "teacher", record.upstream["teacher"])
+        return teacher is not None and self.teacher_parameters is not None and teacher.summary["parameters"] == self.teacher_parameters
+
+    def scored(self, record: Record) -> tuple[float, float] | None:
+        """(tokens that the teacher read, seconds) of finished soft labels; None if their rows are gone."""
+        curated, summary = find(self.store, "curate", record.upstream["curate"]), record.summary
+        if curated is None:
+            return None
+        return curated.summary["tokens"] * summary["rows_computed"] / summary["rows"], summary["seconds"]
+
+    def _scored_answers(self, namespace: str, held: Collection[str]) -> int:
         if self._answer_table is None or not self._answer_table[2]:
             return 0
         cache, snapshot, keys = self._answer_table
@@ -302,11 +402,13 @@ class Known:
 
     @cached_property
     def num_columns(self) -> int | None:
-        """Columns of the teacher's tokenizer; None before a pre-trained teacher was looked at."""
+        """Columns of the teacher's tokenizer; of a teacher on the hub None, until it was looked at."""
         teacher, record = self.recipe.teacher, self.records["teacher"]
         if isinstance(teacher, TrainedTeacher):
             return len(teacher.tokenizer.alphabet) + 2
-        return None if record is None or isinstance(teacher, ServerTeacher) else int(record.summary["teacher"]["num_columns"])
+        if isinstance(teacher, ServerTeacher):
+            return None
+        return stored_columns(teacher) if record is None else int(record.summary["teacher"]["num_columns"])
 
     @cached_property
     def student_parameters(self) -> int | None:
@@ -331,6 +433,12 @@ class Known:
 def _row_bytes(snapshot: Snapshot) -> float | None:
     rows = sum(len(commit.keys) for commit in snapshot.commits)
     return snapshot.size_bytes() / rows if rows else None
+
+
+def _sums(rows: Sequence[tuple[list[int], int]]) -> tuple[int, int]:
+    """(tokens, supervised tokens) of rows of (ids, first supervised position)."""
+    tokens = sum(len(ids) for ids, _ in rows)
+    return tokens, tokens - sum(first for _, first in rows)
 
 
 def _has_gold(source: Source) -> bool:

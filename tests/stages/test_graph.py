@@ -190,7 +190,10 @@ _ADDED: dict[tuple[str, str], Any] = {  # values for fields whose type alone doe
     ("S3Options", "endpoint"): "http://127.0.0.1:1",
     ("Run", "teacher_url"): "http://127.0.0.1:2/v1",
     ("Run", "tracking"): "sqlite:///elsewhere.db",
+    ("Run", "score_tokens_per_second"): 1000.0,
     ("Run", "price_per_hour"): 2.5,
+    ("Run", "price_per_gb_month"): 0.02,
+    ("Run", "price_per_thousand_requests"): 0.005,
     ("ServerTeacher", "price_per_million_tokens"): 1.5,
 }
 
