@@ -21,7 +21,7 @@ from kd_core.errors import ArtifactError, IntegrityError
 from kd_core.fingerprint import canonical_json, fingerprint, sha256_bytes, sha256_file
 from kd_core.store import Store
 
-__all__ = ["Artifact", "Payload", "Record", "find", "open_artifact", "publish", "read_bytes", "workspace"]
+__all__ = ["Artifact", "Payload", "Record", "find", "forget", "open_artifact", "publish", "read_bytes", "workspace"]
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("knowledge-distillery", "torch", "transformers", "datasets", "accelerate", "pyarrow", "duckdb")
@@ -119,6 +119,11 @@ def _parse_record(store: Store, key: str) -> Record:
         raise IntegrityError(
             f"{store.uri}/{key}: not a valid record ({error}); delete this object to have the stage computed again"
         ) from error
+
+
+def forget(store: Store, record: Record) -> None:
+    """Delete a record, so that its stage is computed again. Its payload is left to garbage collection."""
+    store.delete(_record_key(record.stage, record.fingerprint))
 
 
 def open_artifact(store: Store, artifact: Artifact) -> Record:

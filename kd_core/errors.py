@@ -4,6 +4,7 @@
     |- RecipeError           the recipe (or a command-line override) is not valid        exit code 2
     |- StoreError            the object store refused, failed or is not reachable
     |  `- IntegrityError     bytes in the store are not the bytes that were recorded
+    |     `- QuarantinedError and they were rows, now moved aside: they are computed again by whoever asks next
     |- ArtifactError         a record is missing, or disagrees with the current recipe
     |- SourceError           prompts or gold data cannot be read or are not of the stated form
     |- TeacherError          the teacher cannot be loaded, reached, or answers nonsense
@@ -17,6 +18,7 @@ __all__ = [
     "ArtifactError",
     "IntegrityError",
     "KDError",
+    "QuarantinedError",
     "RecipeError",
     "SoftLabelError",
     "SourceError",
@@ -40,6 +42,10 @@ class StoreError(KDError):
 
 class IntegrityError(StoreError):
     """Stored bytes differ from their recorded checksum."""
+
+
+class QuarantinedError(IntegrityError):
+    """A damaged shard of rows was moved aside with its commit; its rows are missing now, and are computed again."""
 
 
 class ArtifactError(KDError):

@@ -27,6 +27,7 @@ __all__ = [
     "Floor",
     "Gate",
     "HeldOutSuite",
+    "HiddenStates",
     "ModelRef",
     "NotWorseThanChampion",
     "Objective",
@@ -348,7 +349,12 @@ class Curate(_Frozen):
     """Distinct kept answers a prompt; None keeps all."""
 
 
-class Sampled(_Frozen):
+class _Refusable(_Frozen):
+    max_refused_rows: int = Field(default=0, ge=0)
+    """Rows that may be left out because the teacher gave NaN or infinite logits on them; one more is an error."""
+
+
+class Sampled(_Refusable):
     """Unbiased soft labels: N systematic draws from the teacher at one temperature."""
 
     kind: Literal["sampled"]
@@ -358,7 +364,7 @@ class Sampled(_Frozen):
     """T0: the only temperature at which these labels may be trained on."""
 
 
-class TopK(_Frozen):
+class TopK(_Refusable):
     """The k most likely tokens, with the exact tail mass at every temperature of a grid."""
 
     kind: Literal["topk"]
@@ -368,13 +374,32 @@ class TopK(_Frozen):
     """Temperatures at which the normaliser is stored: training may use these and no others."""
 
 
-class Dense(_Frozen):
+class Dense(_Refusable):
     """All log-probabilities, for small vocabularies: valid at every temperature."""
 
     kind: Literal["dense"]
 
 
 SoftLabels = Annotated[Sampled | TopK | Dense, Field(discriminator="kind")]
+
+
+class HiddenStates(_Frozen):
+    """Outputs of chosen teacher blocks at supervised positions, in int8: feature distillation without a live teacher."""
+
+    blocks: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    """Blocks whose output is kept, by number; block 0 is the first one above the embedding."""
+    width: int | None = Field(default=None, ge=1)
+    """Columns kept; None keeps all."""
+    reduce: Literal["slice", "project"] = "slice"
+    """slice: the first `width` columns. project: a fixed random projection to `width` columns, which keeps inner products."""
+
+    @model_validator(mode="after")
+    def _projection_has_a_width(self) -> Self:
+        if self.reduce == "project" and self.width is None:
+            raise ValueError("reduce: project needs a width")
+        if list(self.blocks) != sorted(set(self.blocks)):
+            raise ValueError(f"blocks must rise, each once, found {list(self.blocks)}")
+        return self
 
 
 # ---------------------------------------------------------------------------------------------- objective
@@ -575,6 +600,14 @@ class Run(_Frozen):
     """Sequences decoded together."""
     shard_rows: int = Field(default=512, ge=1)
     """Rows a committed shard of answers or soft labels: what a kill can cost."""
+    num_workers: int = Field(default=1, ge=1)
+    """Processes that run this recipe at the same time and share the teacher's work, each with its own `worker`."""
+    worker: int = Field(default=0, ge=0)
+    """Which of them this is, 0-based. Any of them can finish the work alone."""
+    disk_cache: str = ".kd/cache"
+    """Directory on this machine for parts of a remote store that training has read."""
+    disk_cache_bytes: int = Field(default=20 * 2**30, ge=0)
+    """Its largest size; 0 keeps none, so that every epoch reads from the store."""
     checkpoint_every_steps: int = Field(default=200, ge=1)
     """Steps between checkpoints."""
     teacher_url: str | None = None
@@ -589,6 +622,12 @@ class Run(_Frozen):
     """Price of 10^9 bytes kept in the store for a month, for the plan."""
     price_per_thousand_requests: float | None = Field(default=None, ge=0.0)
     """Price of a thousand requests to the store, for the plan: reads and writes alike, so state the dearer one."""
+
+    @model_validator(mode="after")
+    def _is_one_of_the_workers(self) -> Self:
+        if self.worker >= self.num_workers:
+            raise ValueError(f"worker {self.worker} is not one of num_workers {self.num_workers}; they are counted from 0")
+        return self
 
 
 # ---------------------------------------------------------------------------------------------- the recipe
@@ -615,6 +654,8 @@ class Recipe(_Frozen):
     """Which rows are kept."""
     soft_labels: SoftLabels | None
     """How the teacher's distribution is stored; None: sequence-level distillation."""
+    hidden_states: HiddenStates | None = None
+    """Teacher's hidden states to keep beside the soft labels; None keeps none."""
     student: Student
     """Who learns."""
     objective: Objective
@@ -657,6 +698,8 @@ def _unsupported(recipe: Recipe) -> Iterator[str]:
         yield "seeds: a seed stands twice; each may stand once"
     if isinstance(recipe.teacher, ServerTeacher) and isinstance(recipe.student, StudentFromTeacher):
         yield "student.kind: from_teacher needs the teacher's weights, and a server teacher has none here; use pretrained or config"
+    if isinstance(recipe.teacher, ServerTeacher) and recipe.hidden_states is not None:
+        yield "hidden_states: a server teacher has none to give; leave them out"
     if isinstance(recipe.teacher, ServerTeacher) and isinstance(recipe.student, StudentFromConfig):
         yield "student.kind: config takes the teacher's tokenizer, and a server teacher has none here; use pretrained"
     if recipe.answers is None and recipe.curate.gold_rows == 0:

@@ -10,16 +10,29 @@ import pyarrow as pa
 
 from kd_core.artifacts import Record
 from kd_core.fingerprint import fingerprint
-from kd_core.recipe import Answers, Recipe, SoftLabels
+from kd_core.recipe import Answers, HiddenStates, Recipe, SoftLabels
 
-__all__ = ["answer_namespace", "answer_rows", "soft_label_key", "soft_label_namespace"]
+__all__ = [
+    "about_answers",
+    "about_hidden_states",
+    "about_soft_labels",
+    "answer_namespace",
+    "answer_rows",
+    "soft_label_key",
+    "soft_label_namespace",
+]
 
 
-def answer_namespace(recipe: Recipe, answers: Answers, teacher: Record) -> str:
+def about_answers(recipe: Recipe, answers: Answers, teacher: Record) -> dict[str, Any]:
     """What all answers of one growing table share: who answers, how it samples, how prompts are worded, the seed."""
     sampling = answers.model_dump(mode="json", exclude={"num_samples"})
     template = {"template": recipe.task.template, "system": recipe.task.system}
-    return fingerprint({"teacher": dict(teacher.summary["teacher"]), "sampling": sampling, **template, "seed": recipe.seeds[0]})
+    return {"teacher": dict(teacher.summary["teacher"]), "sampling": sampling, **template, "seed": recipe.seeds[0]}
+
+
+def answer_namespace(recipe: Recipe, answers: Answers, teacher: Record) -> str:
+    """Name of that table."""
+    return fingerprint(about_answers(recipe, answers, teacher))
 
 
 def answer_rows(recipe: Recipe, answers: Answers, teacher: Record, prompts: pa.Table) -> list[tuple[str, dict[str, Any]]]:
@@ -40,11 +53,21 @@ def answer_rows(recipe: Recipe, answers: Answers, teacher: Record, prompts: pa.T
     ]
 
 
-def soft_label_namespace(policy: SoftLabels, teacher: Record) -> str:
+def about_soft_labels(policy: SoftLabels, teacher: Record) -> dict[str, Any]:
     """What all soft labels of one growing table share: who scores, what is kept."""
-    return fingerprint({"teacher": dict(teacher.summary["teacher"]), "policy": policy.model_dump(mode="json")})
+    return {"teacher": dict(teacher.summary["teacher"]), "policy": policy.model_dump(mode="json", exclude={"max_refused_rows"})}
+
+
+def soft_label_namespace(policy: SoftLabels, teacher: Record) -> str:
+    """Name of that table."""
+    return fingerprint(about_soft_labels(policy, teacher))
+
+
+def about_hidden_states(wanted: HiddenStates, teacher: Record) -> dict[str, Any]:
+    """What all hidden states of one growing table share: who was asked, what is kept."""
+    return {"teacher": dict(teacher.summary["teacher"]), "hidden_states": wanted.model_dump(mode="json")}
 
 
 def soft_label_key(namespace: str, ids: Sequence[int], first_supervised: int) -> str:
-    """H(teacher identity and policy, token ids, first supervised position)."""
+    """H(teacher identity and policy, token ids, first supervised position); of hidden states too."""
     return fingerprint([namespace, list(ids), first_supervised])

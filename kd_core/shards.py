@@ -1,57 +1,109 @@
 """Rows that grow: shards committed one by one, keyed by row, shared by every recipe that asks for the same work.
 
+    rows/<table>/<namespace>/about.json                 what all rows share, for readers and maintenance
     rows/<table>/<namespace>/shards/<sha256>.parquet    payload
-    rows/<table>/<namespace>/commits/<sha256>.json      written after it: row keys, bytes, checksum
+    rows/<table>/<namespace>/commits/<sha256>.json      written after it: row keys, sizes, checksums of every byte range
+    quarantine/...                                      damaged shards and their commits, moved aside
 
 The teacher's answers and soft labels both stand on this. Many workers may commit at once without a lock; a reader takes
 a snapshot (the list of commits). A row that was computed twice is resolved the same way for every reader: the shard
-with the smallest checksum wins. Nothing is overwritten.
+with the smallest checksum wins. Nothing is overwritten. How a shard looks inside is ``shard_files``' business.
 """
 
-import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import cached_property
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from kd_core.errors import ArtifactError, IntegrityError
+from kd_core.errors import ArtifactError, IntegrityError, QuarantinedError
 from kd_core.failpoints import reach
-from kd_core.fingerprint import canonical_json, fingerprint, sha256_bytes
+from kd_core.fingerprint import canonical_json, sha256_bytes
+from kd_core.shard_files import ByteRange, parse_shard, read_footer, read_group, write_shard
 from kd_core.store import Store
 
-__all__ = ["Commit", "RowCache", "Snapshot", "work_in_shards"]
+__all__ = ["Commit", "Place", "RowCache", "Shard", "Snapshot"]
 
-
-Row = TypeVar("Row")
-T = TypeVar("T")
+_READERS = 16
+"""Commits read at once: they are small, and a round trip costs more than their bytes."""
 
 
 @dataclass(frozen=True)
 class Commit:
-    """One finished shard: checksum (64 hex), size, and the keys of its rows in order."""
+    """One finished shard.
 
+    Attributes:
+        name: sha256 of the commit's own bytes, 64 hex: its object is ``commits/<name>.json``.
+        sha256: of the shard, 64 hex.
+        size_bytes: of the shard.
+        keys: of its rows, in order.
+        num_tokens: the shard's work: supervised tokens of soft labels, generated tokens of answers. None in commits of
+            schema 1.
+        ranges: byte ranges that cover the shard without a gap, the footer last; empty in commits of schema 1.
+    """
+
+    name: str
     sha256: str
     size_bytes: int
     keys: tuple[str, ...]
+    num_tokens: int | None
+    ranges: tuple[ByteRange, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row is: a commit of the snapshot, and the row's number in its shard."""
+
+    commit: Commit
+    row: int
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The commits a reader saw, sorted by checksum."""
+    """The commits a reader saw, sorted by the shard's checksum."""
 
     commits: tuple[Commit, ...]
 
+    @cached_property
+    def places(self) -> Mapping[str, Place]:
+        """Row key -> where it is; a row that stands in several shards is the one of the smallest checksum."""
+        found: dict[str, Place] = {}
+        for commit in self.commits:
+            for row, key in enumerate(commit.keys):
+                if key not in found:
+                    found[key] = Place(commit, row)
+        return found
+
     def keys(self) -> set[str]:
         """Every row key that is there."""
-        return {key for commit in self.commits for key in commit.keys}
+        return set(self.places)
 
     def size_bytes(self) -> int:
         """Bytes of all shards."""
         return sum(commit.size_bytes for commit in self.commits)
+
+    def frozen(self, shards: Iterable[str]) -> "Snapshot":
+        """The commits of these shards alone: what a record saw, whatever came later.
+
+        Raises:
+            QuarantinedError: one of them is gone.
+        """
+        wanted = set(shards)
+        gone = wanted - {commit.sha256 for commit in self.commits}
+        if gone:
+            raise QuarantinedError(
+                f"{len(gone)} of {len(wanted)} shards of a finished stage are gone, first {min(gone)}; run the recipe again"
+            )
+        return Snapshot(tuple(commit for commit in self.commits if commit.sha256 in wanted))
+
+    def of(self, keys: Iterable[str]) -> "Snapshot":
+        """The commits that own these rows; keys that are not there own none."""
+        owners = {place.commit.sha256 for key in keys if (place := self.places.get(key)) is not None}
+        return Snapshot(tuple(commit for commit in self.commits if commit.sha256 in owners))
 
 
 @dataclass(frozen=True)
@@ -73,133 +125,177 @@ class RowCache:
         """Key prefix of all shards and commits."""
         return f"rows/{self.table}/{self.namespace}"
 
-    def snapshot(self) -> Snapshot:
-        """List and read all commits.
+    def shard_key(self, commit: Commit) -> str:
+        """Object key of a commit's shard."""
+        return f"{self.prefix}/shards/{commit.sha256}.parquet"
 
-        Raises:
-            IntegrityError: a commit is not readable as one.
-        """
-        objects = self.store.list(f"{self.prefix}/commits/")
-        commits = [self._read_commit(info.key) for info in objects]
-        return Snapshot(tuple(sorted(commits, key=lambda commit: commit.sha256)))
+    def commit_key(self, commit: Commit) -> str:
+        """Object key of a commit."""
+        return f"{self.prefix}/commits/{commit.name}.json"
 
-    def _read_commit(self, key: str) -> Commit:
-        try:
-            raw = json.loads(self.store.get(key))
-            commit = Commit(raw["sha256"], raw["size_bytes"], tuple(raw["keys"]))
-            if not key.endswith(f"/{sha256_bytes(canonical_json(raw))}.json"):
-                raise ValueError("its content does not match its name")
-        except (ValueError, KeyError, TypeError) as error:
-            raise IntegrityError(
-                f"{self.store.uri}/{key}: not a valid commit ({error}); delete it to have its rows computed again"
-            ) from error
-        return commit
+    # ------------------------------------------------------------------------------------------ writing
 
-    def commit(self, rows: pa.Table) -> Commit:
+    def describe(self, about: Mapping[str, Any]) -> None:
+        """Write ``about.json``: what all rows of this namespace share, as plain data. Idempotent."""
+        if not self.store.create(f"{self.prefix}/about.json", canonical_json({"table": self.table, **about})):
+            raise IntegrityError(f"{self.store.uri}/{self.prefix}/about.json holds another description; delete it and run again")
+
+    def commit(self, rows: pa.Table, *, num_tokens: int, metadata: Mapping[bytes, bytes] | None = None) -> Commit:
         """Write rows as one shard, then its commit.
 
         Args:
             rows: a table with a unique string column ``key``.
+            num_tokens: the work in it, for sizes and plans.
+            metadata: goes into the shard's footer.
         """
         keys = tuple(rows.column("key").to_pylist())
         assert len(set(keys)) == len(keys), "a shard holds each key once"
-        buffer = io.BytesIO()
-        pq.write_table(rows, buffer, compression="zstd", store_schema=False)
-        data = buffer.getvalue()
-        commit = Commit(sha256_bytes(data), len(data), keys)
-        for key, content in ((self._shard_key(commit), data), (self._commit_key(commit), _commit_bytes(commit))):
-            if not self.store.create(key, content):
-                raise IntegrityError(f"{self.store.uri}/{key} holds other bytes than its name says; delete it and run again")
-            reach(f"{self.table}.{'shard' if key.endswith('.parquet') else 'commit'}")
+        data, ranges = write_shard(rows, metadata or {})
+        fields = {
+            "schema": 2,
+            "sha256": sha256_bytes(data),
+            "size_bytes": len(data),
+            "num_rows": len(keys),
+            "num_tokens": num_tokens,
+            "ranges": [[r.start, r.length, r.sha256, r.num_rows] for r in ranges],
+            "keys": list(keys),
+        }
+        content = canonical_json(fields)
+        commit = _parse_commit(sha256_bytes(content), content)
+        for kind, key, body in (("shard", self.shard_key(commit), data), ("commit", self.commit_key(commit), content)):
+            if not self.store.create(key, body):
+                raise IntegrityError(f"{self.store.uri}/{key} holds other bytes than its name says; run kd cache repair, then run again")
+            reach(f"{self.table}.{kind}")
         return commit
 
-    def _shard_key(self, commit: Commit) -> str:
-        return f"{self.prefix}/shards/{commit.sha256}.parquet"
+    # ------------------------------------------------------------------------------------------ reading
 
-    def _commit_key(self, commit: Commit) -> str:
-        return f"{self.prefix}/commits/{sha256_bytes(_commit_bytes(commit))}.json"
+    def snapshot(self, known: Snapshot | None = None) -> Snapshot:
+        """List all commits, and read those that are not in ``known``.
 
-    def read(self, snapshot: Snapshot, keys: Sequence[str]) -> pa.Table:
-        """The rows of ``keys``, in that order, checksums verified.
+        Raises:
+            IntegrityError: a commit is not readable as one.
+        """
+        seen = {commit.name: commit for commit in known.commits} if known else {}
+        names = [info.key.rpartition("/")[2].removesuffix(".json") for info in self.store.list(f"{self.prefix}/commits/")]
+        with ThreadPoolExecutor(_READERS) as pool:
+            commits = list(pool.map(lambda name: seen.get(name) or self._read_commit(name), names))
+        return Snapshot(tuple(sorted(commits, key=lambda commit: commit.sha256)))
+
+    def _read_commit(self, name: str) -> Commit:
+        key = f"{self.prefix}/commits/{name}.json"
+        try:
+            return _parse_commit(name, self.store.get(key))
+        except (ValueError, KeyError, TypeError) as error:
+            raise IntegrityError(
+                f"{self.store.uri}/{key}: not a valid commit ({error}); kd cache repair moves it aside, and its rows are computed again"
+            ) from error
+
+    def locate(self, snapshot: Snapshot, keys: Iterable[str]) -> list[Place]:
+        """Where each row is, in the order asked for.
 
         Raises:
             ArtifactError: a key is in no commit of the snapshot.
-            IntegrityError: a shard's bytes differ from its commit.
         """
-        assert keys, "a stage that asks for no rows has nothing to do"
-        owner: dict[str, str] = {}
-        for commit in snapshot.commits:
-            for key in commit.keys:
-                owner.setdefault(key, commit.sha256)
-        missing = [key for key in keys if key not in owner]
+        places = snapshot.places
+        wanted = list(keys)
+        missing = [key for key in wanted if key not in places]
         if missing:
             raise ArtifactError(
-                f"{self.prefix}: {len(missing)} of {len(keys)} rows are missing, first {missing[0]}; run the recipe again to compute them"
+                f"{self.prefix}: {len(missing)} of {len(wanted)} rows are missing, first {missing[0]}; run the recipe again to compute them"
             )
-        needed = {owner[key] for key in keys}
-        parts = []
-        for commit in snapshot.commits:
-            if commit.sha256 not in needed:
-                continue
-            shard = self._read_shard(commit)
-            wins = pa.array([owner[key] == commit.sha256 for key in shard.column("key").to_pylist()])
-            parts.append(shard.filter(wins))
-        rows = pa.concat_tables(parts)
+        return [places[key] for key in wanted]
+
+    def read(self, snapshot: Snapshot, keys: Sequence[str]) -> pa.Table:
+        """The rows of ``keys``, in that order, in memory, checksums verified.
+
+        Raises:
+            ArtifactError: a key is in no commit of the snapshot.
+            IntegrityError: a shard's bytes differ from its commit; QuarantinedError if both have been moved aside.
+        """
+        assert keys, "a stage that asks for no rows has nothing to do"
+        rows_of: dict[str, list[int]] = {}
+        commits: dict[str, Commit] = {}
+        for place in self.locate(snapshot, dict.fromkeys(keys)):
+            rows_of.setdefault(place.commit.sha256, []).append(place.row)
+            commits[place.commit.sha256] = place.commit
+        parts = [self.read_shard(commits[sha]).take(pa.array(rows)) for sha, rows in rows_of.items()]
+        rows = pa.concat_tables(parts, promote_options="default")
         return rows.take(pc.index_in(pa.array(list(keys), pa.string()), value_set=rows.column("key").combine_chunks()))
 
-    def _read_shard(self, commit: Commit) -> pa.Table:
-        key = self._shard_key(commit)
-        data = self.store.get(key)
+    def read_shard(self, commit: Commit) -> pa.Table:
+        """A whole shard, verified.
+
+        Raises:
+            StoreError: it is gone.
+            IntegrityError: its bytes differ from the commit; QuarantinedError if both have been moved aside.
+        """
+        data = self.store.get(self.shard_key(commit))
         if sha256_bytes(data) != commit.sha256:
-            raise IntegrityError(
-                f"{self.store.uri}/{key}: sha256 differs from its name; delete it and {self._commit_key(commit)} "
-                "to have its rows computed again"
+            raise self.quarantine(commit, "its sha256 differs from its commit")
+        return parse_shard(data)
+
+    def quarantine(self, commit: Commit, reason: str) -> IntegrityError:
+        """Move a damaged shard and its commit aside, so that its rows are missing and can be computed again.
+
+        The shard is read once more first: bytes that are right now were broken on the way, and nothing is moved.
+
+        Returns:
+            The error to raise, which says what happened.
+        """
+        if sha256_bytes(self.store.get(self.shard_key(commit))) == commit.sha256:
+            return IntegrityError(
+                f"{self.store.uri}/{self.shard_key(commit)}: {reason}, and a second read was right: the network or this machine "
+                "is faulty, the store is not; run again"
             )
-        return pq.read_table(io.BytesIO(data))
+        for key in (self.shard_key(commit), self.commit_key(commit)):
+            if self.store.info(key) is not None:
+                self.store.create(f"quarantine/{key}", self.store.get(key))
+                self.store.delete(key)
+        return QuarantinedError(
+            f"{self.store.uri}/{self.shard_key(commit)}: {reason}; it was moved to quarantine/, "
+            f"and its {len(commit.keys)} rows are computed again when the recipe is run"
+        )
 
 
-def _commit_bytes(commit: Commit) -> bytes:
-    return canonical_json({"sha256": commit.sha256, "size_bytes": commit.size_bytes, "keys": list(commit.keys)})
+@dataclass(frozen=True)
+class Shard:
+    """A shard that is read row group by row group, every byte verified against its commit."""
+
+    cache: RowCache
+    commit: Commit
+    fetch: Callable[[str, ByteRange], bytes]
+    """(object key, range) -> its bytes, from the store or a local copy."""
+
+    @cached_property
+    def _footer(self) -> Any:
+        return read_footer(self._verified(self.commit.ranges[-1]))
+
+    @property
+    def metadata(self) -> Mapping[bytes, bytes]:
+        """What the writer left in the footer."""
+        return self._footer.metadata or {}
+
+    def group(self, index: int) -> pa.Table:
+        """Rows of one row group.
+
+        Raises:
+            IntegrityError: its bytes differ from the commit; QuarantinedError if both have been moved aside.
+        """
+        part = self.commit.ranges[index]
+        return read_group(self._footer, index, part, self._verified(part))
+
+    def _verified(self, part: ByteRange) -> bytes:
+        data = self.fetch(self.cache.shard_key(self.commit), part)
+        if sha256_bytes(data) != part.sha256:
+            raise self.cache.quarantine(self.commit, f"bytes {part.start} to {part.start + part.length} differ from their checksum")
+        return data
 
 
-def snapshot_id(snapshot: Snapshot) -> str:
-    """32 hex over the list of commits."""
-    return fingerprint([commit.sha256 for commit in snapshot.commits])
-
-
-def work_in_shards(
-    cache: RowCache,
-    rows: Sequence[tuple[str, Row]],
-    compute: Callable[[list[tuple[str, Row]]], pa.Table],
-    *,
-    shard_rows: int,
-    done: Callable[[int], None],
-) -> tuple[Snapshot, int]:
-    """Compute and commit the rows that the cache does not hold.
-
-    The missing rows are cut into shards in the order given, so a run that was killed and started again computes the
-    same shards as an unbroken one.
-
-    Args:
-        cache: where rows are kept.
-        rows: (key, input) in a fixed order; a key that stands twice is computed once.
-        compute: makes a table with a ``key`` column for one shard's rows.
-        shard_rows: rows a shard.
-        done: called with the number of rows that are finished (cached ones first, at once).
-
-    Returns:
-        A snapshot that holds all rows, and the number of rows computed now.
-    """
-    unique = dict(rows)
-    held = cache.snapshot().keys()
-    missing = [(key, row) for key, row in unique.items() if key not in held]
-    done(len(unique) - len(missing))
-    for shard in _chunks(missing, shard_rows):
-        cache.commit(compute(shard))
-        done(len(shard))
-    return cache.snapshot(), len(missing)
-
-
-def _chunks(items: list[T], size: int) -> Iterator[list[T]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _parse_commit(name: str, data: bytes) -> Commit:
+    """Raises ValueError, KeyError or TypeError where the bytes are not a commit of this name."""
+    if sha256_bytes(data) != name:
+        raise ValueError("its content does not match its name")
+    raw = json.loads(data)
+    ranges = tuple(ByteRange(*part) for part in raw.get("ranges", ()))
+    return Commit(name, raw["sha256"], raw["size_bytes"], tuple(raw["keys"]), raw.get("num_tokens"), ranges)

@@ -84,6 +84,9 @@ def build_graph(recipe: Recipe, store: Store) -> dict[str, Node]:
     build.add("curate", "curate", curate, {**above, "answers": "answers"} if recipe.answers is not None else above)
     if recipe.soft_labels is not None and recipe.objective.supervision == "soft":
         build.add("soft_labels", "soft_labels", recipe.soft_labels.model_dump(mode="json"), {"curate": "curate", "teacher": "teacher"})
+    if recipe.hidden_states is not None:
+        wanted = recipe.hidden_states.model_dump(mode="json")
+        build.add("hidden_states", "hidden_states", wanted, {"curate": "curate", "teacher": "teacher"})
     for arm in recipe.arms():
         for seed in recipe.seeds:
             _add_training(build, recipe, arm, seed)
@@ -107,7 +110,9 @@ def _add_training(build: _Builder, recipe: Recipe, arm: Arm, seed: int) -> None:
         "seed": seed,
     }
     upstream = {"curate": "curate", "teacher": "teacher"}
-    build.add(f"{arm}.{seed}", "train", identity, {**upstream, "soft_labels": "soft_labels"} if soft else upstream)
+    if soft or (arm == "ablation_hard" and recipe.soft_labels is not None and recipe.soft_labels.max_refused_rows > 0):
+        upstream["soft_labels"] = "soft_labels"  # the ablation learns from the same rows: those the teacher did not fail on
+    build.add(f"{arm}.{seed}", "train", identity, upstream)
 
 
 def _add_verdict(build: _Builder, recipe: Recipe, store: Store, evaluation: dict[str, Any], task: dict[str, Any]) -> None:

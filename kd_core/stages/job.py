@@ -19,6 +19,8 @@ from kd_core.store import Store
 
 __all__ = ["Job"]
 
+_GROUP_ROWS = 1024
+
 
 @dataclass(frozen=True)
 class Job:
@@ -41,8 +43,8 @@ class Job:
     tick: Ticker
 
     def write_table(self, name: str, table: pa.Table) -> None:
-        """Write a table as a Parquet file of the artifact."""
-        pq.write_table(table, self.directory / name, compression="zstd")
+        """Write a table as a Parquet file of the artifact, in row groups that can be read one by one."""
+        pq.write_table(table, self.directory / name, compression="zstd", row_group_size=_GROUP_ROWS)
 
     def read_table(self, role: str, name: str) -> pa.Table:
         """Read a Parquet file of an upstream artifact, verified."""

@@ -1,25 +1,29 @@
 """The stage in which a model learns: the student, and the compared models that differ from it in one field."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from kd_core.errors import TrainingError
-from kd_core.recipe import Arm, PretrainedStudent, ServerTeacher, StudentFromConfig, StudentFromTeacher
-from kd_core.shards import RowCache
-from kd_core.softlabels.codec import decode
-from kd_core.softlabels.targets import Targets
+from kd_core.recipe import Arm, PretrainedStudent, Recipe, ServerTeacher, StudentFromConfig, StudentFromTeacher
 from kd_core.stages.job import Job
-from kd_core.stages.teaching import load_teacher, token_rows
+from kd_core.stages.scoring import token_rows
+from kd_core.stages.teaching import frozen_rows, load_teacher
+from kd_core.store.range_cache import RangeCache
 from kd_core.student.make import new_model, student_from_blocks
 from kd_core.teacher.models import LoadedModel, load_model, load_tokenizer, pick_device, save_model
 from kd_core.tokens import num_columns, tokenizer_identity
 from kd_core.train.checkpoints import Checkpoints
-from kd_core.train.data import TrainingData
+from kd_core.train.data import Rows, TrainingData
 from kd_core.train.loop import train
+from kd_core.train.reader import ShardGroups, StoredRows, file_rows
 
 __all__ = ["train_stage"]
 
@@ -29,34 +33,27 @@ def train_stage(job: Job) -> dict[str, Any]:
     arm: Arm = job.node.group  # type: ignore[assignment]  # a train node's group is its arm
     recipe = job.recipe.arm(arm)
     seed = int(job.node.name.rpartition(".")[2])
-    table = job.read_table("curate", "rows.parquet")
-    if recipe.objective.supervision == "gold":
-        table = table.filter(pc.equal(table["source"], "gold"))
-        if not table.num_rows:
-            raise TrainingError(
-                f"{job.node.name}: no row has a gold answer; give prompts.sources a gold template, or drop baseline from evaluation.compare"
-            )
     validation = token_rows(job.read_table("curate", "validation.parquet"))
     student = _make_student(job, seed)
-    checkpoints = Checkpoints(job.store, job.node.fingerprint)
-    data = TrainingData(token_rows(table), _read_targets(job, table) if "soft_labels" in job.inputs else None, validation)
-    result = train(
-        student.model,
-        data,
-        num_columns=student.num_columns,
-        training=recipe.training,
-        objective=recipe.objective,
-        seed=seed,
-        run=recipe.run,
-        checkpoints=checkpoints,
-        tick=job.tick,
-    )
+    with _training_rows(job, recipe) as rows:
+        result = train(
+            student.model,
+            TrainingData(rows, validation),
+            num_columns=student.num_columns,
+            training=recipe.training,
+            objective=recipe.objective,
+            seed=seed,
+            run=recipe.run,
+            checkpoints=Checkpoints(job.store, job.node.fingerprint),
+            tick=job.tick,
+        )
+        num_rows = len(rows.num_tokens)
     save_model(student, job.directory)
     (job.directory / "metrics.json").write_text(json.dumps(result.metrics))
     return {
         "arm": arm,
         "seed": seed,
-        "rows": table.num_rows,
+        "rows": num_rows,
         "rows_too_long": result.rows_too_long,
         "steps": recipe.training.steps,
         "parameters": student.num_parameters,
@@ -92,13 +89,31 @@ def _pretrained_student(job: Job, spec: PretrainedStudent) -> LoadedModel:
     return loaded
 
 
-def _read_targets(job: Job, table: pa.Table) -> Callable[[int], Targets]:
-    """Soft labels of curated row i, decoded when a step asks for them; every row has some, or this raises."""
-    record = job.inputs["soft_labels"]
-    cache = RowCache(job.store, "soft_labels", record.summary["namespace"])
-    keys = job.read_table("soft_labels", "keys.parquet")["key"].to_pylist()
-    found = cache.read(cache.snapshot(), keys)
-    if token_rows(found) != token_rows(table):
-        raise TrainingError("soft labels and curated rows disagree on token ids; run the recipe again, or check the store with kd doctor")
-    blobs: list[bytes] = found["targets"].to_pylist()
-    return lambda i: decode(blobs[i])
+@contextmanager
+def _training_rows(job: Job, recipe: Recipe) -> Iterator[Rows]:
+    """The arm's rows: soft labels from their shards, anything else from the curated file; every arm numbers them alike."""
+    keys = job.read_table("soft_labels", "keys.parquet") if "soft_labels" in job.inputs else None
+    if recipe.objective.supervision == "soft":
+        assert keys is not None, "a soft objective has soft labels upstream"
+        yield _soft_rows(job, keys)
+        return
+    with job.files(job.inputs["curate"]) as files:
+        numbers = None if keys is None else keys["row"].to_numpy()
+        if recipe.objective.supervision == "gold":
+            source = pq.read_table(files / "rows.parquet", columns=["source"])["source"]
+            numbers = np.flatnonzero(pc.equal(source, "gold").to_numpy(zero_copy_only=False))
+            if not len(numbers):
+                raise TrainingError(
+                    f"{job.node.name}: no row has a gold answer; give prompts.sources a gold template, or drop baseline from "
+                    "evaluation.compare"
+                )
+        yield file_rows(files / "rows.parquet", numbers)
+
+
+def _soft_rows(job: Job, keys: pa.Table) -> Rows:
+    cache, snapshot = frozen_rows(job, "soft_labels")
+    run = job.recipe.run
+    groups = ShardGroups(cache, snapshot, RangeCache(job.store, Path(run.disk_cache), run.disk_cache_bytes))
+    group, row = groups.locate(keys["key"].to_pylist())
+    sizes = {name: keys[name].to_numpy() for name in ("num_tokens", "first_supervised")}
+    return StoredRows(groups, group, row, **sizes)

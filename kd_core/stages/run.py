@@ -5,18 +5,23 @@ A node whose record exists is a hit and computes nothing. Everything else (a loc
 """
 
 import importlib
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kd_core.artifacts import Artifact, expect_identity, find, publish, workspace
+from kd_core.artifacts import Artifact, Record, expect_identity, find, forget, publish, workspace
+from kd_core.errors import QuarantinedError
 from kd_core.progress import Ticker
 from kd_core.recipe import Recipe
+from kd_core.shards import RowCache
 from kd_core.stages.graph import build_graph, open_node
 from kd_core.stages.job import Job
 from kd_core.store import Store
 
 __all__ = ["STAGES", "StageFunction", "run_node"]
+
+_LOG = logging.getLogger(__name__)
 
 StageFunction = Callable[[Job], dict[str, Any]]
 
@@ -25,7 +30,8 @@ STAGES: Mapping[str, str] = {
     "teacher": "kd_core.stages.teaching:teacher_stage",
     "answers": "kd_core.stages.teaching:answers_stage",
     "curate": "kd_core.stages.data:curate_stage",
-    "soft_labels": "kd_core.stages.teaching:soft_labels_stage",
+    "soft_labels": "kd_core.stages.scoring:soft_labels_stage",
+    "hidden_states": "kd_core.stages.scoring:hidden_states_stage",
     "train": "kd_core.stages.learning:train_stage",
     "evaluate": "kd_core.stages.evidence:evaluate_stage",
     "gate": "kd_core.stages.evidence:gate_stage",
@@ -44,6 +50,9 @@ def _function(stage: str) -> StageFunction:
 def run_node(recipe: Recipe, name: str, *, store: Store, tick: Ticker, extra: Mapping[str, StageFunction]) -> Artifact:
     """Compute one node, or find it done.
 
+    A damaged shard that the node meets is moved aside; the stage that made it computes its rows again, once, and the
+    node goes on from its checkpoint.
+
     Args:
         recipe: the recipe.
         name: a node of its graph; all its upstream nodes must be done.
@@ -58,6 +67,28 @@ def run_node(recipe: Recipe, name: str, *, store: Store, tick: Ticker, extra: Ma
         ArtifactError: an upstream node is not done.
         KDError: whatever the stage raises; nothing is recorded then.
     """
+    try:
+        return _run_once(recipe, name, store=store, tick=tick, extra=extra)
+    except QuarantinedError as damage:
+        _LOG.warning("%s: %s", name, damage)
+        nodes = build_graph(recipe, store)
+        for upstream in nodes[name].upstream.values():
+            record = find(store, nodes[upstream].stage, nodes[upstream].fingerprint)
+            if record is not None and not rows_are_there(store, record):
+                forget(store, record)
+                run_node(recipe, upstream, store=store, tick=tick, extra=extra)
+        return _run_once(recipe, name, store=store, tick=tick, extra=extra)
+
+
+def rows_are_there(store: Store, record: Record) -> bool:
+    """Whether every shard that a record froze is still committed; True of a stage without shards."""
+    if "commits" not in record.summary:
+        return True
+    held = {commit.sha256 for commit in RowCache(store, record.stage, record.summary["namespace"]).snapshot().commits}
+    return held.issuperset(record.summary["commits"])
+
+
+def _run_once(recipe: Recipe, name: str, *, store: Store, tick: Ticker, extra: Mapping[str, StageFunction]) -> Artifact:
     nodes = build_graph(recipe, store)
     node = nodes[name]
     above = {role: nodes[upstream].fingerprint for role, upstream in node.upstream.items()}

@@ -1,13 +1,13 @@
-"""Stages in which the teacher works: prepare it, let it answer, score rows with it.
+"""Stages in which the teacher works: prepare it, let it answer. What it says of tokens is ``scoring``'s business.
 
-Answers and soft labels are kept by row, not by stage: a recipe with more prompts, or another objective, finds the rows
-that are there and pays for the others only.
+Answers are kept by row, not by stage: a recipe with more prompts, or another objective, finds the rows that are there
+and pays for the others only.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
@@ -16,10 +16,9 @@ from kd_core.fingerprint import fingerprint, sha256_bytes
 from kd_core.progress import Tick
 from kd_core.prompts import collect_gold
 from kd_core.recipe import Answers, Objective, PretrainedTeacher, Recipe, ServerTeacher, TrainedTeacher
-from kd_core.row_keys import answer_namespace, answer_rows, soft_label_namespace
-from kd_core.shards import RowCache, Snapshot, work_in_shards
-from kd_core.softlabels.capture import row_key, score_rows
-from kd_core.softlabels.codec import encode
+from kd_core.row_keys import about_answers, answer_rows
+from kd_core.shard_work import Packed, work_in_shards
+from kd_core.shards import RowCache, Snapshot
 from kd_core.stages.job import Job
 from kd_core.student.make import new_model
 from kd_core.teacher.generate import generate
@@ -28,10 +27,10 @@ from kd_core.teacher.reference import reference_identity
 from kd_core.teacher.server import answer_prompts
 from kd_core.tokens import character_tokenizer, encode_gold, encode_prompt
 from kd_core.train.checkpoints import Checkpoints
-from kd_core.train.data import TokenRow, TrainingData
+from kd_core.train.data import MemoryRows, TokenRow, TrainingData
 from kd_core.train.loop import train
 
-__all__ = ["answers_stage", "load_teacher", "read_answers", "soft_labels_stage", "teacher_stage"]
+__all__ = ["Progress", "answers_stage", "frozen_rows", "load_teacher", "read_answers", "sharded_summary", "teacher_stage"]
 
 ANSWER_SCHEMA = pa.schema(
     [
@@ -45,19 +44,6 @@ ANSWER_SCHEMA = pa.schema(
         pa.field("error", pa.string()),
     ]
 )
-
-SOFT_LABEL_SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("first_supervised", pa.int32(), nullable=False),
-        pa.field("num_supervised", pa.int32(), nullable=False),
-        pa.field("mean_entropy", pa.float32(), nullable=False),
-        pa.field("mean_gold_logprob", pa.float32(), nullable=False),
-        pa.field("targets", pa.binary(), nullable=False),
-    ]
-)
-
 
 # ---------------------------------------------------------------------------------------------- the teacher itself
 
@@ -98,7 +84,7 @@ def _train_teacher(job: Job, teacher: TrainedTeacher) -> dict[str, Any]:
     loaded = LoadedModel(model, tokenizer, model.config.vocab_size)
     result = train(
         model,
-        TrainingData(rows, None, ()),
+        TrainingData(MemoryRows(rows), ()),
         num_columns=loaded.num_columns,
         training=teacher.training,
         objective=Objective(supervision="gold"),
@@ -157,25 +143,54 @@ def answers_stage(job: Job) -> dict[str, Any]:
     answers = recipe.answers
     assert answers is not None, "a recipe without answers has no such node"
     rows = answer_rows(recipe, answers, job.inputs["teacher"], job.read_table("prompts", "prompts.parquet"))
-    cache = RowCache(job.store, "answers", answer_namespace(recipe, answers, job.inputs["teacher"]))
-    progress = _Progress(job, len(dict(rows)), "answers")
+    about = about_answers(recipe, answers, job.inputs["teacher"])
+    cache = RowCache(job.store, "answers", fingerprint(about))
+    cache.describe(about)
+    progress = Progress(job, len(dict(rows)), "answers")
     teacher = recipe.teacher
     engine = _ServerEngine(job, teacher, answers) if isinstance(teacher, ServerTeacher) else _LocalEngine(job, answers)
-    snapshot, computed = work_in_shards(cache, engine.order(rows), engine.answer, shard_rows=recipe.run.shard_rows, done=progress)
+    ordered, run = engine.order(rows), recipe.run
+    snapshot, computed = work_in_shards(
+        cache,
+        lambda: ordered,
+        engine.answer,
+        _packed_answers,
+        shard_rows=run.shard_rows,
+        done=progress,
+        worker=run.worker,
+        num_workers=run.num_workers,
+    )
     keys = [key for key, _ in rows]
     table = cache.read(snapshot, keys)
     job.write_table("keys.parquet", pa.table({"key": keys}))
     reasons = {r["values"]: r["counts"] for r in table["finish_reason"].value_counts().to_pylist()}
     tokens = int(sum(len(ids) for ids in table["answer_ids"].to_pylist()))
-    return {**_sharded_summary(cache, snapshot, len(keys), computed), "tokens": tokens, "finish_reasons": reasons}
+    return {**sharded_summary(cache, snapshot, keys, computed), "tokens": tokens, "finish_reasons": reasons}
 
 
-def _sharded_summary(cache: RowCache, snapshot: Snapshot, rows: int, computed: int) -> dict[str, Any]:
-    commits = [commit.sha256 for commit in snapshot.commits]
-    return {"rows": rows, "rows_computed": computed, "namespace": cache.namespace, "bytes": snapshot.size_bytes(), "commits": commits}
+def _packed_answers(rows: pa.Table) -> Packed:
+    return Packed(rows, sum(len(ids) for ids in rows["answer_ids"].to_pylist()))
 
 
-class _Progress:
+def sharded_summary(cache: RowCache, snapshot: Snapshot, keys: Sequence[str], computed: int) -> dict[str, Any]:
+    """What a record says of rows in shards; it freezes the shards that hold them."""
+    own = snapshot.of(keys)
+    commits = [commit.sha256 for commit in own.commits]
+    return {"rows": len(keys), "rows_computed": computed, "namespace": cache.namespace, "bytes": own.size_bytes(), "commits": commits}
+
+
+def frozen_rows(job: Job, role: str) -> tuple[RowCache, Snapshot]:
+    """The growing table behind an upstream node, and the shards that its record froze.
+
+    Raises:
+        QuarantinedError: one of them is gone.
+    """
+    record = job.inputs[role]
+    cache = RowCache(job.store, record.stage, record.summary["namespace"])
+    return cache, cache.snapshot().frozen(record.summary["commits"])
+
+
+class Progress:
     """Adds up finished rows and ticks."""
 
     def __init__(self, job: Job, total: int, unit: str) -> None:
@@ -249,52 +264,5 @@ class _ServerEngine:
 
 def read_answers(job: Job) -> pa.Table:
     """All answers of the upstream 'answers' node, in prompt order, verified."""
-    record = job.inputs["answers"]
-    cache = RowCache(job.store, "answers", record.summary["namespace"])
-    keys = job.read_table("answers", "keys.parquet")["key"].to_pylist()
-    return cache.read(cache.snapshot(), keys)
-
-
-# ---------------------------------------------------------------------------------------------- soft labels
-
-
-def token_rows(table: pa.Table) -> list[TokenRow]:
-    """Curated rows as token rows, in order."""
-    ids, first = table["ids"].to_pylist(), table["first_supervised"].to_pylist()
-    return [TokenRow(tuple(i), f) for i, f in zip(ids, first, strict=True)]
-
-
-def soft_labels_stage(job: Job) -> dict[str, Any]:
-    """Files: keys.parquet, one key a curated row, in its order. Summary: counts, bytes, mean entropy."""
-    recipe = job.recipe
-    policy = recipe.soft_labels
-    assert policy is not None, "a recipe without soft labels has no such node"
-    cache = RowCache(job.store, "soft_labels", soft_label_namespace(policy, job.inputs["teacher"]))
-    rows = [(row_key(cache.namespace, row), row) for row in token_rows(job.read_table("curate", "rows.parquet"))]
-    ordered = sorted(rows, key=lambda item: (len(item[1].ids), item[0]))
-    loaded: list[LoadedModel] = []
-
-    def score(shard: list[tuple[str, TokenRow]]) -> pa.Table:
-        if not loaded:
-            loaded.append(load_teacher(job))
-        found = score_rows(loaded[0], shard, policy=policy, micro_batch_tokens=recipe.run.micro_batch_tokens)
-        out = [
-            {
-                "key": key,
-                "ids": list(row.ids),
-                "first_supervised": row.first_supervised,
-                "num_supervised": row.num_supervised,
-                "mean_entropy": float(np.mean(scored.targets.common.entropy_N.cpu().numpy())),
-                "mean_gold_logprob": float(np.mean(scored.targets.common.gold_logprob_N.cpu().numpy())),
-                "targets": encode(scored.targets),
-            }
-            for (key, row), scored in zip(shard, found, strict=True)
-        ]
-        return pa.Table.from_pylist(out, schema=SOFT_LABEL_SCHEMA)
-
-    progress = _Progress(job, len(dict(rows)), "rows")
-    snapshot, computed = work_in_shards(cache, ordered, score, shard_rows=recipe.run.shard_rows, done=progress)
-    keys = [key for key, _ in rows]
-    job.write_table("keys.parquet", pa.table({"key": keys}))
-    tokens = sum(row.num_supervised for _, row in rows)
-    return {**_sharded_summary(cache, snapshot, len(keys), computed), "supervised_tokens": tokens}
+    cache, snapshot = frozen_rows(job, "answers")
+    return cache.read(snapshot, job.read_table("answers", "keys.parquet")["key"].to_pylist())

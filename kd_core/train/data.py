@@ -1,17 +1,27 @@
 """Training rows and their order.
 
-Order is a pure function of (seed, step): every epoch is a fresh permutation drawn from (seed, epoch), so a resumed run,
-or one on another number of ranks, sees the same rows at the same step.
+Order is a pure function of (seed, step): rows are shuffled in two levels, blocks of neighbours first and then the rows
+of some blocks together, so that a reader of remote shards needs few of them at a time. It never depends on how rows
+lie in shards, on the number of ranks, or on where a run was broken. Up to BLOCK_ROWS * BUFFER_BLOCKS rows it is one
+shuffle of all.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
-from kd_core.softlabels.targets import Targets
+from kd_core.errors import SoftLabelError
+from kd_core.softlabels.targets import Targets, concatenate
 
-__all__ = ["TokenRow", "TrainingData", "step_rows", "token_batches"]
+__all__ = ["BLOCK_ROWS", "BUFFER_BLOCKS", "MemoryRows", "Rows", "TokenRow", "TrainingData", "step_rows", "token_batches"]
+
+BLOCK_ROWS = 64
+"""Neighbours that stay in one buffer: as many as a row group of a shard holds."""
+BUFFER_BLOCKS = 64
+"""Blocks that are shuffled together."""
 
 
 @dataclass(frozen=True)
@@ -27,23 +37,82 @@ class TokenRow:
         return len(self.ids) - self.first_supervised
 
 
+class Rows(Protocol):
+    """Training rows by number, read when they are needed."""
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """Tokens of each row, int32, shape (rows,)."""
+        ...
+
+    @property
+    def first_supervised(self) -> np.ndarray:
+        """Index of each row's first answer token, int32, shape (rows,)."""
+        ...
+
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """Start to fetch rows that will be read soon; returns at once."""
+        ...
+
+    def read(self, numbers: Sequence[int]) -> list[TokenRow]:
+        """Rows, in the order asked for."""
+        ...
+
+    def targets(self, numbers: Sequence[int]) -> Targets:
+        """Soft labels of rows, their positions one after the other in the order asked for.
+
+        Raises:
+            SoftLabelError: these rows have none.
+        """
+        ...
+
+
 @dataclass(frozen=True)
-class TrainingData:
-    """What a training run reads.
+class MemoryRows:
+    """Rows at hand.
 
     Attributes:
-        rows: training rows.
-        targets: soft labels of row i, decoded on demand; None without soft supervision.
-        validation: rows for the validation loss; may be empty.
+        rows: the rows.
+        row_targets: soft labels of row i; None without soft supervision.
     """
 
     rows: Sequence[TokenRow]
-    targets: Callable[[int], Targets] | None
+    row_targets: Callable[[int], Targets] | None = None
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.array([len(row.ids) for row in self.rows], np.int32)
+
+    @property
+    def first_supervised(self) -> np.ndarray:
+        """Index of each row's first answer token."""
+        return np.array([row.first_supervised for row in self.rows], np.int32)
+
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """Nothing to fetch."""
+
+    def read(self, numbers: Sequence[int]) -> list[TokenRow]:
+        """Rows, in the order asked for."""
+        return [self.rows[i] for i in numbers]
+
+    def targets(self, numbers: Sequence[int]) -> Targets:
+        """Soft labels of rows, in the order asked for."""
+        if self.row_targets is None:
+            raise SoftLabelError("the objective has a soft part and these rows have no soft labels")
+        return concatenate([self.row_targets(i) for i in numbers])
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a training run reads: training rows, and rows for the validation loss (may be empty)."""
+
+    rows: Rows
     validation: Sequence[TokenRow]
 
 
 def step_rows(num_rows: int, batch_rows: int, *, seed: int, step: int) -> list[int]:
-    """Indices of the rows of one optimiser step.
+    """Numbers of the rows of one optimiser step.
 
     Args:
         num_rows: rows there are, at least 1.
@@ -51,19 +120,38 @@ def step_rows(num_rows: int, batch_rows: int, *, seed: int, step: int) -> list[i
         seed: of the training run.
         step: 0-based.
     """
-    indices: list[int] = []
+    numbers: list[int] = []
     at = step * batch_rows
-    while len(indices) < batch_rows:
+    while len(numbers) < batch_rows:
         epoch, start = divmod(at, num_rows)
-        order = np.random.Generator(np.random.Philox(key=(seed << 64) | epoch)).permutation(num_rows)
-        taken = order[start : start + batch_rows - len(indices)]
-        indices.extend(int(i) for i in taken)
+        ends, _ = _buffers(num_rows, seed, epoch)
+        buffer = int(np.searchsorted(ends, start, side="right"))
+        order = _buffer_order(num_rows, seed, epoch, buffer)
+        begin = start - (int(ends[buffer - 1]) if buffer else 0)
+        taken = order[begin : begin + batch_rows - len(numbers)]
+        numbers.extend(int(i) for i in taken)
         at += len(taken)
-    return indices
+    return numbers
+
+
+@lru_cache(maxsize=4)
+def _buffers(num_rows: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Place in the epoch at which each buffer ends; and the blocks in their order, BUFFER_BLOCKS a buffer."""
+    blocks = np.random.Generator(np.random.Philox(key=(seed << 64) | epoch)).permutation(-(-num_rows // BLOCK_ROWS))
+    sizes = np.minimum(BLOCK_ROWS, num_rows - blocks * BLOCK_ROWS)
+    return np.add.reduceat(sizes, np.arange(0, len(blocks), BUFFER_BLOCKS)).cumsum(), blocks
+
+
+@lru_cache(maxsize=4)
+def _buffer_order(num_rows: int, seed: int, epoch: int, buffer: int) -> np.ndarray:
+    blocks = np.sort(_buffers(num_rows, seed, epoch)[1][buffer * BUFFER_BLOCKS : (buffer + 1) * BUFFER_BLOCKS])
+    rows = (blocks[:, None] * BLOCK_ROWS + np.arange(BLOCK_ROWS)).ravel()
+    rows = rows[rows < num_rows]
+    return rows[np.random.Generator(np.random.Philox(key=(seed << 64) | epoch, counter=buffer)).permutation(len(rows))]
 
 
 def token_batches(rows: Sequence[TokenRow], budget_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows, sorted by length and cut so that rows * longest <= budget (one row at least)."""
+    """Numbers of rows, sorted by length and cut so that rows * longest <= budget (one row at least)."""
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), i))
     batch: list[int] = []
     for i in order:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -24,16 +25,17 @@ from kd_core.failpoints import reach
 from kd_core.losses.objective import StepWeights, step_weights, supervised_loss
 from kd_core.progress import Tick, Ticker
 from kd_core.recipe import Objective, Run, Training
-from kd_core.softlabels.targets import Targets, concatenate, move
+from kd_core.softlabels.targets import Targets, move
 from kd_core.teacher.models import pick_device
 from kd_core.tokens import Batch, collate
 from kd_core.train.checkpoints import Checkpoints
-from kd_core.train.data import TokenRow, TrainingData, step_rows, token_batches
+from kd_core.train.data import Rows, TokenRow, TrainingData, step_rows, token_batches
 from kd_core.train.schedules import learning_rate
 
 __all__ = ["TrainingResult", "train", "validation_nll"]
 
 _LOG_EVERY = 10
+_PREFETCH_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,12 @@ def train(
         TrainingError: no rows, or gradients that are not finite.
         SoftLabelError: missing or invalid soft labels.
     """
-    rows = [row for row in data.rows if len(row.ids) <= training.max_tokens]
-    kept = [i for i, row in enumerate(data.rows) if len(row.ids) <= training.max_tokens]
-    if not rows:
+    lengths = data.rows.num_tokens
+    kept = np.flatnonzero(lengths <= training.max_tokens)
+    supervised = (lengths - data.rows.first_supervised)[kept]
+    if not len(kept):
         raise TrainingError(
-            f"no rows to train on: {len(data.rows)} rows, none within training.max_tokens = {training.max_tokens}; check the curate counts"
+            f"no rows to train on: {len(lengths)} rows, none within training.max_tokens = {training.max_tokens}; check the curate counts"
         )
     accelerator = Accelerator(cpu=pick_device(run.device).type == "cpu")
     device = accelerator.device
@@ -114,11 +117,13 @@ def train(
         weights = step_weights(objective, step=step, steps=training.steps)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(training, step)
-        picked = step_rows(len(rows), training.batch_rows, seed=seed, step=step)
-        step_tokens = sum(rows[i].num_supervised for i in picked)
-        mine = picked[accelerator.process_index :: accelerator.num_processes]
+        picked = step_rows(len(kept), training.batch_rows, seed=seed, step=step)
+        step_tokens = int(supervised[picked].sum())
+        mine = kept[picked[accelerator.process_index :: accelerator.num_processes]].tolist()
+        soon = step_rows(len(kept), training.batch_rows, seed=seed, step=step + _PREFETCH_STEPS)
+        data.rows.prefetch(kept[soon[accelerator.process_index :: accelerator.num_processes]].tolist())
         sums: dict[str, Tensor] = {}
-        for batch, targets in _micro_batches(rows, kept, mine, data, run.micro_batch_tokens, device, weights):
+        for batch, targets in _micro_batches(data.rows, mine, run.micro_batch_tokens, device, weights):
             with autocast:
                 logits_BTV = model(input_ids=batch.ids_BT, attention_mask=batch.attention_BT, use_cache=False).logits
             loss, parts = supervised_loss(logits_BTV[batch.predict_BT][:, :num_columns], batch.labels_N, targets, weights)
@@ -145,7 +150,7 @@ def train(
     nll = validation_nll(model, data.validation, num_columns=num_columns, micro_batch_tokens=run.micro_batch_tokens, device=device)
     if nll is not None:
         metrics[-1]["validation_nll"] = nll
-    return TrainingResult(metrics, nll, tokens, time.perf_counter() - began, start, len(data.rows) - len(rows))
+    return TrainingResult(metrics, nll, tokens, time.perf_counter() - began, start, len(lengths) - len(kept))
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -157,20 +162,12 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def _micro_batches(
-    rows: Sequence[TokenRow],
-    kept: Sequence[int],
-    picked: Sequence[int],
-    data: TrainingData,
-    budget_tokens: int,
-    device: torch.device,
-    weights: StepWeights,
+    rows: Rows, picked: list[int], budget_tokens: int, device: torch.device, weights: StepWeights
 ) -> Iterator[tuple[Batch, Targets | None]]:
-    for part in token_batches([rows[i] for i in picked], budget_tokens):
-        chosen = [picked[j] for j in part]
-        batch = collate([(rows[i].ids, rows[i].first_supervised) for i in chosen]).to(device)
-        targets = None
-        if data.targets is not None and weights.soft > 0.0:
-            targets = move(concatenate([data.targets(kept[i]) for i in chosen]), device)
+    read = rows.read(picked)
+    for part in token_batches(read, budget_tokens):
+        batch = collate([(read[i].ids, read[i].first_supervised) for i in part]).to(device)
+        targets = move(rows.targets([picked[i] for i in part]), device) if weights.soft > 0.0 else None
         yield batch, targets
 
 

@@ -1,5 +1,6 @@
 """The order of rows is a function of (seed, step), covers every epoch once, and batches lose nothing."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd_core.train.data import TokenRow, step_rows, token_batches
+from kd_core.train.data import BLOCK_ROWS, BUFFER_BLOCKS, TokenRow, step_rows, token_batches
 
 
 @given(num=st.integers(1, 40), batch=st.integers(1, 60), seed=st.integers(0, 2**32 - 1))
@@ -48,3 +49,23 @@ def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], budge
 @pytest.mark.parametrize(("ids", "first", "expected"), [((1, 2, 3), 1, 2), ((1, 2, 3), 2, 1)])
 def test_supervised_tokens_are_counted(ids: tuple[int, ...], first: int, expected: int) -> None:
     assert TokenRow(ids, first).num_supervised == expected
+
+
+@pytest.mark.parametrize("num", [64 * 64 + 1, 3 * 64 * 64 + 17, 9_999])
+def test_many_rows_are_shuffled_in_buffers_of_blocks(num: int) -> None:
+    """Each row once an epoch, few blocks at a time, and no trace of the stored order."""
+    stream = step_rows(num, num, seed=5, step=0)
+    assert sorted(stream) == list(range(num))
+    for start in range(0, num - BLOCK_ROWS * BUFFER_BLOCKS, BLOCK_ROWS * BUFFER_BLOCKS):
+        window = stream[start : start + BLOCK_ROWS * BUFFER_BLOCKS]
+        assert len({i // BLOCK_ROWS for i in window}) <= 2 * BUFFER_BLOCKS
+    neighbours = sum(abs(a - b) == 1 for a, b in itertools.pairwise(stream))
+    assert neighbours < 0.01 * num
+    assert stream != step_rows(num, num, seed=5, step=1) != step_rows(num, num, seed=6, step=0)
+
+
+def test_a_batch_across_buffers_and_epochs_is_the_stream_cut_in_pieces() -> None:
+    num = 2 * 64 * 64 + 5
+    pieces = [i for step in range(40) for i in step_rows(num, 411, seed=1, step=step)]
+    whole = [i for step in range(2) for i in step_rows(num, num, seed=1, step=step)]
+    assert pieces[: 2 * num] == whole[: len(pieces)]

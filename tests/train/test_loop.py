@@ -16,7 +16,7 @@ from kd_core.store import LocalStore
 from kd_core.tokens import collate
 from kd_core.train import loop
 from kd_core.train.checkpoints import Checkpoints
-from kd_core.train.data import TokenRow, TrainingData
+from kd_core.train.data import MemoryRows, TokenRow, TrainingData
 from kd_core.train.loop import TrainingResult, train, validation_nll
 
 EOS = 1
@@ -52,7 +52,7 @@ def student(tiny_model) -> torch.nn.Module:
 
 @pytest.fixture
 def data(tiny_model) -> TrainingData:
-    return TrainingData(ROWS, targets_of(tiny_model(), ROWS, SAMPLED), ROWS[:2])
+    return TrainingData(MemoryRows(ROWS, targets_of(tiny_model(), ROWS, SAMPLED)), ROWS[:2])
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -108,7 +108,7 @@ def test_the_gradient_is_the_mean_over_supervised_tokens(student, data, monkeypa
         logits_NV = exact(input_ids=torch.tensor([row.ids])).logits[0, row.first_supervised - 1 : -1, :17]
         labels_N = torch.tensor(row.ids[row.first_supervised :])
         total = total + 0.3 * torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum")
-        log_q_NV, targets = torch.log_softmax(logits_NV / 2.0, -1), data.targets(i)
+        log_q_NV, targets = torch.log_softmax(logits_NV / 2.0, -1), data.rows.targets([i])
         at = torch.repeat_interleave(torch.arange(row.num_supervised), targets.offsets_N1.diff())
         cross = -(targets.counts_E * log_q_NV[at, targets.ids_E]).sum() / 9
         total = total + 0.7 * 4.0 * (cross - targets.cross_entropy_offset_N.double().sum())
@@ -182,13 +182,13 @@ def test_the_teacher_is_a_fixed_point_of_soft_training(tiny_model, tmp_path) -> 
     training = Training(steps=1, batch_rows=len(ROWS), learning_rate=0.001, clip_norm=None)
     objective = Objective(supervision="soft", hard_weight=0.0, soft_weight=1.0, temperature=2.0)
     policy = Dense(kind="dense")
-    data = TrainingData(ROWS, targets_of(teacher, ROWS, policy), ())
+    data = TrainingData(MemoryRows(ROWS, targets_of(teacher, ROWS, policy)), ())
     same = copy.deepcopy(teacher.model).requires_grad_(True)
     last = fit(same, tmp_path / "same", data=data, training=training, objective=objective).metrics[-1]
     assert abs(last["loss"]) < 1e-5
     assert last["gradient_norm"] < 1e-3
     moved = [TokenRow(row.ids[:-1], row.first_supervised - 1) for row in ROWS if row.first_supervised > 1]
-    shifted = TrainingData(moved, targets_of(teacher, [r for r in ROWS if r.first_supervised > 1], policy), ())
+    shifted = TrainingData(MemoryRows(moved, targets_of(teacher, [r for r in ROWS if r.first_supervised > 1], policy)), ())
     off = fit(
         copy.deepcopy(teacher.model).requires_grad_(True), tmp_path / "off", data=shifted, training=training, objective=objective
     ).metrics[-1]
@@ -211,7 +211,7 @@ def test_the_end_token_is_learnt_though_padding_is_the_end_token(tiny_model, tmp
 
     before = end_probability([3, 14, 5])
     training = Training(steps=60, batch_rows=2, learning_rate=0.02)
-    result = fit(model, tmp_path, data=TrainingData(rows, None, ()), training=training, objective=HARD)
+    result = fit(model, tmp_path, data=TrainingData(MemoryRows(rows), ()), training=training, objective=HARD)
     assert result.supervised_tokens == 60 * (2 + 3)
     assert before < 0.5 < 0.9 < end_probability([3, 14, 5])
     assert end_probability([4, 14, 6, 6]) < 0.1
@@ -241,7 +241,7 @@ def test_validation_is_the_mean_over_supervised_tokens(student) -> None:
 
 def test_missing_soft_labels_stop_the_run(student, tmp_path) -> None:
     with pytest.raises(SoftLabelError, match="these rows have no soft labels"):
-        fit(student, tmp_path, data=TrainingData(ROWS, None, ()))
+        fit(student, tmp_path, data=TrainingData(MemoryRows(ROWS), ()))
 
 
 def test_soft_labels_of_a_left_out_row_are_not_shifted_to_another(student, tiny_model, tmp_path) -> None:
@@ -254,14 +254,15 @@ def test_soft_labels_of_a_left_out_row_are_not_shifted_to_another(student, tiny_
         return targets(i)
 
     training = TRAINING.model_copy(update={"max_tokens": 8})
-    fit(student, tmp_path, data=TrainingData(ROWS, reading, ()), training=training)
+    fit(student, tmp_path, data=TrainingData(MemoryRows(ROWS, reading), ()), training=training)
     assert set(read) == {1, 2, 3}
 
 
 def test_no_row_within_the_limit_is_refused(student, tmp_path) -> None:
     rows = [TokenRow(tuple(range(2, 12)), 4)]
     with pytest.raises(TrainingError, match=r"1 rows, none within training\.max_tokens = 8"):
-        fit(student, tmp_path, data=TrainingData(rows, None, ()), training=Training(steps=1, batch_rows=1, learning_rate=0.1, max_tokens=8))
+        training = Training(steps=1, batch_rows=1, learning_rate=0.1, max_tokens=8)
+        fit(student, tmp_path, data=TrainingData(MemoryRows(rows), ()), training=training)
 
 
 def test_a_diverged_run_ends_with_advice(student, tmp_path) -> None:
@@ -271,7 +272,7 @@ def test_a_diverged_run_ends_with_advice(student, tmp_path) -> None:
         fit(
             student,
             tmp_path,
-            data=TrainingData(ROWS, None, ()),
+            data=TrainingData(MemoryRows(ROWS), ()),
             objective=HARD,
             training=Training(steps=20, batch_rows=2, learning_rate=0.1),
         )
