@@ -130,12 +130,12 @@ def unpackable(model: PreTrainedModel) -> str | None:
     config = model.config
     if model._is_stateful:
         return "it has recurrent layers, whose state would run from one document into the next"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "it soft-caps attention scores"
     if not (model._supports_attention_backend and model._supports_sdpa and model._can_set_attn_implementation()):
         return "its attention does not go through transformers' attention interface"
     if config.is_encoder_decoder or config.sub_configs:
         return "it is not a plain text decoder"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "it soft-caps attention scores"
     others = set(getattr(config, "layer_types", None) or ()) - _PACKABLE_LAYERS
     if others:
         return f"it has layers of type {', '.join(sorted(others))}"

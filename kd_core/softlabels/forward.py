@@ -67,7 +67,7 @@ def check_teacher(loaded: LoadedModel) -> None:
         )
     if model.is_activation_checkpointing:
         raise TeacherError(
-            "the teacher has gradient checkpointing on, so it is set up to train; call model.gradient_checkpointing_disable()"
+            "the teacher has gradient checkpointing on, so it is set up to train; call model.activation_checkpointing_disable()"
         )
 
 
