@@ -24,7 +24,7 @@ from kd_core.teacher.models import LoadedModel
 from kd_core.tokens import collate
 from kd_core.train.data import TokenRow
 
-__all__ = ["Forwarded", "Head", "Parity", "check_teacher", "refused_rows", "teacher_forward"]
+__all__ = ["Forwarded", "Head", "Parity", "check_teacher", "decoder_blocks", "refused_rows", "teacher_forward"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,11 +41,13 @@ class Forwarded:
         indices: which rows it held, in order.
         hidden_NH: the backbone's output where it predicts a supervised token, row by row, in the model's dtype.
         labels_N: those tokens, int64.
+        blocks_LNH: the outputs of the L blocks asked for, at the same positions.
     """
 
     indices: list[int]
     hidden_NH: Tensor
     labels_N: Tensor
+    blocks_LNH: tuple[Tensor, ...] = ()
 
 
 def check_teacher(loaded: LoadedModel) -> None:
@@ -90,7 +92,7 @@ def refused_rows(loaded: LoadedModel, rows: Sequence[tuple[str, TokenRow]]) -> d
 
 
 def teacher_forward(
-    loaded: LoadedModel, rows: Sequence[TokenRow], *, micro_batch_tokens: int, parity: "Parity | None"
+    loaded: LoadedModel, rows: Sequence[TokenRow], *, micro_batch_tokens: int, parity: "Parity | None", blocks: Sequence[int] = ()
 ) -> Iterator[Forwarded]:
     """Run the backbone over rows, longest first.
 
@@ -99,8 +101,13 @@ def teacher_forward(
         rows: what it reads.
         micro_batch_tokens: tokens of a buffer; a longer row has a buffer of its own.
         parity: notes the model's own logits of a few rows first; None where the head does not run.
+        blocks: numbers of the blocks whose outputs are kept.
+
+    Raises:
+        TeacherError: the teacher has no such block, or its blocks cannot be told.
     """
     model = loaded.model
+    watched = [decoder_blocks(model)[i] for i in blocks]
     reason = unpackable(model)
     if reason is not None:
         _log.info("%s cannot be packed: %s; its rows are scored by equal length", type(model).__name__, reason)
@@ -108,7 +115,7 @@ def teacher_forward(
     batches = list((pack_batches if reason is None else equal_length_batches)(lengths, micro_batch_tokens))
     if parity is not None and batches:
         parity.note(rows, batches)
-    with isolated_documents(model) if reason is None else contextlib.nullcontext():
+    with isolated_documents(model) if reason is None else contextlib.nullcontext(), _outputs(watched) as outputs:
         for indices in batches:
             picked = [(rows[i].ids, rows[i].first_supervised) for i in indices]
             if reason is None:
@@ -118,7 +125,40 @@ def teacher_forward(
                 batch = collate(picked).to(loaded.device)
                 inputs = {"input_ids": batch.ids_BT, "use_cache": False}
             hidden_BTH = model.get_decoder()(**inputs).last_hidden_state
-            yield Forwarded(indices, hidden_BTH[batch.predict_BT], batch.labels_N)
+            blocks_LNH = tuple(outputs[module][batch.predict_BT] for module in watched)
+            yield Forwarded(indices, hidden_BTH[batch.predict_BT], batch.labels_N, blocks_LNH)
+
+
+def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's blocks, first above the embedding first: block i's output is ``hidden_states[i + 1]`` of transformers' list,
+    but for the last one, which transformers gives normalised.
+
+    Raises:
+        TeacherError: they cannot be told.
+    """
+    num = model.config.get_text_config().num_hidden_layers
+    found = [module for module in model.get_decoder().children() if isinstance(module, nn.ModuleList) and len(module) == num]
+    if len(found) != 1:
+        raise TeacherError(
+            f"{type(model).__name__}: {len(found)} lists of {num} blocks in its decoder, expected one; hidden states cannot be kept"
+        )
+    return found[0]
+
+
+@contextlib.contextmanager
+def _outputs(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
+    """Within: the last output of each module, as it ran."""
+    last: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, _: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        last[module] = output[0] if isinstance(output, tuple) else output
+
+    handles = [module.register_forward_hook(keep) for module in modules]
+    try:
+        yield last
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Head:
