@@ -15,7 +15,7 @@ from kd_core.progress import Tick, silent
 from kd_core.recipe import Recipe
 from kd_core.recipe_io import load_recipe
 from kd_core.softlabels import SampledTargets, TopKTargets, capture, codec
-from kd_core.softlabels.targets import make_targets
+from kd_core.softlabels.targets import reduce_logits
 from kd_core.stages.graph import walk
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore
@@ -114,7 +114,7 @@ def test_a_finished_teacher_and_its_soft_labels_are_examined(sums, store: LocalS
 
     def drifted(job: Any) -> LoadedModel:  # trap 20: the teacher is not the teacher that was scored
         loaded = real(job)
-        loaded.model.model.norm.weight.mul_(1.1)
+        loaded.model.model.norm.weight.mul_(1.5)
         return loaded
 
     with monkeypatch.context() as patch:
@@ -183,9 +183,9 @@ def test_soft_labels_of_the_next_token_are_found(sums, store: LocalStore, monkey
     """Trap 1 on the teacher's side: what is captured belongs one position earlier."""
 
     def early(logits_NV: torch.Tensor, *given: Any, **named: Any) -> Any:
-        return make_targets(logits_NV.roll(-1, dims=0), *given, **named)
+        return reduce_logits(logits_NV.roll(-1, dims=0), *given, **named)
 
-    monkeypatch.setattr(capture, "make_targets", early)
+    monkeypatch.setattr(capture, "reduce_logits", early)
     assert failed(by_name(examine(sums(), store))) == {"teacher_as_student", "alignment"}
 
 
@@ -254,22 +254,22 @@ def test_a_vocabulary_cut_after_normalising_is_found(sums, store: LocalStore, mo
 
     def cut_late(logits_NV: torch.Tensor, *given: Any, **named: Any) -> Any:
         padded_NV = torch.cat([logits_NV, logits_NV.new_zeros(len(logits_NV), 7)], -1)
-        found = make_targets(padded_NV, *given, **named)
-        return replace(found, common=replace(found.common, num_columns=logits_NV.shape[-1]))
+        found, finite_N = reduce_logits(padded_NV, *given, **named)
+        return replace(found, common=replace(found.common, num_columns=logits_NV.shape[-1])), finite_N
 
-    monkeypatch.setattr(capture, "make_targets", cut_late)
+    monkeypatch.setattr(capture, "reduce_logits", cut_late)
     assert "teacher_as_student" in failed(by_name(examine(sums(POLICIES["topk"]), store)))
 
 
 def test_ids_of_too_few_bits_are_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trap 7."""
 
-    def three_bits(data: bytes) -> Any:
-        found = codec.decode(data)
+    def three_bits(*given: Any) -> Any:
+        found = codec.decode_rows(*given)
         assert isinstance(found, SampledTargets)
         return replace(found, ids_E=found.ids_E & 7)
 
-    monkeypatch.setattr(doctor, "decode", three_bits)
+    monkeypatch.setattr(doctor, "decode_rows", three_bits)
     assert "teacher_as_student" in failed(by_name(examine(sums(), store)))
 
 
@@ -279,15 +279,15 @@ def test_an_ignored_temperature_is_found(sums, store: LocalStore, monkeypatch: p
 
     def at_one(logits_NV: torch.Tensor, labels_N: torch.Tensor, policy: Any, **named: Any) -> Any:
         if kind == "dense":
-            return make_targets(logits_NV / 2.0, labels_N, policy, **named)
+            return reduce_logits(logits_NV / 2.0, labels_N, policy, **named)
         if kind == "sampled":
-            found = make_targets(logits_NV, labels_N, policy.model_copy(update={"temperature": 1.0}), **named)
-            return replace(found, temperature=2.0)
-        found = make_targets(logits_NV, labels_N, policy, **named)
+            found, finite_N = reduce_logits(logits_NV, labels_N, policy.model_copy(update={"temperature": 1.0}), **named)
+            return replace(found, temperature=2.0), finite_N
+        found, finite_N = reduce_logits(logits_NV, labels_N, policy, **named)
         assert isinstance(found, TopKTargets)
-        return replace(found, log_normalizer_NG=found.log_normalizer_NG[:, [0, 0]])
+        return replace(found, log_tail_NG=found.log_tail_NG[:, [0, 0]]), finite_N
 
-    monkeypatch.setattr(capture, "make_targets", at_one)
+    monkeypatch.setattr(capture, "reduce_logits", at_one)
     found = by_name(examine(sums(POLICIES[kind]), store))
     assert "teacher_as_student" in failed(found)
     assert "the teacher as its own student is not at zero" in found["teacher_as_student"].detail
@@ -296,11 +296,11 @@ def test_an_ignored_temperature_is_found(sums, store: LocalStore, monkeypatch: p
 def test_soft_labels_in_half_precision_are_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trap 19."""
 
-    def rounded(data: bytes) -> Any:
-        found = codec.decode(data)
+    def rounded(*given: Any) -> Any:
+        found = codec.decode_rows(*given)
         return replace(found, logprobs_NV=found.logprobs_NV.bfloat16().float() * 1.02)
 
-    monkeypatch.setattr(doctor, "decode", rounded)
+    monkeypatch.setattr(doctor, "decode_rows", rounded)
     assert "teacher_as_student" in failed(by_name(examine(sums(POLICIES["dense"]), store)))
 
 

@@ -10,7 +10,6 @@ import torch
 from kd_core.errors import SoftLabelError, TrainingError
 from kd_core.progress import silent
 from kd_core.recipe import Dense, Objective, Run, Sampled, SoftLabels, Training
-from kd_core.softlabels import decode, encode
 from kd_core.softlabels.capture import row_key, score_rows
 from kd_core.store import LocalStore
 from kd_core.tokens import collate
@@ -35,8 +34,8 @@ SAMPLED = Sampled(kind="sampled", num_draws=9, temperature=2.0)
 
 def targets_of(teacher: Any, rows: list[TokenRow], policy: SoftLabels) -> Any:
     keyed = [(row_key("n", row), row) for row in rows]
-    blobs = [encode(scored.targets) for scored in score_rows(teacher, keyed, policy=policy, micro_batch_tokens=64)]
-    return lambda i: decode(blobs[i])
+    scored = score_rows(teacher, keyed, policy=policy, micro_batch_tokens=64).scored
+    return lambda i: scored[i].targets
 
 
 def fit(model: torch.nn.Module, directory: Path, **changes: Any) -> TrainingResult:
