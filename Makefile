@@ -35,7 +35,7 @@ check: $(STAMP) ## ruff, strict types, layering, documents
 	$(BIN)/pytest tests/test_layering.py tests/test_documents.py
 
 bench: $(STAMP) ## measure side by side with peers; prints one table
-	$(BIN)/python -m benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
 
 clean: ## remove .venv and all local state (.kd)
 	rm -rf $(VENV) .kd reports

@@ -1,77 +1,80 @@
-"""Soft labels as they are stored: bytes and speed beside plain float16 logits, and the training step that reads them.
+"""Soft labels stored, read and made, beside their peers: ``python -m benchmarks.softlabels [--json] [--quick]``.
 
-Teacher logits are synthetic (Zipf, shuffled ids): no figure here speaks of a real teacher.
+Where the real teacher or the real data are not here, stand-ins are measured, and every figure's name says on what.
 """
 
-import io
+import sys
+import time
+from typing import Annotated
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+import typer
 
-from benchmarks.measure import Figure, in_turn
-from kd_core.losses import StepWeights, supervised_loss
-from kd_core.recipe import Sampled, SoftLabels, TopK
-from kd_core.softlabels import Targets, decode, encode, make_targets
+from benchmarks import codec_speed, memory, reading, scoring, stored_bytes
+from benchmarks.measure import Check, Figure, figure, fork_server, machine, show
+from benchmarks.workloads import Logits, gsm8k_rows, real_logits, real_teacher, synthetic_teacher, token_rows, zipf_logits
+from kd_core.teacher.models import LoadedModel
+from kd_core.train.data import TokenRow
 
 __all__ = ["run"]
 
 
-def _zipf_logits(positions: int, columns: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    ranks = torch.stack([torch.randperm(columns, generator=generator) for _ in range(positions)])
-    return -1.5 * torch.log(ranks.float() + 1.0) + 0.3 * torch.randn(positions, columns, generator=generator)
+def _say(text: str) -> None:
+    print(f"[{time.process_time():6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
-def _parquet_bytes(blobs: list[bytes]) -> int:
-    buffer = io.BytesIO()
-    pq.write_table(pa.table({"targets": pa.array(blobs, pa.binary())}), buffer, compression="zstd")
-    return len(buffer.getvalue())
+def _real(*, quick: bool) -> tuple[LoadedModel, list[TokenRow]] | str:
+    """The real teacher and its rows, or why they are not measured."""
+    loaded = real_teacher(quick=quick)
+    if isinstance(loaded, str):
+        return loaded
+    rows = gsm8k_rows(loaded, 4 if quick else 128)
+    return rows if isinstance(rows, str) else (loaded, rows)
 
 
-def _stored(policy: SoftLabels, logits_NV: torch.Tensor, labels_N: torch.Tensor) -> tuple[Figure, Targets]:
-    uniform_N = torch.rand(len(labels_N), dtype=torch.float64)
-    targets = make_targets(logits_NV, labels_N, policy, uniform_N=uniform_N)
-    ours = _parquet_bytes([encode(targets)]) / len(labels_N)
-    peer = _parquet_bytes([logits_NV.half().numpy().tobytes()]) / len(labels_N)
-    exact = torch.equal(decode(encode(targets)).common.gold_logprob_N, targets.common.gold_logprob_N)
-    name = f"bytes a position, {policy.kind}, V = {logits_NV.shape[-1]:,}"
-    ratio = peer / ours
-    return Figure(name, ours, "B", "all logits in float16, zstd", peer, ratio, None, None, f"decoded bit for bit: {exact}"), targets
-
-
-def _round_trip(targets: Targets, repeats: int) -> list[Figure]:
-    blob, positions = encode(targets), len(targets.common.gold_logprob_N)
-    writing, reading = in_turn(lambda: encode(targets), lambda: decode(blob), repeats=repeats)
-    return [
-        Figure("encode, sampled", positions / writing, "tokens/s", "", None, None, None, None, "one core"),
-        Figure("decode, sampled", positions / reading, "tokens/s", "", None, None, None, None, "one core"),
-    ]
-
-
-def _loss(targets: Targets, labels_N: torch.Tensor, columns: int, repeats: int) -> Figure:
-    """Loss and gradient to the logits: cross-entropy with sampled soft labels beside cross-entropy alone."""
-    logits_NV = torch.randn(len(labels_N), columns, requires_grad=True)
-
-    def step(weights: StepWeights, found: Targets | None) -> torch.Tensor:
-        logits_NV.grad = None
-        loss, _ = supervised_loss(logits_NV, labels_N, found, weights)
-        loss.backward()
-        return loss
-
-    soft, hard = StepWeights(0.5, 0.5, 1.0), StepWeights(1.0, 0.0, 1.0)
-    ours, peer = in_turn(lambda: step(soft, targets), lambda: step(hard, None), repeats=repeats)
-    finite = bool(torch.isfinite(step(soft, targets)))
-    ratio = peer / ours
-    return Figure("loss with soft labels", ours, "s", "cross-entropy alone, same logits", peer, ratio, None, None, f"finite: {finite}")
+def _workloads(real: tuple[LoadedModel, list[TokenRow]] | str, *, quick: bool) -> list[tuple[Logits, bool]]:
+    if isinstance(real, str):
+        return [(zipf_logits(2 if quick else 32, num_columns=49_152), False)]
+    wide = [] if quick else [(zipf_logits(16, num_columns=151_936), False)]
+    return [(real_logits(*real), True), *wide]
 
 
 def run(*, quick: bool) -> list[Figure]:
     """All figures of this module."""
     torch.set_num_threads(1)
-    positions, columns, repeats = (128, 49_152, 3) if quick else (512, 49_152, 7)
-    logits_NV = _zipf_logits(positions, columns)
-    labels_N = logits_NV.argmax(-1)
-    sampled, targets = _stored(Sampled(kind="sampled", num_draws=25, temperature=1.0), logits_NV, labels_N)
-    topk, _ = _stored(TopK(kind="topk", k=128, temperatures=(1.0,)), logits_NV, labels_N)
-    return [sampled, topk, *_round_trip(targets, repeats), _loss(targets, labels_N, columns, repeats)]
+    fork_server("benchmarks.memory")
+    repeats = 3 if quick else 5
+    real = _real(quick=quick)
+    figures, sampled, topk = stored_bytes.run(_workloads(real, quick=quick), say=_say)
+    if isinstance(real, str):
+        unmeasured = "bytes a token on real logits, SmolLM2-135M on GSM8K"
+        figures.insert(0, figure(unmeasured, None, "B", Check(f"not run: {real}"), peer="all", goal=None))
+    _say("codec speed")
+    figures += codec_speed.run(sampled, topk, positions=1024 if quick else 16_384, repeats=repeats)
+    _say("scoring")
+    figures += _scoring(real, quick=quick)
+    _say("reading")
+    figures += reading.run(num_rows=256 if quick else 4096, shard_rows=512, object_rows=32 if quick else 512, repeats=repeats)
+    _say("peak memory")
+    return figures + memory.run(capture_rows=32 if quick else 64, read_rows=128 if quick else 4096)
+
+
+def _scoring(real: tuple[LoadedModel, list[TokenRow]] | str, *, quick: bool) -> list[Figure]:
+    if quick or isinstance(real, str):
+        teacher = synthetic_teacher(num_layers=2, hidden_size=576, num_columns=49_152)
+        rows = token_rows(8, num_columns=49_152, mean_tokens=16)
+        return scoring.run(teacher, rows, label="random weights, 2 of SmolLM2's 30 blocks", repeats=2)
+    loaded, rows = real
+    return scoring.run(loaded, rows[:16], label="SmolLM2-135M on GSM8K", repeats=5)
+
+
+def main(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list and nothing else.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes; under a minute.")] = False,
+) -> None:
+    """Measure soft labels beside peers, in this process, now."""
+    show([*machine(), *run(quick=quick)], as_json=as_json)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,83 @@
+"""Peak memory of capture and of reading at some rows and at ten times as many, each in a process of its own.
+
+Capture scores rows with a random teacher and commits them shard by shard to a local store; reading goes once through a
+store in training order. The claim is that neither grows with the number of rows.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import Check, Figure, at_most, figure, peak_memory
+from benchmarks.reading import open_rows, soft_label_table, training_batches
+from benchmarks.workloads import sampled_rows, synthetic_teacher, token_rows
+from kd_core.recipe import Sampled
+from kd_core.row_keys import soft_label_key
+from kd_core.shard_work import Packed, work_in_shards
+from kd_core.shards import RowCache
+from kd_core.softlabels.capture import score_rows
+from kd_core.store import LocalStore
+from kd_core.train.data import TokenRow
+
+__all__ = ["run"]
+
+_COLUMNS = 32_768
+_MEAN_TOKENS = 32
+_CAPTURED_SHARD_ROWS, _READ_SHARD_ROWS = 16, 512
+_NAMESPACE = "benchmark"
+
+
+def run(*, capture_rows: int, read_rows: int) -> list[Figure]:
+    """Peak at ten times these rows over the peak at these rows."""
+    figures = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, work, rows in (("capture", _capture, capture_rows), ("reading", _read, read_rows)):
+            peaks = []
+            for num_rows in (rows, 10 * rows):
+                directory = Path(scratch) / f"{name}-{num_rows}"
+                if work is _read:
+                    _write(num_rows, directory)
+                peaks.append(peak_memory(work, num_rows, directory))
+            text = f"{peaks[0]:,.0f} MB at {rows:,} rows, {peaks[1]:,.0f} MB at {10 * rows:,}: largest resident set of a process of its own"
+            figures.append(figure(f"peak memory of {name}, 10x rows over 1x", peaks[1] / peaks[0], "x", Check(text), goal=at_most(1.1)))
+    return figures
+
+
+def _keyed(num_rows: int) -> Iterator[tuple[str, TokenRow]]:
+    """Rows as a stage streams them, a few at a time."""
+    for start in range(0, num_rows, 16):
+        for row in token_rows(min(16, num_rows - start), num_columns=_COLUMNS, mean_tokens=_MEAN_TOKENS, seed=start):
+            yield soft_label_key(_NAMESPACE, row.ids, row.first_supervised), row
+
+
+def _capture(num_rows: int, directory: Path) -> None:
+    torch.set_num_threads(1)
+    teacher = synthetic_teacher(num_layers=1, hidden_size=64, num_columns=_COLUMNS)
+    policy = Sampled(kind="sampled", num_draws=25, temperature=1.0)
+
+    def compute(shard: list[tuple[str, TokenRow]]) -> Packed:
+        scored = score_rows(teacher, shard, policy=policy, micro_batch_tokens=1024).scored
+        table, metadata = soft_label_table(shard, [row.targets for row in scored])
+        return Packed(table, sum(row.num_supervised for _, row in shard), metadata)
+
+    cache = RowCache(LocalStore(directory), "soft_labels", _NAMESPACE)
+    work_in_shards(cache, lambda: _keyed(num_rows), compute, lambda packed: packed, shard_rows=_CAPTURED_SHARD_ROWS, done=lambda rows: None)
+
+
+def _write(num_rows: int, directory: Path) -> None:
+    cache = RowCache(LocalStore(directory), "soft_labels", _NAMESPACE)
+    keyed = list(_keyed(num_rows))
+    for start in range(0, num_rows, _READ_SHARD_ROWS):
+        part = keyed[start : start + _READ_SHARD_ROWS]
+        table, metadata = soft_label_table(part, sampled_rows([row for _, row in part], num_columns=_COLUMNS))
+        cache.commit(table, num_tokens=sum(row.num_supervised for _, row in part), metadata=metadata)
+
+
+def _read(num_rows: int, directory: Path) -> None:
+    torch.set_num_threads(1)
+    places = [(key, len(row.ids), row.first_supervised) for key, row in _keyed(num_rows)]
+    with tempfile.TemporaryDirectory() as copies:
+        rows = open_rows(LocalStore(directory), _NAMESPACE, places, Path(copies))
+        assert sum(len(batch["first"]) for batch in training_batches(rows, num_rows)) == num_rows
