@@ -106,13 +106,15 @@ def counts_table(title: str, counts: Mapping[str, int]) -> Table:
 
 def parity_table(parity: "Parity") -> Table:
     """One line a row that was scored again."""
-    bounds = f"gold error at most {parity.gold_bound:g}, total variation at most {parity.total_variation_bound:g}"
-    table = _table(f"Live teacher against {parity.namespace[:12]} ({bounds})", ("row", "result"))
+    table = _table(f"Live teacher against {parity.namespace[:12]}", ("row", "result"))
     for column in ("tokens", "gold error", "total variation", "same ids"):
         table.add_column(column, justify="right")
     for row in parity.rows:
         mark = "[green]ok[/]" if row.holds else "[red]differs[/]"
         table.add_row(row.key, mark, f"{row.tokens:,}", f"{row.gold_error:.2g}", f"{row.total_variation:.2g}", f"{row.same_ids:.1%}")
+    bounds = parity.bounds
+    limits = (f"<= {bounds.gold_error:g}", f"<= {bounds.total_variation:g}", f">= {bounds.same_ids:.0%}")
+    table.add_row("[dim]allowed[/]", "", "", *(f"[dim]{limit}[/]" for limit in limits))
     for key, reason in parity.refused.items():
         table.add_row(key, Text(f"refused: {reason}", style="red"))
     return table

@@ -86,34 +86,27 @@ def find_namespace(store: Store, wanted: str | None, *, table: str | None) -> Na
 
 
 def _describe(cache: RowCache) -> Namespace:
-    described = about(cache)
     times = [info.modified_seconds for info in cache.store.list(f"{cache.prefix}/commits/")]
-    made_by = next((described[name] for name in ("policy", "sampling", "hidden_states") if name in described), None)
-    return Namespace(
-        cache,
-        _teacher_name(described["teacher"]) if "teacher" in described else None,
-        None if made_by is None else _words(made_by),
-        cache.snapshot(),
-        max(times, default=0.0),
-    )
+    return Namespace(cache, *about(cache), cache.snapshot(), max(times, default=0.0))
 
 
-def about(cache: RowCache) -> Mapping[str, Any]:
-    """What a namespace's ``about.json`` says; empty where there is none.
+def about(cache: RowCache) -> tuple[str | None, str | None]:
+    """(teacher, policy) of a namespace in a few words, from its ``about.json``; None twice where there is none.
 
     Raises:
         IntegrityError: it is not readable as a description.
     """
     key = f"{cache.prefix}/about.json"
     if cache.store.info(key) is None:
-        return {}
+        return None, None
     try:
         said = json.loads(cache.store.get(key))
-    except ValueError as error:
-        raise IntegrityError(f"{cache.store.uri}/{key}: not valid JSON ({error}); kd cache repair puts it aside") from error
-    if not isinstance(said, dict):
-        raise IntegrityError(f"{cache.store.uri}/{key}: not a mapping but a {type(said).__name__}; kd cache repair puts it aside")
-    return said
+        made = next(said[name] for name in ("policy", "sampling", "hidden_states") if name in said)
+        return _teacher_name(said["teacher"]), _words(made)
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise IntegrityError(
+            f"{cache.store.uri}/{key}: not a description ({type(error).__name__}: {error}); kd cache repair moves it aside"
+        ) from error
 
 
 def read_shard(cache: RowCache, commit: Commit) -> pa.Table:
@@ -133,13 +126,14 @@ def read_shard(cache: RowCache, commit: Commit) -> pa.Table:
 
 def _teacher_name(teacher: Mapping[str, Any]) -> str:
     """A few words that tell teachers apart: the hub id or served model where there is one, else the first digits of its content."""
-    if teacher.get("engine") == "server":
+    if teacher["engine"] == "server":
         return str(teacher["model"])
     weights = teacher["weights"]
-    if isinstance(weights, str):
-        return f"trained {weights[:8]}"
-    name = f"{weights['hub']}@{str(weights['revision'])[:8]}" if "hub" in weights else f"content {weights['content'][:8]}"
-    return f"{name} {weights['dtype']}"
+    if "hub" in weights:
+        name = f"{weights['hub']}@{str(weights['revision'])[:8]}"
+    else:
+        name = f"{'trained' if 'training' in weights else 'content'} {weights['content'][:8]}"
+    return f"{name} {teacher['dtype']}"
 
 
 def _words(fields: Mapping[str, Any]) -> str:

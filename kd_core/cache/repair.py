@@ -32,8 +32,8 @@ def plan_repair(store: Store, damage: Sequence[Damage]) -> tuple[Move, ...]:
     for key, record in frozen_records(store):
         frozen = sorted(lost.keys() & set(record.summary["commits"])) if isinstance(record, Record) else []
         if frozen:
-            records[key] = f"it froze the lost shard {frozen[0]}"
-    commits = {key: f"commit of the lost shard {found.shard}" for found in damage for key in found.also}
+            records[key] = f"it froze the lost shard {frozen[0][:12]}"
+    commits = {key: f"commit of the lost shard {str(found.shard)[:12]}" for found in damage for key in found.also}
     own = {found.key: found.reason for found in damage}
     steps = [*(key for key in own if key.startswith("artifacts/")), *records, *commits, *own]
     reasons = {**commits, **records, **own}

@@ -19,7 +19,11 @@ from kd_core.store import LocalStore, Store
 NAMESPACE = "a" * 32
 COLUMNS = 24
 SAMPLED = Sampled(kind="sampled", num_draws=25, temperature=2.0)
-TEACHER = {"weights": {"hub": "org/teacher", "revision": "0123456789abcdef", "dtype": "float32"}, "engine": "transformers"}
+TEACHER = {
+    "weights": {"hub": "org/teacher", "revision": "0123456789abcdef", "dtype": "float32"},
+    "dtype": "float32",
+    "engine": "transformers",
+}
 
 
 def targets_of(row: int, ids: Sequence[int], first: int, policy: SoftLabels = SAMPLED) -> Targets:

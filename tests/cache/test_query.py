@@ -194,7 +194,27 @@ def test_a_damaged_shard_and_a_lost_one_are_no_sql_errors(store: LocalStore, add
 def test_a_description_that_is_none_is_named(store: LocalStore, add_shard) -> None:
     add_shard(store, range(3))
     path = store.local_path(f"rows/soft_labels/{A}/about.json")
-    for body in (b"{", json.dumps([1]).encode()):
+    for body in (b"{", json.dumps([1]).encode(), b'{"teacher": {}, "policy": {}}'):
         path.write_bytes(body)
-        with pytest.raises(IntegrityError, match=rf"{A}/about\.json: not "):
+        with pytest.raises(IntegrityError, match=rf"{A}/about\.json: not a description"):
             ask(store, "SELECT 1")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "name"),
+    [
+        ({"engine": "server", "model": "org/big", "revision": None}, "org/big"),
+        (
+            {"engine": "transformers", "dtype": "bfloat16", "weights": {"content": "12345678" * 4, "dtype": "bfloat16"}},
+            "content 12345678 bfloat16",
+        ),
+        (
+            {"engine": "transformers", "dtype": "float32", "weights": {"content": "12345678" * 4, "training": "9" * 32}},
+            "trained 12345678 float32",
+        ),
+    ],
+)
+def test_teachers_have_short_names(store: LocalStore, teacher: dict, name: str) -> None:
+    cache = RowCache(store, "answers", A)
+    cache.describe({"teacher": teacher, "sampling": {"temperature": 0.7, "top_p": None, "stop": ["a", "b"]}, "seed": 0})
+    assert ask(store, "SELECT teacher, policy FROM namespaces") == [(name, "stop=a,b temperature=0.7")]
