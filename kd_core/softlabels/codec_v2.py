@@ -36,6 +36,7 @@ _BLOB = struct.Struct("<BI")
 _ENTROPY_STEPS = 64  # a nat
 _GOLD_LOST = 4095  # quantised gold log-probability of -inf
 _MAX_COLUMNS = 1 << 20
+_RANK = _MAX_COLUMNS - 1
 _KL_BUDGET = 1e-4  # nats a position, mean: half of what is promised, as the choice looks at a sample
 _KL_SAMPLE = 1024  # positions
 _LEVEL_CHOICES = np.unique(np.rint(2.0 ** np.arange(2, 16.1, 0.125)).astype(np.int64))
@@ -67,7 +68,7 @@ class Model:
 
     Attributes:
         header: policy and its numbers.
-        crc: of the model's bytes.
+        crc: the checksum at the model's end (with it the checksum of any model is the same number).
         id_of_rank_V: int64.
         tables: of the entropy coder.
     """
@@ -93,7 +94,7 @@ def encode_rows(rows: Sequence[Targets], labels: Sequence[np.ndarray]) -> tuple[
         case DenseTargets():
             model = _pack_model(Header(_DENSE, whole.common.num_columns), b"", np.zeros((0, ALPHABET), np.uint8))
             bodies = [_dense_body(whole, first, end) for first, end in itertools.pairwise(position_R1)]
-    crc = zlib.crc32(model)
+    crc = zlib.crc32(model[:-4])
     return model, [_BLOB.pack(VERSION, _checksum(crc, gold, body)) + body for gold, body in zip(labels, bodies, strict=True)]
 
 
@@ -101,7 +102,8 @@ def parse_model(data: bytes) -> Model:
     """``codec.parse_model`` of version 2."""
     if len(data) < _MODEL.size + 4 or data[: len(_MAGIC)] != _MAGIC or data[len(_MAGIC)] != VERSION:
         raise SoftLabelError(f"not a soft-label model of version {VERSION}: {len(data)} bytes, beginning {data[:5]!r}")
-    if zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
+    crc = zlib.crc32(data[:-4])
+    if crc != int.from_bytes(data[-4:], "little"):
         raise SoftLabelError("the soft labels' model is damaged: its checksum differs; the shard must be scored again")
     _, _, kind, num_columns, size, num_levels, lowest, num_temperatures, map_size = _MODEL.unpack_from(data)
     temperatures = struct.unpack_from(f"<{num_temperatures}d", data, _MODEL.size)
@@ -109,13 +111,13 @@ def parse_model(data: bytes) -> Model:
     class_V = unpack_classes(data[at : at + map_size], num_columns)
     codes_CA = np.frombuffer(zlib.decompress(data[at + map_size : -4]), np.uint8).reshape(-1, ALPHABET)
     header = Header(kind, num_columns, size, num_levels, lowest, temperatures)
-    return Model(header, zlib.crc32(data), ranks_of_classes(class_V)[1], make_tables(_own_or_family(codes_CA)))
+    return Model(header, crc, ranks_of_classes(class_V)[1], make_tables(_own_or_family(codes_CA)))
 
 
 def _pack_model(header: Header, class_map: bytes, codes_CA: np.ndarray) -> bytes:
     kind, num_columns, size, num_levels, lowest, temperatures = header
     data = _MODEL.pack(_MAGIC, VERSION, kind, num_columns, size, num_levels, lowest, len(temperatures), len(class_map))
-    data += struct.pack(f"<{len(temperatures)}d", *temperatures) + class_map + zlib.compress(codes_CA.tobytes(), 9)
+    data += struct.pack(f"<{len(temperatures)}d", *temperatures) + class_map + zlib.compress(codes_CA.tobytes(), 6)
     return data + zlib.crc32(data).to_bytes(4, "little")
 
 
@@ -216,10 +218,11 @@ def _encode_sampled(targets: SampledTargets, gold_N: np.ndarray, position_R1: np
     rank_of_id_V, _ = ranks_of_classes(class_V)
     entropy_N = _quantise_entropy(common.entropy_N)
     offset_N = entropy_N if targets.temperature == 1.0 else _quantise_entropy(targets.cross_entropy_offset_N)
+    key_E = np.sort((position_E << 40) | ((targets.num_draws - counts_E) << 20) | rank_of_id_V[ids_E])
     whole = SampledRow(
         offsets_N1,
-        rank_of_id_V[ids_E],
-        counts_E,
+        key_E & _RANK,
+        targets.num_draws - (key_E >> 20 & _RANK),
         rank_of_id_V[gold_N],
         offset_N,
         entropy_N,
@@ -256,7 +259,13 @@ def _encode_topk(targets: TopKTargets, position_R1: np.ndarray) -> tuple[bytes, 
     num_levels = _choose_levels(targets)
     level_NK = _levels(logprob_NK, num_levels, targets.temperatures)
     lowest = _lowest_logprob(logprob_NK, level_NK, num_levels, targets.temperatures)
-    whole = TopKRow(ranks_NK, level_NK, _quantise_entropy(common.entropy_N), _quantise_gold(common.gold_logprob_N.cpu().numpy()))
+    key_NK = np.sort(((num_levels - level_NK) << 20) | ranks_NK)
+    whole = TopKRow(
+        key_NK & _RANK,
+        num_levels - (key_NK >> 20),
+        _quantise_entropy(common.entropy_N),
+        _quantise_gold(common.gold_logprob_N.cpu().numpy()),
+    )
 
     def events(row: int, room: np.ndarray) -> int:
         return topk_events(TopKRow(*(array[position_R1[row] : position_R1[row + 1]] for array in whole)), room)
@@ -417,6 +426,6 @@ def _decode_topk(model: Model, blobs: Sequence[bytes], position_R1: np.ndarray) 
 
 def _decode_dense(model: Model, blobs: Sequence[bytes], num: int) -> DenseTargets:
     planes = [np.frombuffer(zlib.decompress(blob[_BLOB.size :]), np.uint8).reshape(4, -1).T for blob in blobs]
-    values = torch.from_numpy(np.concatenate([np.zeros((0, 4), np.uint8), *planes]).view("<f4").reshape(num, -1).astype(np.float32))
-    values = values.reshape(num, model.header.num_columns + 2)
+    floats = np.concatenate([np.zeros((0, 4), np.uint8), *planes]).view("<f4").astype(np.float32)
+    values = torch.from_numpy(floats.reshape(num, model.header.num_columns + 2))
     return DenseTargets(Common(values[:, 0].clone(), values[:, 1].clone(), model.header.num_columns), values[:, 2:].clone())

@@ -25,6 +25,7 @@ __all__ = [
     "compiled",
     "encode_events",
     "make_tables",
+    "octave",
     "open_row",
     "pop_raw",
     "pop_symbol",
@@ -35,14 +36,28 @@ __all__ = [
 PRECISION = 12  # bits of a table
 ALPHABET = 96  # symbols a context may use; bucket() of 2^20 is 79
 _LOW = 1 << 16
+_NUM_BITS = np.array([value.bit_length() for value in range(1 << 10)], np.int64)
 _WEIGHTS = np.array([0] + [round(2 ** (code / 4 + 8)) for code in range(4 * PRECISION + 1)], np.int64)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(function: Function) -> Function:
-    """numba.njit with the on-disk cache, keeping the function's type."""
-    return cast(Function, numba.njit(cache=True)(function))
+    """numba.njit with the on-disk cache, keeping the function's type; such a function allocates nothing.
+
+    Without numba's runtime an array handed to a small function is not counted: that alone made decoding several times faster.
+    """
+    return cast(Function, numba.njit(cache=True, _nrt=False)(function))
+
+
+@compiled
+def octave(value: int) -> int:
+    """Number of bits of a whole number >= 0."""
+    bits = 0
+    while value >= len(_NUM_BITS):
+        value >>= 10
+        bits += 10
+    return bits + int(_NUM_BITS[value])
 
 
 @compiled
@@ -50,9 +65,7 @@ def bucket(value: int) -> tuple[int, int]:
     """Symbol and number of raw low bits of a whole number >= 0: exact below 4, then four buckets an octave."""
     if value < 4:
         return value, 0
-    exponent = 2
-    while value >> (exponent + 1):
-        exponent += 1
+    exponent = octave(value) - 1
     return 4 * (exponent - 1) + ((value >> (exponent - 2)) & 3), exponent - 2
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kd_core.softlabels.entropy import Stream, Tables, bucket, compiled, open_row, pop_raw, pop_symbol, pop_value
+from kd_core.softlabels.entropy import Stream, Tables, bucket, compiled, octave, open_row, pop_raw, pop_symbol, pop_value
 
 __all__ = ["FAMILIES", "Draws", "SampledRow", "TopKRow", "decode_sampled", "decode_topk", "sampled_events", "topk_events"]
 
@@ -32,14 +32,6 @@ _WHOLE = 474  # entropy and gold log-probability of topk
 FAMILIES = (_IDS, _FLAG, _GOLD_COUNT, _FIRST_LEVEL, _LEVEL, _GAP, _ENTROPY, _ENTROPY_2, _GOLD, _WHOLE, _WHOLE + 1, _WHOLE + 2)
 
 _RESIDUAL_BIAS, _RESIDUAL_END = 24, 95  # residual symbols; the last one says: 32 raw bits follow
-
-
-@compiled
-def _octave(value: int) -> int:
-    octave = 0
-    while value >> octave:
-        octave += 1
-    return octave
 
 
 @compiled
@@ -64,18 +56,8 @@ def _put_residual(events: np.ndarray, at: int, context: int, residual: int, low_
 
 
 @compiled
-def _put_set(events: np.ndarray, at: int, ranks: np.ndarray) -> int:
-    """Sorted distinct ranks as gaps."""
-    last = -1
-    for i in range(len(ranks)):
-        at = _put(events, at, _gap_context(last, len(ranks) - i), ranks[i] - last - 1)
-        last = ranks[i]
-    return at
-
-
-@compiled
 def _gap_context(last: int, left: int) -> int:
-    return _GAP + 8 * _octave(last + 1) + min(_octave(left - 1), 7)
+    return _GAP + 8 * octave(last + 1) + min(octave(left - 1), 7)
 
 
 @compiled
@@ -85,12 +67,12 @@ def _count_context(excess: int, left: int) -> int:
 
 @compiled
 def _drop_context(last: int, index: int) -> int:
-    return _LEVEL + 8 * min(_octave(last), 23) + min(_octave(index), 7)
+    return _LEVEL + 8 * min(octave(last), 23) + min(octave(index), 7)
 
 
 @compiled
 def _gold_context(count: int, num_draws: int, entropy: int) -> int:
-    return _GOLD + (24 + min(_octave(entropy), 7) if count == num_draws else min(bucket(count)[0], 23))
+    return _GOLD + (24 + min(octave(entropy), 7) if count == num_draws else min(bucket(count)[0], 23))
 
 
 class Draws(NamedTuple):
@@ -132,7 +114,10 @@ class TopKRow(NamedTuple):
 
 @compiled
 def sampled_events(draws: Draws, row: SampledRow, events: np.ndarray) -> int:
-    """Write a row's events; returns their number. Room: 6 + 2 x ids events a position."""
+    """Write a row's events; returns their number. A position's ids go by falling count, then by rank.
+
+    Room: 6 + 2 x ids events a position.
+    """
     at = 0
     for n in range(len(row.gold_N)):
         low, high = row.offsets_N1[n], row.offsets_N1[n + 1]
@@ -145,67 +130,67 @@ def sampled_events(draws: Draws, row: SampledRow, events: np.ndarray) -> int:
             if row.ranks_E[e] == row.gold_N[n]:
                 gold_count = row.counts_E[e]
         draws_entropy //= draws.num_draws * 16
-        events[at, 0] = _FLAG + min(num, 16) - 1
-        events[at, 1] = 1 if gold_count else 0
-        events[at, 2] = 0
-        at += 1
-        left, todo_draws = num, draws.num_draws
+        at = _put(events, at, _FLAG + min(num, 16) - 1, 1 if gold_count else 0)
+        todo, todo_draws = num, draws.num_draws
         if gold_count:
             if num > 1:
                 at = _put(events, at, _GOLD_COUNT + min(num, 16) - 1, gold_count - 1)
-            left, todo_draws = num - 1, draws.num_draws - gold_count
-        keys = np.empty(left, np.int64)
-        i = 0
+            todo, todo_draws = num - 1, draws.num_draws - gold_count
         for e in range(low, high):
-            if row.ranks_E[e] != row.gold_N[n]:
-                keys[i] = (int(draws.num_draws - row.counts_E[e]) << 20) | row.ranks_E[e]
-                i += 1
-        keys.sort()
-        for i in range(left):
-            todo = left - i
-            count = draws.num_draws - (keys[i] >> 20)
             if todo_draws == todo or todo == 1:
                 break
-            at = _put(events, at, _count_context(todo_draws - todo, todo), count - (todo_draws + todo - 1) // todo)
-            todo_draws -= count
-        at = _put_groups(events, at, keys)
+            if row.ranks_E[e] != row.gold_N[n]:
+                count = row.counts_E[e]
+                at = _put(events, at, _count_context(todo_draws - todo, todo), count - (todo_draws + todo - 1) // todo)
+                todo_draws -= count
+                todo -= 1
+        at = _put_groups(events, at, row.ranks_E, row.counts_E, low, high, row.gold_N[n])
         at = _put_residual(events, at, _ENTROPY + min(bucket(draws_entropy)[0], 23), row.offset_q_N[n] - draws_entropy, 2)
         if not draws.own_temperature:
             at = _put_residual(events, at, _ENTROPY_2 + min(bucket(row.offset_q_N[n])[0], 23), row.entropy_q_N[n] - row.offset_q_N[n], 2)
-        at = _put_residual(
-            events, at, _gold_context(gold_count, draws.num_draws, row.entropy_q_N[n]), row.gold_q_N[n] - draws.count_gold[gold_count], 0
-        )
+        context = _gold_context(gold_count, draws.num_draws, row.entropy_q_N[n])
+        at = _put_residual(events, at, context, row.gold_q_N[n] - draws.count_gold[gold_count], 0)
     return at
 
 
 @compiled
-def _put_groups(events: np.ndarray, at: int, keys: np.ndarray) -> int:
-    """Sorted keys (level << 20 | rank): each level's ranks as a set."""
-    first = 0
-    for i in range(1, len(keys) + 1):
-        if i == len(keys) or keys[i] >> 20 != keys[first] >> 20:
-            at = _put_set(events, at, keys[first:i] & ((1 << 20) - 1))
-            first = i
+def _put_groups(events: np.ndarray, at: int, ranks: np.ndarray, levels: np.ndarray, low: int, high: int, gold: int) -> int:
+    """Each level's ranks but the gold one as gaps; entries low:high are sorted by level and rank."""
+    first = low
+    while first < high:
+        end, left = first, 0
+        while end < high and levels[end] == levels[first]:
+            left += ranks[end] != gold
+            end += 1
+        last = -1
+        for e in range(first, end):
+            if ranks[e] != gold:
+                at = _put(events, at, _gap_context(last, left), ranks[e] - last - 1)
+                last = ranks[e]
+                left -= 1
+        first = end
     return at
 
 
 @compiled
 def topk_events(row: TopKRow, events: np.ndarray) -> int:
-    """Write a row's events; returns their number. Room: 3 + 2k events a position."""
+    """Write a row's events; returns their number. A position's ids go by falling level, then by rank.
+
+    Room: 3 + 2k events a position.
+    """
     at = 0
-    top = (1 << 32) - 1
-    for n in range(len(row.ranks_NK)):
-        keys = ((top - row.levels_NK[n]) << 20) | row.ranks_NK[n]
-        keys.sort()
-        last = top - (keys[0] >> 20)
+    num, k = row.ranks_NK.shape
+    ranks, levels = row.ranks_NK.reshape(-1), row.levels_NK.reshape(-1)
+    for n in range(num):
+        last = levels[n * k]
         at = _put(events, at, _FIRST_LEVEL, last)
-        for i in range(1, len(keys)):
+        for i in range(1, k):
             if last == 0:
                 break
-            level = top - (keys[i] >> 20)
+            level = levels[n * k + i]
             at = _put(events, at, _drop_context(last, i), last - level)
             last = level
-        at = _put_groups(events, at, keys)
+        at = _put_groups(events, at, ranks, levels, n * k, n * k + k, -1)
         at = _put(events, at, _WHOLE, row.entropy_q_N[n])
         at = _put(events, at, _WHOLE + 1, row.gold_q_N[n])
     return at
@@ -223,18 +208,18 @@ def _pop_residual(stream: Stream, tables: Tables, context: int, low_bits: int, s
 
 @compiled
 def _sort_pair(keys: np.ndarray, values: np.ndarray, low: int, high: int) -> None:
-    """Sort keys[low:high] and their values: by insertion where there are few."""
-    if high - low > 64:
-        order = np.argsort(keys[low:high])
-        keys[low:high] = keys[low:high][order]
-        values[low:high] = values[low:high][order]
-        return
-    for i in range(low + 1, high):
-        key, value, j = keys[i], values[i], i - 1
-        while j >= low and keys[j] > key:
-            keys[j + 1], values[j + 1] = keys[j], values[j]
-            j -= 1
-        keys[j + 1], values[j + 1] = key, value
+    """Sort keys[low:high] in place, and their values: Shell's sort, which is insertion sort where there are few."""
+    step = 1
+    while step * 16 < high - low:
+        step = 3 * step + 1
+    while step > 0:
+        for i in range(low + step, high):
+            key, value, j = keys[i], values[i], i - step
+            while j >= low and keys[j] > key:
+                keys[j + step], values[j + step] = keys[j], values[j]
+                j -= step
+            keys[j + step], values[j + step] = key, value
+        step //= 3
 
 
 @compiled
@@ -311,31 +296,30 @@ def decode_sampled(stream: Stream, tables: Tables, draws: Draws, id_of_rank_V: n
 @compiled
 def decode_topk(stream: Stream, tables: Tables, id_of_rank_V: np.ndarray, out: TopKRow) -> int:
     """Fill ``out`` (ids, not ranks, in ``ranks_NK``, by falling level) from every row of a stream; returns as ``decode_sampled``."""
-    num_columns = len(id_of_rank_V)
+    num_columns, k = len(id_of_rank_V), out.ranks_NK.shape[1]
     for row in range(len(stream.words_R1) - 1):
         state, at = open_row(stream, row)
         end = stream.words_R1[row + 1]
         for n in range(stream.positions_R1[row], stream.positions_R1[row + 1]):
-            ids, levels = out.ranks_NK[n], out.levels_NK[n]
             last, state, at = pop_value(stream, tables, _FIRST_LEVEL, state, at)
-            levels[0] = last
-            for i in range(1, len(levels)):
+            out.levels_NK[n, 0] = last
+            for i in range(1, k):
                 if last > 0:
                     drop, state, at = pop_value(stream, tables, _drop_context(last, i), state, at)
                     last -= drop
                     if last < 0 or at > end:
                         return row
-                levels[i] = last
+                out.levels_NK[n, i] = last
             first = 0
-            for i in range(1, len(levels) + 1):
-                if i == len(levels) or levels[i] != levels[first]:
+            for i in range(1, k + 1):
+                if i == k or out.levels_NK[n, i] != out.levels_NK[n, first]:
                     rank = -1
                     for j in range(first, i):
                         gap, state, at = pop_value(stream, tables, _gap_context(rank, i - j), state, at)
                         rank += gap + 1
                         if rank >= num_columns or at > end:
                             return row
-                        ids[j] = id_of_rank_V[rank]
+                        out.ranks_NK[n, j] = id_of_rank_V[rank]
                     first = i
             out.entropy_q_N[n], state, at = pop_value(stream, tables, _WHOLE, state, at)
             out.gold_q_N[n], state, at = pop_value(stream, tables, _WHOLE + 1, state, at)

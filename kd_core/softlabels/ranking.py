@@ -11,7 +11,7 @@ import numpy as np
 
 __all__ = ["classes_by_count", "pack_classes", "ranks_of_classes", "unpack_classes"]
 
-_THRESHOLDS = (1, 2, 3, 5, 8, 16, 64)
+_THRESHOLDS = (1, 2, 4, 8, 32)
 
 
 def classes_by_count(count_V: np.ndarray) -> np.ndarray:
@@ -39,7 +39,7 @@ def ranks_of_classes(class_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def pack_classes(class_V: np.ndarray) -> bytes:
     """A class map as bytes; nothing where every class is 0."""
-    return zlib.compress(class_V.tobytes(), 9) if class_V.any() else b""
+    return zlib.compress(class_V.tobytes(), 6) if class_V.any() else b""
 
 
 def unpack_classes(data: bytes, num_columns: int) -> np.ndarray:
