@@ -168,7 +168,7 @@ def _notes(known: Known, stages: Sequence[StagePlan]) -> Iterator[str]:
         factor = bytes_factor(known, policy.kind)
         yield f"soft labels' bytes: {factor:.2f} of the codec's law, as measured on stored labels of kind {policy.kind}"
     else:
-        yield f"soft labels' bytes: the codec's law; this store holds no labels of kind {policy.kind} to measure"
+        yield f"soft labels' bytes: the codec's law; none of kind {policy.kind} have been measured in this store"
 
 
 def _stage_plan(known: Known, group: str, members: Sequence[Node]) -> StagePlan:
