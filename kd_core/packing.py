@@ -197,15 +197,12 @@ def packed_attention(
         )
     if asked:
         raise TeacherError(f"{name} cannot run over packed documents: its attention uses {', '.join(asked)}; add it to unpackable()")
-    num_groups = query.shape[1] // key.shape[1]
-    if num_groups > 1 and key.device.type == "cpu":  # torch's fused CPU kernel wants as many key heads as query heads
-        key, value = key.repeat_interleave(num_groups, 1), value.repeat_interleave(num_groups, 1)
     parts = []
     for start, num, length in documents.groups():
         q, k, v = (_rows(x, start, num, length) for x in (query, key, value))
         mask = _window_mask(length, sliding_window, query.device) if sliding_window is not None and length > sliding_window else None
         out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
         parts.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts)[None], None

@@ -185,15 +185,12 @@ class _Tile:
     def of(cls, logits_NV: Tensor, room: Tensor) -> "_Tile":
         num, num_columns = logits_NV.shape
         shifted_NW, mass_NW, spare_NW = room[:, :num]
-        valid_NV = shifted_NW[:, :num_columns]
-        valid_NV.copy_(logits_NV)
         shifted_NW[:, num_columns:] = -torch.inf
-        top_N = valid_NV.amax(-1)
-        finite_N = torch.isfinite(top_N) & torch.isfinite(valid_NV.amin(-1))  # NaN reaches both
+        top_N1 = logits_NV.amax(-1, keepdim=True).float()
+        finite_N = torch.isfinite(top_N1[:, 0]) & torch.isfinite(logits_NV.amin(-1))  # NaN reaches both
+        torch.sub(logits_NV, top_N1, out=shifted_NW[:, :num_columns])
         if not bool(finite_N.all()):
-            valid_NV[~finite_N] = 0.0
-            top_N = valid_NV.amax(-1)
-        valid_NV -= top_N[:, None]
+            shifted_NW[~finite_N, :num_columns] = 0.0
         return cls(finite_N, shifted_NW, mass_NW, spare_NW, num_columns)
 
     def exp(self, temperature: float) -> Tensor:

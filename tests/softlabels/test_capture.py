@@ -95,11 +95,11 @@ def test_a_teacher_set_up_to_train_is_refused(tiny_model) -> None:
 
 
 def test_a_teacher_with_an_adapter_is_refused(tiny_model) -> None:
-    peft = pytest.importorskip("peft")
+    """An adapter is a module of peft; here a stand-in of that name, as peft is no dependency."""
     loaded = tiny_model()
-    loaded.model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
-    loaded.model.eval()
-    assert "carries an adapter" in refusal(loaded)
+    adapter = type("LoraLayer", (torch.nn.Module,), {"__module__": "peft.tuners.lora.layer"})()
+    loaded.model.model.layers[0].self_attn.add_module("lora", adapter.eval())
+    assert "carries an adapter (model.layers.0.self_attn.lora)" in refusal(loaded)
 
 
 def test_a_head_that_is_not_known_is_refused(tiny_model) -> None:
