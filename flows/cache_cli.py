@@ -4,20 +4,17 @@ Every command takes the store itself (``--store``), not a recipe: one cache serv
 (``repair``, ``gc``) shows its plan and does nothing without ``--yes``.
 """
 
-import csv
 import json
-import math
 import re
-import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flows.console import display, human_bytes
+from flows.row_output import print_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -42,7 +39,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard out
 Yes = Annotated[bool, typer.Option("--yes", help="Do it. Without this the plan is shown and nothing is changed.")]
 
 _STORE, _REGION = ".kd/store", "us-east-1"
-_SHOWN_ROWS = 100
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
 
 
@@ -91,7 +87,7 @@ def sql_command(
 
     try:
         with sql(_open(store_uri, endpoint, region), statement) as answer:
-            _print_rows(answer.columns, answer.rows, "json" if as_json else "csv" if as_csv else "table")
+            print_rows(answer.columns, answer.rows, "json" if as_json else "csv" if as_csv else "table")
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="SQL") from error
 
@@ -118,7 +114,7 @@ def explode(
     tables = exploded(found.cache, found.snapshot, keys=set(key) if key else None, limit=limit)
     if out is None:
         rows = (tuple(row.values()) for table in tables for row in table.to_pylist())
-        return _print_rows(EXPLODED_SCHEMA.names, rows, "json" if as_json else "table")
+        return print_rows(EXPLODED_SCHEMA.names, rows, "json" if as_json else "table")
     num_rows = _write_exploded(out, tables)
     if as_json:
         return _print_json({"file": str(out), "rows": num_rows, "bytes": out.stat().st_size})
@@ -327,43 +323,5 @@ def gc(
     print(f"{len(found):,} objects, {human_bytes(size)} {'were deleted.' if yes else 'would be deleted; do it with --yes.'}")
 
 
-# ---------------------------------------------------------------------------------------------- printing
-
-
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
-
-
-def _print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: Literal["table", "json", "csv"]) -> None:
-    """Rows as they come: CSV and JSON of any length, a table of the first rows."""
-    if form == "csv":
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([_plain(value) for value in row] for row in rows)
-    elif form == "json":
-        separator = "[\n"
-        for row in rows:
-            print(separator + json.dumps(dict(zip(columns, map(_plain, row), strict=True)), allow_nan=False), end="")
-            separator = ",\n"
-        print("[]" if separator == "[\n" else "\n]")
-    else:
-        from flows.cache_tables import rows_table
-        from flows.tables import show
-
-        rows = iter(rows)
-        show(rows_table(columns, [list(map(_plain, row)) for row in islice(rows, _SHOWN_ROWS)]))
-        if next(rows, None) is not None:
-            print(f"... these are the first {_SHOWN_ROWS} rows; --csv or --json prints all")
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON and CSV have it: bytes as hex, times as ISO 8601, no NaN."""
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

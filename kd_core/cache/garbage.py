@@ -1,10 +1,10 @@
 """What no commit and no record reaches, and is old enough that nobody can be about to reach it.
 
 A shard is written before its commit and a payload before its record, so a young object without either may belong to a
-writer at work: age, by the store's own clock reading, is what tells garbage from work. Reached by definition, and never
-deleted: commits and what they name, records and what they name, artifacts that the ledger names, descriptions, whatever
-lies under a prefix that is not ours. One limit: a writer that makes the very bytes of an old stray shard anew while it is
-being deleted ends with a commit without its shard; ``verify`` names it, ``repair`` puts it right.
+writer at work: age, this machine's clock against the times the store keeps, tells garbage from work. Never deleted:
+commits and what they name, records and what they name, artifacts in the ledger, descriptions, and whatever lies under a
+prefix that is not ours. One limit: a writer that makes the very bytes of an old stray shard anew while it is being
+deleted ends with a commit without its shard; ``verify`` names it, ``repair`` puts it right.
 """
 
 from collections.abc import Iterator, Sequence

@@ -172,6 +172,24 @@ def test_repair_puts_aside_what_is_lost_and_who_relied_on_it(store, add_shard, t
     assert find(store, "soft_labels", kept.split("/")[2]) is not None
 
 
+def test_a_repair_that_is_killed_anywhere_is_finished_by_the_next(store, add_shard, tmp_path) -> None:
+    """After each step: no record stands that names lost rows unseen, and a second repair ends in a sound cache."""
+    for stop in range(4):
+        at = LocalStore(tmp_path / f"{stop}")
+        commit = add_shard(at, range(5))
+        (tmp_path / f"r{stop}").mkdir()
+        freeze(at, tmp_path / f"r{stop}")
+        flip(at, cache_of(at).shard_key(commit), 100)
+        moves = plan_repair(at, verify(at).damage)
+        assert len(moves) == 3
+        repair(at, moves[:stop])
+        if cache_of(at).snapshot().commits == ():
+            assert find(at, "soft_labels", FP) is None
+        repair(at, plan_repair(at, verify(at).damage))
+        assert verify(at).damage == ()
+        assert (cache_of(at).snapshot().commits, find(at, "soft_labels", FP)) == ((), None)
+
+
 def test_a_repaired_cache_takes_the_rows_again_and_may_break_again(store, add_shard, tmp_path) -> None:
     for at in (100, 200):
         commit = add_shard(store, range(5))

@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from kd_core.recipe import S3Options
 from kd_core.shards import RowCache
-from kd_core.store import LocalStore
+from kd_core.store import LocalStore, open_store
 
 
 @pytest.fixture
@@ -90,6 +91,36 @@ def test_sql_prints_odd_values_as_plain_ones(there):
     assert len(many.out.splitlines()) == 102
     assert many.out.splitlines()[-1] == "... these are the first 100 rows; --csv or --json prints all"
     assert len(json.loads(there("sql", "SELECT range AS a FROM range(150)", "--json").out)) == 150
+
+
+def test_a_reader_that_stops_early_is_no_error(kd_process):
+    for form in ("--csv", "--json"):
+        process = kd_process("cache", "sql", "SELECT range AS a FROM range(1000000)", form)
+        assert process.stdout.readline() in ("a\n", "[\n")
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (0, "")
+
+
+@pytest.mark.stack
+def test_a_bucket_answers_as_a_directory_does(there, finished, s3_environment):
+    endpoint, where = s3_environment.urls["s3"], f"s3://{s3_environment.bucket}/cache-cli"
+    bucket = open_store(where, S3Options(endpoint=endpoint))
+    local = LocalStore(finished.store)
+    for prefix in ("rows/", "artifacts/answers/", "artifacts/soft_labels/"):
+        for info in local.list(prefix):
+            assert bucket.create(info.key, local.get(info.key))
+    for words in (
+        ("sql", "SELECT finish_reason, sum(num_supervised) AS n FROM soft_labels GROUP BY ALL ORDER BY n", "--csv"),
+        ("explode", "--limit", "3", "--json"),
+        ("verify",),
+        ("repair",),
+    ):
+        there_called, here = there(*words, "--store", where, "--s3-endpoint", endpoint), there(*words)
+        assert (there_called.code, there_called.err.splitlines()) == (0, [])
+        assert there_called.out == here.out
+    called = there("ls", "--store", f"s3://{s3_environment.bucket}-not", "--s3-endpoint", endpoint)
+    assert (called.code, called.out) == (1, "")
+    assert "there is no bucket" in called.err
 
 
 def test_explode_to_screen_and_files(there, tmp_path):
