@@ -1,6 +1,6 @@
 """The bytes of one shard: Parquet in row groups that can be fetched, verified and read one by one.
 
-The targets column holds packed binary and is stored as it is; plain columns beside it are compressed, so that a query
+A column of targets or states holds packed binary and is stored as it is; plain columns beside it are compressed, so that a query
 engine reads them in place. Every byte belongs to exactly one range with its own sha256: a row group, or the footer.
 """
 
@@ -18,7 +18,7 @@ __all__ = ["GROUP_ROWS", "ByteRange", "parse_shard", "read_footer", "read_group"
 
 GROUP_ROWS = 64
 """Rows a row group: what one range read brings. 0.1 to 3 MB of soft labels."""
-_PACKED = "targets"
+_PACKED = ("targets", "states")
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ def write_shard(rows: pa.Table, metadata: Mapping[bytes, bytes]) -> tuple[bytes,
         metadata: key-value pairs for the footer.
     """
     buffer = io.BytesIO()
-    compression = {name: "none" if name == _PACKED else "zstd" for name in rows.column_names}
-    plain = [name for name in rows.column_names if name not in (_PACKED, "key")]
+    compression = {name: "none" if name in _PACKED else "zstd" for name in rows.column_names}
+    plain = [name for name in rows.column_names if name not in (*_PACKED, "key")]
     with pq.ParquetWriter(buffer, rows.schema, compression=compression, use_dictionary=plain, store_schema=False) as writer:
         writer.write_table(rows, row_group_size=GROUP_ROWS)
         if metadata:

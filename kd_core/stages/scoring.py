@@ -14,17 +14,18 @@ import pyarrow.parquet as pq
 
 from kd_core.errors import SoftLabelError
 from kd_core.fingerprint import fingerprint
-from kd_core.row_keys import about_soft_labels, soft_label_key
+from kd_core.row_keys import about_hidden_states, about_soft_labels, soft_label_key
 from kd_core.shard_work import Packed, work_in_shards
 from kd_core.shards import RowCache, Snapshot
 from kd_core.softlabels.capture import ScoredRow, score_rows
 from kd_core.softlabels.codec import encode_rows
+from kd_core.softlabels.hidden import HiddenRow, capture_hidden, encode_states
 from kd_core.stages.job import Job
 from kd_core.stages.teaching import Progress, load_teacher, sharded_summary
 from kd_core.teacher.models import LoadedModel
 from kd_core.train.data import TokenRow
 
-__all__ = ["CODEC_MODEL", "SOFT_LABEL_SCHEMA", "soft_labels_stage", "token_rows"]
+__all__ = ["CODEC_MODEL", "SOFT_LABEL_SCHEMA", "hidden_states_stage", "soft_labels_stage", "token_rows"]
 
 CODEC_MODEL = b"kd.codec_model"
 """Where a shard's footer holds what decodes its targets."""
@@ -48,7 +49,7 @@ SOFT_LABEL_SCHEMA = pa.schema(
         pa.field("targets", pa.binary(), nullable=False),
     ]
 )
-HIDDEN_STATE_SCHEMA = pa.schema([*_ABOUT_ROW, pa.field("targets", pa.binary(), nullable=False)])
+HIDDEN_STATE_SCHEMA = pa.schema([*_ABOUT_ROW, pa.field("states", pa.binary(), nullable=False)])
 
 _READ_ROWS = 1024
 Found = TypeVar("Found")
@@ -137,7 +138,7 @@ class _Capture:
             first, reason = next(iter(self.refused.items()))
             raise SoftLabelError(
                 f"{missing} of {len(self.keys)} rows have no usable teacher output, and max_refused_rows allows {allowed}; "
-                f"first row {first}: {reason}. All other rows are kept. A teacher in float32 may cure it, or a larger max_refused_rows"
+                f"first row {first}: {reason}. All other rows are kept. A teacher in float32 may cure it"
             )
         keys = [self.keys[i] for i in kept]
         num_tokens, first_supervised = np.array(self.num_tokens, np.int32)[kept], np.array(self.first_supervised, np.int32)[kept]
@@ -168,6 +169,8 @@ def soft_labels_stage(job: Job) -> dict[str, Any]:
 
 
 def _pack_soft_labels(found: Sequence[tuple[_CuratedRow, ScoredRow]]) -> Packed:
+    if not found:  # the teacher failed on every row of the shard
+        return Packed(SOFT_LABEL_SCHEMA.empty_table(), 0)
     labels = [np.array(row.tokens.ids[row.tokens.first_supervised :], np.int64) for row, _ in found]
     model, blobs = encode_rows([scored.targets for _, scored in found], labels)
     rows = []
@@ -177,3 +180,29 @@ def _pack_soft_labels(found: Sequence[tuple[_CuratedRow, ScoredRow]]) -> Packed:
         rows.append({**row.columns, **means, "targets": blob})
     tokens = sum(row.tokens.num_supervised for row, _ in found)
     return Packed(pa.Table.from_pylist(rows, schema=SOFT_LABEL_SCHEMA), tokens, {CODEC_MODEL: model})
+
+
+def hidden_states_stage(job: Job) -> dict[str, Any]:
+    """Files: keys.parquet, a row each for the curated rows. Summary: counts, bytes, shards."""
+    wanted, run = job.recipe.hidden_states, job.recipe.run
+    assert wanted is not None, "a recipe without hidden states has no such node"
+    about = about_hidden_states(wanted, job.inputs["teacher"])
+    cache = RowCache(job.store, "hidden_states", fingerprint(about))
+    cache.describe(about)
+    capture = _Capture(job, cache)
+
+    def compute(teacher: LoadedModel, shard: list[tuple[str, _CuratedRow]]) -> list[tuple[_CuratedRow, HiddenRow]]:
+        rows = [(key, row.tokens) for key, row in shard]
+        found = capture_hidden(teacher, rows, wanted=wanted, micro_batch_tokens=run.micro_batch_tokens)
+        capture.refused.update(found.refused)
+        of = dict(shard)
+        return [(of[captured.key], captured) for captured in found.captured]
+
+    snapshot, computed = capture.run(compute, _pack_hidden_states)
+    return capture.finish(snapshot, computed, allowed=0)
+
+
+def _pack_hidden_states(found: Sequence[tuple[_CuratedRow, HiddenRow]]) -> Packed:
+    rows = [{**row.columns, "states": encode_states(captured.states)} for row, captured in found]
+    tokens = sum(row.tokens.num_supervised for row, _ in found)
+    return Packed(pa.Table.from_pylist(rows, schema=HIDDEN_STATE_SCHEMA), tokens)

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from kd_core.artifacts import Artifact, Record, find, publish
 from kd_core.errors import ArtifactError
 from kd_core.ledger import Entry, append, current
-from kd_core.recipe import Recipe
+from kd_core.recipe import HiddenStates, Recipe
 from kd_core.recipe_io import dump_recipe, load_recipe, parse_recipe
 from kd_core.stages.graph import build_graph, open_node, selected_student, walk
 from kd_core.store import LocalStore
@@ -34,7 +34,7 @@ VERDICT = {"gate"} | RECORDED
 STUDENT = {"student", "evaluate.student"} | VERDICT
 LEARNT = {"student", "baseline", "ablation_hard", "evaluate.student", "evaluate.baseline", "evaluate.ablation_hard"} | VERDICT
 EVALUATED = {"evaluate.teacher", "evaluate.student", "evaluate.baseline", "evaluate.ablation_hard"} | VERDICT
-FROM_CURATE = {"curate", "soft_labels"} | LEARNT
+FROM_CURATE = {"curate", "soft_labels", "hidden_states"} | LEARNT
 FROM_ANSWERS = {"answers"} | FROM_CURATE
 FROM_PROMPTS = {"prompts", "evaluate.teacher"} | FROM_ANSWERS
 FROM_TEACHER = {"teacher", "evaluate.teacher"} | FROM_ANSWERS
@@ -52,6 +52,7 @@ COMMON = {
     "answers": FROM_ANSWERS,
     "curate": FROM_CURATE,
     "soft_labels": {"soft_labels"} | STUDENT,
+    "hidden_states": {"hidden_states"} | RECORDED,  # no objective reads them yet
     "student": LEARNT,
     "objective": STUDENT,
     "objective.supervision": {"soft_labels"} | STUDENT,
@@ -72,6 +73,7 @@ TABLES = {
         **{f"evaluation.suites.{i}.name": ALL for i in (1, 2, 3)},  # a benchmark is kept apart from all training
         **{f"evaluation.suites.{i}.source": ALL for i in (1, 2, 3)},
         "evaluation.compare": {"ablation_hard", "evaluate.ablation_hard"} | VERDICT,  # the last one is dropped
+        "soft_labels.max_refused_rows": {"soft_labels", "ablation_hard", "evaluate.ablation_hard"} | STUDENT,  # the same rows for both
     },
     "pretrained": {
         **COMMON,
@@ -128,6 +130,7 @@ def _recipes(folder: Path) -> dict[str, Recipe]:
         },
         "answers": generate,
         "soft_labels": {"kind": "sampled", "num_draws": 5, "temperature": 1.0},
+        "hidden_states": {"blocks": [0, 1], "width": 8, "reduce": "project"},
         "student": {"kind": "config", "architecture": architecture},
         "objective": {"supervision": "soft", "soft_weight": 1.0},
         "training": training,
@@ -166,6 +169,8 @@ def _recipes(folder: Path) -> dict[str, Recipe]:
         "name": "server",
         "teacher": {"kind": "server", "model": "big", "revision": "2026-01"},
         "student": {"kind": "pretrained", "model": "org/small", "revision": REVISION},
+        "soft_labels": {"kind": "dense"},
+        "hidden_states": None,
         "objective": {"supervision": "hard"},
         "evaluation": {"suites": [held_out], "generate": generate, "compare": ["baseline"]},
     }
@@ -180,6 +185,7 @@ _ADDED: dict[tuple[str, str], Any] = {  # values for fields whose type alone doe
     ("PretrainedStudent", "revision"): REVISION[::-1],
     ("PretrainedTeacher", "revision"): REVISION[::-1],
     ("ReasoningGymSource", "config"): {"max_terms": 3},
+    ("Recipe", "hidden_states"): HiddenStates(blocks=(0,)),
     ("Recipe", "seeds"): (0, 1, 2),
     ("Task", "system"): "be brief",
     ("TopK", "temperatures"): (1.0, 2.0, 4.0),
@@ -319,6 +325,7 @@ def test_the_three_recipes_hold_every_field_of_identity(recipes: dict[str, Recip
     changed = {(type(holder).__name__, str(path[-1])) for path, holder in leaves}
     every = {found for name, field in Recipe.model_fields.items() if name != "run" for found in _reachable(field.annotation)}
     every |= {("Recipe", name) for name, field in Recipe.model_fields.items() if not list(_reachable(field.annotation))}
+    every.add(("Recipe", "hidden_states"))  # absent in one of them: having some at all is a change of its own
     assert every == changed
     assert len(every) >= 90
 
