@@ -24,6 +24,7 @@ __all__ = [
     "code_bits",
     "compiled",
     "encode_events",
+    "inlined",
     "make_tables",
     "octave",
     "open_row",
@@ -50,7 +51,12 @@ def compiled(function: Function) -> Function:
     return cast(Function, numba.njit(cache=True, _nrt=False)(function))
 
 
-@compiled
+def inlined(function: Function) -> Function:
+    """Like ``compiled``, for what is called for every symbol: an array is up to nine arguments of a call that is not inlined."""
+    return cast(Function, numba.njit(forceinline=True, _nrt=False)(function))
+
+
+@inlined
 def octave(value: int) -> int:
     """Number of bits of a whole number >= 0."""
     bits = 0
@@ -60,7 +66,7 @@ def octave(value: int) -> int:
     return bits + int(_NUM_BITS[value])
 
 
-@compiled
+@inlined
 def bucket(value: int) -> tuple[int, int]:
     """Symbol and number of raw low bits of a whole number >= 0: exact below 4, then four buckets an octave."""
     if value < 4:
@@ -69,7 +75,7 @@ def bucket(value: int) -> tuple[int, int]:
     return 4 * (exponent - 1) + ((value >> (exponent - 2)) & 3), exponent - 2
 
 
-@compiled
+@inlined
 def bucket_base(symbol: int) -> tuple[int, int]:
     """Smallest value of a bucket and its number of raw bits: the inverse of ``bucket``."""
     if symbol < 4:
@@ -189,7 +195,7 @@ def open_row(stream: Stream, row: int) -> tuple[int, int]:
     return (stream.words[at] << 16) | stream.words[at + 1], at + 2
 
 
-@compiled
+@inlined
 def pop_symbol(stream: Stream, tables: Tables, context: int, state: int, at: int) -> tuple[int, int, int]:
     """One symbol off the stream: (symbol, state, next word)."""
     slot = state & ((1 << PRECISION) - 1)
@@ -201,7 +207,7 @@ def pop_symbol(stream: Stream, tables: Tables, context: int, state: int, at: int
     return symbol, state, at
 
 
-@compiled
+@inlined
 def pop_raw(stream: Stream, bits: int, state: int, at: int) -> tuple[int, int, int]:
     """``bits`` raw bits off the stream: (value, state, next word)."""
     value = 0
@@ -216,7 +222,7 @@ def pop_raw(stream: Stream, bits: int, state: int, at: int) -> tuple[int, int, i
     return value, state, at
 
 
-@compiled
+@inlined
 def pop_value(stream: Stream, tables: Tables, context: int, state: int, at: int) -> tuple[int, int, int]:
     """One number that was put as its bucket: (value, state, next word)."""
     symbol, state, at = pop_symbol(stream, tables, context, state, at)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kd_core.softlabels.entropy import Stream, Tables, bucket, compiled, octave, open_row, pop_raw, pop_symbol, pop_value
+from kd_core.softlabels.entropy import Stream, Tables, bucket, compiled, inlined, octave, open_row, pop_raw, pop_symbol, pop_value
 
 __all__ = ["FAMILIES", "Draws", "SampledRow", "TopKRow", "decode_sampled", "decode_topk", "sampled_events", "topk_events"]
 
@@ -34,7 +34,7 @@ FAMILIES = (_IDS, _FLAG, _GOLD_COUNT, _FIRST_LEVEL, _LEVEL, _GAP, _ENTROPY, _ENT
 _RESIDUAL_BIAS, _RESIDUAL_END = 24, 95  # residual symbols; the last one says: 32 raw bits follow
 
 
-@compiled
+@inlined
 def _put(events: np.ndarray, at: int, context: int, value: int) -> int:
     symbol, bits = bucket(value)
     events[at, 0] = context
@@ -44,7 +44,7 @@ def _put(events: np.ndarray, at: int, context: int, value: int) -> int:
     return at + 1
 
 
-@compiled
+@inlined
 def _put_residual(events: np.ndarray, at: int, context: int, residual: int, low_bits: int) -> int:
     symbol = (residual >> low_bits) + _RESIDUAL_BIAS
     inside = 0 <= symbol < _RESIDUAL_END
@@ -55,22 +55,22 @@ def _put_residual(events: np.ndarray, at: int, context: int, residual: int, low_
     return at + 1
 
 
-@compiled
+@inlined
 def _gap_context(last: int, left: int) -> int:
     return _GAP + 8 * octave(last + 1) + min(octave(left - 1), 7)
 
 
-@compiled
+@inlined
 def _count_context(excess: int, left: int) -> int:
     return _LEVEL + 6 * min(bucket(excess)[0], 31) + (left - 2 if left < 6 else 4 if left < 10 else 5)
 
 
-@compiled
+@inlined
 def _drop_context(last: int, index: int) -> int:
     return _LEVEL + 8 * min(octave(last), 23) + min(octave(index), 7)
 
 
-@compiled
+@inlined
 def _gold_context(count: int, num_draws: int, entropy: int) -> int:
     return _GOLD + (24 + min(octave(entropy), 7) if count == num_draws else min(bucket(count)[0], 23))
 
@@ -196,7 +196,7 @@ def topk_events(row: TopKRow, events: np.ndarray) -> int:
     return at
 
 
-@compiled
+@inlined
 def _pop_residual(stream: Stream, tables: Tables, context: int, low_bits: int, state: int, at: int) -> tuple[int, int, int]:
     symbol, state, at = pop_symbol(stream, tables, context, state, at)
     if symbol == _RESIDUAL_END:
