@@ -54,6 +54,7 @@ class Scores:
     refused: dict[str, str]
 
     def __iter__(self) -> Iterator[ScoredRow]:
+        """The rows that could be scored."""
         return iter(self.scored)
 
 

@@ -2,11 +2,11 @@
 
 Axes: B rows, T tokens of a buffer, N supervised positions, H hidden size, V vocabulary columns.
 
-``teacher_forward`` checks the teacher once, then gives the last hidden states that predict supervised tokens, buffer by
-buffer. A model that can be packed is (``kd_core.packing``); another is run over rows of equal length, and the log says
-why. There is no padding either way, so a row's numbers do not depend on the rows beside it. ``Head`` turns hidden states
-into float32 logits, and ``Parity`` compares them with the model's own: a leak between documents, a window that is not kept or
-a head with a scale that is not known here raises before a label is made.
+``check_teacher`` refuses a teacher that is not itself; ``teacher_forward`` gives the hidden states that predict supervised
+tokens, buffer by buffer. A model that can be packed is (``kd_core.packing``); another is run over rows of equal length, and
+the log says why. There is no padding either way, and a row's numbers depend on the rows beside it by rounding only.
+``Head`` turns hidden states into float32 logits, and ``Parity`` compares them with the model's own: a leak between documents, a
+window that is not kept or a head with a scale that is not known here raises before a label is made.
 """
 
 import contextlib
@@ -175,7 +175,7 @@ class Head:
                 f"{type(loaded.model).__name__}: its output projection is {type(head).__name__}, and only a plain linear one can be "
                 "scored in tiles; load the teacher without quantisation"
             )
-        self._dtype = head.weight.dtype
+        self._products = _bf16_products if head.weight.dtype == torch.bfloat16 else contextlib.nullcontext
         weight_VH = head.weight[: loaded.num_columns]
         self.weight_VH = weight_VH.float() if loaded.device.type == "cpu" else weight_VH
         self.bias_V = None if head.bias is None else head.bias[: loaded.num_columns].float()
@@ -185,14 +185,12 @@ class Head:
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """float32, shape (N, V); valid until the next call, which writes over it: fresh memory costs a third of the product."""
-        if len(self._room_NV) < len(hidden_NH):
-            self._room_NV = torch.empty(len(hidden_NH), len(self.weight_VH), dtype=torch.float32, device=hidden_NH.device)
-        logits_NV = self._room_NV[: len(hidden_NH)]
-        if hidden_NH.device.type == "cpu":
-            with _bf16_products() if self._dtype == torch.bfloat16 else contextlib.nullcontext():
+        if self.weight_VH.dtype == torch.float32:
+            if len(self._room_NV) < len(hidden_NH):
+                self._room_NV = torch.empty(len(hidden_NH), len(self.weight_VH), device=hidden_NH.device)
+            logits_NV = self._room_NV[: len(hidden_NH)]
+            with self._products():
                 torch.mm(hidden_NH.float(), self.weight_VH.T, out=logits_NV)
-        elif self._dtype == torch.float32:
-            torch.mm(hidden_NH, self.weight_VH.T, out=logits_NV)
         else:
             logits_NV = torch.mm(hidden_NH, self.weight_VH.T, out_dtype=torch.float32)
         if self.bias_V is not None:

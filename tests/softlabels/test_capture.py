@@ -109,9 +109,19 @@ def test_a_head_that_is_not_known_is_refused(tiny_model) -> None:
     assert "logits of the scoring pass are 0.091 of their spread away" in refusal(loaded)
 
 
-def test_a_leak_between_documents_is_refused(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_leak_between_documents_is_refused(tiny_model, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    loaded = tiny_model()
+    loaded.model.to(dtype)
     monkeypatch.setattr("kd_core.packing.Documents.groups", lambda self: iter([(0, 1, sum(self.lengths))]))
-    assert "of their spread away from the model's own" in refusal(tiny_model())
+    assert "of their spread away from the model's own" in refusal(loaded)
+
+
+def test_a_sliding_window_that_is_not_kept_is_refused(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Gemma3TextConfig(**WIDE, sliding_window=4)).eval()
+    monkeypatch.setattr("kd_core.packing._window_mask", lambda length, *_: torch.ones(length, length, dtype=torch.bool).tril())
+    assert "of their spread away from the model's own" in refusal(replace(tiny_model(), model=model))
 
 
 def test_another_tokenizers_rows_are_refused(tiny_model) -> None:
