@@ -72,7 +72,9 @@ def _share(value: float) -> float:
 
 @cache_app.command("sql")
 def sql_command(
-    statement: Annotated[str, typer.Argument(metavar="SQL", help="One SELECT on soft_labels, answers, commits, namespaces.")],
+    statement: Annotated[
+        str, typer.Argument(metavar="SQL", help="One SELECT on soft_labels, answers, hidden_states, commits, namespaces.")
+    ],
     store_uri: StoreUri = _STORE,
     endpoint: Endpoint = None,
     region: Region = _REGION,

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kd_core.cache.catalog import Namespace
-from kd_core.cache.query import sql
+from kd_core.cache.query import ROW_TABLES, sql
 from kd_core.errors import IntegrityError
 from kd_core.progress import Tick, Ticker, silent
 from kd_core.store.arrow import arrow_file_system
@@ -71,7 +71,7 @@ def figures(namespace: Namespace, *, tick: Ticker = silent) -> Figures:
         namespace.num_tokens,
         _bytes_by_part(namespace, tick),
         _entropy(namespace) if cache.table == "soft_labels" else (),
-        _finish_reasons(namespace) if cache.table in ("soft_labels", "answers") else {},
+        _finish_reasons(namespace) if cache.table in ROW_TABLES else {},
         namespace.num_doubled,
         len(orphans),
         sum(orphans),

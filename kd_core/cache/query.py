@@ -1,6 +1,6 @@
 """SQL on the bucket itself: DuckDB over committed shards, read through Arrow in ranges of the columns that are asked for.
 
-Views: ``soft_labels`` and ``answers`` (rows of all namespaces, each row once, with namespace, teacher, policy, shard),
+Views: ``soft_labels``, ``answers`` and ``hidden_states`` (rows of all namespaces, each row once, with namespace, teacher, policy, shard),
 ``commits`` and ``namespaces``. A column that an older shard lacks is null. Only one SELECT is run: nothing can be
 written, and no other file can be read.
 """
@@ -19,28 +19,32 @@ from kd_core.errors import IntegrityError
 from kd_core.store import Store
 from kd_core.store.arrow import StoreFiles, arrow_file_system
 
-__all__ = ["VIEWS", "Answer", "sql"]
+__all__ = ["ROW_TABLES", "VIEWS", "Answer", "sql"]
 
 _SHARED = [pa.field("namespace", pa.string()), pa.field("teacher", pa.string()), pa.field("policy", pa.string())]
 _PLACE = [*_SHARED, pa.field("shard", pa.string())]
+_TOKENS = [
+    *_PLACE,
+    pa.field("key", pa.string()),
+    pa.field("prompt_id", pa.string()),
+    pa.field("sample_index", pa.int32()),
+    pa.field("source", pa.string()),
+    pa.field("finish_reason", pa.string()),
+    pa.field("ids", pa.list_(pa.int32())),
+    pa.field("first_supervised", pa.int32()),
+    pa.field("num_supervised", pa.int32()),
+]
 VIEWS = {
     "soft_labels": pa.schema(
         [
-            *_PLACE,
-            pa.field("key", pa.string()),
-            pa.field("prompt_id", pa.string()),
-            pa.field("sample_index", pa.int32()),
-            pa.field("source", pa.string()),
-            pa.field("finish_reason", pa.string()),
-            pa.field("ids", pa.list_(pa.int32())),
-            pa.field("first_supervised", pa.int32()),
-            pa.field("num_supervised", pa.int32()),
+            *_TOKENS,
             pa.field("mean_entropy", pa.float32()),
             pa.field("mean_gold_logprob", pa.float32()),
             pa.field("min_gold_logprob", pa.float32()),
             pa.field("targets", pa.binary()),
         ]
     ),
+    "hidden_states": pa.schema([*_TOKENS, pa.field("states", pa.binary())]),
     "answers": pa.schema(
         [
             *_PLACE,
@@ -79,6 +83,9 @@ VIEWS = {
 }
 """View name -> its columns."""
 
+ROW_TABLES = ("answers", "soft_labels", "hidden_states")
+"""Tables of rows, each with a view."""
+
 _READING = "reading the stream registered as"  # DuckDB's words for an error that came out of Arrow
 _BATCH_ROWS = 1024
 
@@ -103,7 +110,7 @@ def sql(store: Store, statement: str) -> Iterator[Answer]:
     found = namespaces(store)
     connection = duckdb.connect()
     try:
-        files = [_add_rows(connection, store, found, table) for table in ("soft_labels", "answers")]
+        files = [_add_rows(connection, store, found, table) for table in ROW_TABLES]
         connection.register("commits", pa.Table.from_pylist(_commit_rows(found), VIEWS["commits"]))
         connection.register("namespaces", pa.Table.from_pylist(_namespace_rows(found), VIEWS["namespaces"]))
         for setting in ("enable_external_access = false", "python_enable_replacements = false", "lock_configuration = true"):

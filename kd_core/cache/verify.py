@@ -1,8 +1,8 @@
 """Is every row in the store what was committed? Reads all, or a random sample of shards; changes nothing.
 
 For each row table: its description and commits are readable; each shard is there with the bytes of its commit, range by
-range; its rows are the commit's rows; each row of soft labels decodes, has as many positions as its tokens say, ids
-inside the vocabulary, and the key that its tokens give. For each record that froze rows: it is readable, its files are
+range; its rows are the commit's rows; each row of soft labels (or hidden states) has the key that its tokens give, decodes, has as many
+positions as its tokens say, and ids inside the vocabulary. For each record that froze rows: it is readable, its files are
 as recorded, and every row it names is in a commit. What is found is named with the objects that must go with it, so that
 ``repair`` needs no second look.
 """
@@ -24,6 +24,7 @@ from kd_core.progress import Tick, Ticker, silent
 from kd_core.row_keys import soft_label_key
 from kd_core.shard_files import parse_shard
 from kd_core.shards import Commit, RowCache
+from kd_core.softlabels.hidden import decode_states
 from kd_core.store import Store
 
 __all__ = ["Damage", "Verified", "frozen_records", "verify"]
@@ -160,31 +161,45 @@ def _check_rows(cache: RowCache, commit: Commit, rows: pa.Table) -> None:
     keys = rows["key"].to_pylist()
     if keys != list(commit.keys):
         raise IntegrityError("its rows are not the rows of its commit")
-    if cache.table != "soft_labels":
+    check = {"soft_labels": _check_soft_labels, "hidden_states": _check_hidden_states}.get(cache.table)
+    if check is None:
         return
+    _check_tokens(cache.namespace, rows)
     for start in range(0, len(keys), _ROWS):
-        _check_soft_labels(cache.namespace, rows.slice(start, _ROWS))
+        check(rows.slice(start, _ROWS))
 
 
-def _check_soft_labels(namespace: str, rows: pa.Table) -> None:
-    """Raises an error that names the first bad row."""
-    labels = gold_labels(rows)
+def _check_tokens(namespace: str, rows: pa.Table) -> None:
     for key, ids, first, said in zip(*(rows[n].to_pylist() for n in ("key", "ids", "first_supervised", "num_supervised")), strict=True):
         if soft_label_key(namespace, ids, first) != key:
             raise IntegrityError(f"row {key}: its tokens give another key")
         if said != len(ids) - first:
             raise IntegrityError(f"row {key}: {said} supervised tokens are said, and it has {len(ids) - first}")
+
+
+def _check_soft_labels(rows: pa.Table) -> None:
+    """Raises an error that names the first bad row."""
     try:
         targets = decode_rows_of(rows)
     except KDError as error:
         if rows.num_rows > 1:  # one by one, to name it
             for i in range(rows.num_rows):
-                _check_soft_labels(namespace, rows.slice(i, 1))
+                _check_soft_labels(rows.slice(i, 1))
         raise IntegrityError(f"row {rows['key'][0]} does not decode: {error}") from error
     num_columns, found = targets.common.num_columns, entries(targets)
-    largest = max([*(int(ids.max(initial=0)) for ids in labels), int(found.id_E.max()) if len(found.id_E) else 0])
+    largest = max([*(int(ids.max(initial=0)) for ids in gold_labels(rows)), int(found.id_E.max()) if len(found.id_E) else 0])
     if largest >= num_columns:
         raise IntegrityError(f"rows from {rows['key'][0]} on hold token {largest}, outside the vocabulary of {num_columns}")
+
+
+def _check_hidden_states(rows: pa.Table) -> None:
+    for key, data, num in zip(*(rows[n].to_pylist() for n in ("key", "states", "num_supervised")), strict=True):
+        try:
+            found = len(decode_states(data).codes_NLW)
+        except KDError as error:
+            raise IntegrityError(f"row {key} does not decode: {error}") from error
+        if found != num:
+            raise IntegrityError(f"row {key}: states of {found} positions, and it has {num} supervised tokens")
 
 
 # ---------------------------------------------------------------------------------------------- records

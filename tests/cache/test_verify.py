@@ -5,12 +5,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from kd_core.artifacts import find, publish
 from kd_core.cache.repair import plan_repair, repair
 from kd_core.cache.verify import verify
 from kd_core.errors import IntegrityError
+from kd_core.row_keys import soft_label_key
 from kd_core.shards import RowCache
+from kd_core.softlabels.hidden import RowStates, encode_states
 from kd_core.store import LocalStore
 
 A = "a" * 32
@@ -141,6 +144,38 @@ def test_a_shard_of_right_bytes_and_wrong_content_is_named(store, add_shard, cha
     assert (damage.key, damage.shard) == (cache_of(store).shard_key(commit), commit.sha256)
     assert said in damage.reason
     assert commit.keys[3] in damage.reason
+
+
+def _states(num: int) -> bytes:
+    codes = torch.arange(num * 8, dtype=torch.int8).reshape(num, 2, 4)
+    return encode_states(RowStates((0, 3), codes, torch.ones(num, 2)))
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (lambda row: {}, None),
+        (lambda row: {"states": row["states"][:-1]}, "does not decode"),
+        (lambda row: {"states": _states(row["num_supervised"] + 1)}, "supervised tokens"),
+        (lambda row: {"ids": row["ids"][::-1]}, "its tokens give another key"),
+    ],
+)
+def test_hidden_states_are_verified_row_by_row(store, broken, said) -> None:
+    cache, table = RowCache(store, "hidden_states", A), []
+    for first in (1, 2, 3):
+        ids = [5, 6, 7, 8, 9]
+        row = {"key": soft_label_key(A, ids, first), "ids": ids, "first_supervised": first, "num_supervised": 5 - first}
+        table.append({**row, "states": _states(5 - first)})
+    table[1] |= broken(table[1])
+    commit = cache.commit(pa.Table.from_pylist(table), num_tokens=9)
+    damage = verify(store).damage
+    if said is None:
+        assert damage == ()
+    else:
+        [found] = damage
+        assert found.key == cache.shard_key(commit)
+        assert commit.keys[1] in found.reason
+        assert said in found.reason
 
 
 def test_a_sample_reads_its_share_and_all_commits(store, add_shard) -> None:
