@@ -259,8 +259,8 @@ def test_soft_labels_of_a_left_out_row_are_not_shifted_to_another(student, tiny_
 
 def test_no_row_within_the_limit_is_refused(student, tmp_path) -> None:
     rows = [TokenRow(tuple(range(2, 12)), 4)]
+    training = Training(steps=1, batch_rows=1, learning_rate=0.1, max_tokens=8)
     with pytest.raises(TrainingError, match=r"1 rows, none within training\.max_tokens = 8"):
-        training = Training(steps=1, batch_rows=1, learning_rate=0.1, max_tokens=8)
         fit(student, tmp_path, data=TrainingData(MemoryRows(rows), ()), training=training)
 
 
