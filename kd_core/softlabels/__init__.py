@@ -1,6 +1,6 @@
 """The teacher's distribution, reduced by a policy, as bytes, in shards."""
 
-from kd_core.softlabels.codec import decode, decode_rows, encode, encode_rows, parse_model
+from kd_core.softlabels.codec import decode_rows, encode_rows, parse_model
 from kd_core.softlabels.targets import Common, DenseTargets, SampledTargets, Targets, TopKTargets, concatenate, make_targets
 
 __all__ = [
@@ -10,9 +10,7 @@ __all__ = [
     "Targets",
     "TopKTargets",
     "concatenate",
-    "decode",
     "decode_rows",
-    "encode",
     "encode_rows",
     "make_targets",
     "parse_model",

@@ -19,13 +19,12 @@ import numpy as np
 
 from kd_core.errors import SoftLabelError
 from kd_core.softlabels import codec_v1
-from kd_core.softlabels.codec_v1 import decode, encode
 from kd_core.softlabels.targets import Targets, concatenate
 
 if TYPE_CHECKING:
     from kd_core.softlabels.codec_v2 import Model
 
-__all__ = ["decode", "decode_rows", "encode", "encode_rows", "parse_model"]
+__all__ = ["decode_rows", "encode_rows", "parse_model"]
 
 
 def encode_rows(rows: Sequence[Targets], labels: Sequence[np.ndarray]) -> tuple[bytes, list[bytes]]:

@@ -13,36 +13,12 @@ from torch import Tensor
 from kd_core.errors import SoftLabelError
 from kd_core.softlabels.targets import Common, DenseTargets, SampledTargets, Targets, TopKTargets
 
-__all__ = ["MAGIC", "decode", "encode"]
+__all__ = ["MAGIC", "decode"]
 
 MAGIC = b"KDSL"
 VERSION = 1
 _HEADER = struct.Struct("<4sBBIIII")  # magic, version, kind, positions N, columns V, two numbers of the policy
 _SAMPLED, _TOPK, _DENSE = 0, 1, 2
-
-
-def _bytes(tensor: Tensor, dtype: str) -> bytes:
-    return tensor.cpu().numpy().astype(dtype).tobytes()
-
-
-def encode(targets: Targets) -> bytes:
-    """One row's targets as bytes; ``decode`` gives the same targets back, bit for bit."""
-    common, num = targets.common, len(targets.common.gold_logprob_N)
-    match targets:
-        case SampledTargets():
-            kind, a, b = _SAMPLED, targets.num_draws, len(targets.ids_E)
-            lengths = targets.offsets_N1.diff()
-            body = struct.pack("<d", targets.temperature) + _bytes(targets.cross_entropy_offset_N, "<f4") + _bytes(lengths, "<u2")
-            body += _bytes(targets.ids_E, "<u4") + _bytes(targets.counts_E, "<u2")
-        case TopKTargets():
-            kind, a, b = _TOPK, targets.ids_NK.shape[-1], len(targets.temperatures)
-            body = struct.pack(f"<{b}d", *targets.temperatures) + _bytes(targets.ids_NK, "<u4")
-            body += _bytes(targets.logprobs_NK, "<f4") + _bytes(targets.log_normalizer_NG, "<f4")
-        case DenseTargets():
-            kind, a, b = _DENSE, 0, 0
-            body = _bytes(targets.logprobs_NV, "<f4")
-    header = _HEADER.pack(MAGIC, VERSION, kind, num, common.num_columns, a, b)
-    return header + _bytes(common.gold_logprob_N, "<f4") + _bytes(common.entropy_N, "<f4") + body
 
 
 class _Reader:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from kd_core.errors import SoftLabelError
 from kd_core.recipe import Dense, Sampled, SoftLabels, TopK
-from kd_core.softlabels import Common, SampledTargets, Targets, TopKTargets, make_targets
+from kd_core.softlabels import Common, DenseTargets, SampledTargets, Targets, TopKTargets, make_targets
 from kd_core.softlabels.codec import decode_rows, parse_model
-from kd_core.softlabels.codec_v1 import decode, encode
+from kd_core.softlabels.codec_v1 import _DENSE, _HEADER, _SAMPLED, _TOPK, MAGIC, VERSION, decode
 
 POLICIES = st.one_of(
     st.just(Dense(kind="dense")),
@@ -25,6 +25,30 @@ POLICIES = st.one_of(
     ),
     st.builds(lambda n, t: Sampled(kind="sampled", num_draws=n, temperature=t), st.integers(1, 300), st.floats(0.1, 50.0)),
 )
+
+
+def as_bytes(tensor: torch.Tensor, dtype: str) -> bytes:
+    return tensor.cpu().numpy().astype(dtype).tobytes()
+
+
+def encode(targets: Targets) -> bytes:
+    """As version 1 was written; nothing writes it any more."""
+    common, num = targets.common, len(targets.common.gold_logprob_N)
+    match targets:
+        case SampledTargets():
+            kind, a, b = _SAMPLED, targets.num_draws, len(targets.ids_E)
+            lengths = targets.offsets_N1.diff()
+            body = struct.pack("<d", targets.temperature) + as_bytes(targets.cross_entropy_offset_N, "<f4") + as_bytes(lengths, "<u2")
+            body += as_bytes(targets.ids_E, "<u4") + as_bytes(targets.counts_E, "<u2")
+        case TopKTargets():
+            kind, a, b = _TOPK, targets.ids_NK.shape[-1], len(targets.temperatures)
+            body = struct.pack(f"<{b}d", *targets.temperatures) + as_bytes(targets.ids_NK, "<u4")
+            body += as_bytes(targets.logprobs_NK, "<f4") + as_bytes(targets.log_normalizer_NG, "<f4")
+        case DenseTargets():
+            kind, a, b = _DENSE, 0, 0
+            body = as_bytes(targets.logprobs_NV, "<f4")
+    header = _HEADER.pack(MAGIC, VERSION, kind, num, common.num_columns, a, b)
+    return header + as_bytes(common.gold_logprob_N, "<f4") + as_bytes(common.entropy_N, "<f4") + body
 
 
 def assert_same(found: object, wanted: object) -> None:
