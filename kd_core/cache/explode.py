@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kd_core.cache.catalog import read_shard
-from kd_core.errors import ArtifactError
+from kd_core.errors import ArtifactError, SoftLabelError
 from kd_core.shards import RowCache, Snapshot
 from kd_core.softlabels.codec import decode_rows, parse_model
 from kd_core.softlabels.targets import DenseTargets, SampledTargets, Targets, TopKTargets
@@ -121,7 +121,11 @@ def explode(cache: RowCache, snapshot: Snapshot, *, keys: Collection[str] | None
         left -= len(wanted)
         shard = read_shard(cache, commit)
         for start in range(0, len(wanted), _ROWS):
-            yield _exploded(shard.take(pa.array(wanted[start : start + _ROWS])))
+            rows = shard.take(pa.array(wanted[start : start + _ROWS]))
+            try:
+                yield _exploded(rows)
+            except SoftLabelError as error:
+                raise SoftLabelError(f"{cache.store.uri}/{cache.shard_key(commit)}, rows from {rows['key'][0]} on: {error}") from error
 
 
 def _exploded(rows: pa.Table) -> pa.Table:

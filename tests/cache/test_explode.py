@@ -7,7 +7,7 @@ import torch
 
 from kd_core.cache.catalog import find_namespace
 from kd_core.cache.explode import EXPLODED_SCHEMA, entries, explode
-from kd_core.errors import ArtifactError, IntegrityError, StoreError
+from kd_core.errors import ArtifactError, IntegrityError, SoftLabelError, StoreError
 from kd_core.recipe import Dense, Sampled, TopK
 from kd_core.row_keys import soft_label_key
 from kd_core.shards import RowCache
@@ -90,6 +90,15 @@ def test_looking_at_a_damaged_shard_names_it_and_moves_nothing(store, add_shard)
     with pytest.raises(IntegrityError, match=rf"{key}: its sha256 differs"):
         all_rows(find_namespace(store, None, table="soft_labels"))
     assert path.read_bytes() == data
+
+
+def test_rows_that_do_not_decode_are_named(store) -> None:
+    ids = [1, 2, 3]
+    row = {"key": soft_label_key(A, ids, 1), "ids": ids, "first_supervised": 1, "num_supervised": 2, "targets": b"not soft labels"}
+    cache = RowCache(store, "soft_labels", A)
+    commit = cache.commit(pa.Table.from_pylist([row]), num_tokens=2)
+    with pytest.raises(SoftLabelError, match=rf"{commit.sha256}\.parquet, rows from {row['key']} on: "):
+        list(explode(cache, cache.snapshot()))
 
 
 def test_a_namespace_must_be_one(store, add_shard) -> None:
