@@ -1,5 +1,7 @@
 """Verify names what is damaged, whatever it is; repair puts it aside so that the rows are missing, and nothing else is touched."""
 
+import io
+import struct
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,11 +10,17 @@ import pytest
 import torch
 
 from kd_core.artifacts import find, publish
+from kd_core.cache.catalog import find_namespace
+from kd_core.cache.explode import explode
+from kd_core.cache.figures import figures
 from kd_core.cache.repair import plan_repair, repair
 from kd_core.cache.verify import verify
 from kd_core.errors import IntegrityError
+from kd_core.fingerprint import canonical_json, sha256_bytes
+from kd_core.recipe import TopK
 from kd_core.row_keys import soft_label_key
 from kd_core.shards import RowCache
+from kd_core.softlabels import make_targets
 from kd_core.softlabels.hidden import RowStates, encode_states
 from kd_core.store import LocalStore
 
@@ -144,6 +152,34 @@ def test_a_shard_of_right_bytes_and_wrong_content_is_named(store, add_shard, cha
     assert (damage.key, damage.shard) == (cache_of(store).shard_key(commit), commit.sha256)
     assert said in damage.reason
     assert commit.keys[3] in damage.reason
+
+
+def test_a_cache_of_the_first_version_is_read_and_verified(store) -> None:
+    """Commit of schema 1 without ranges, no description, no codec model, fewer columns, blobs of codec version 1."""
+    ids, labels_N = [3, 1, 4, 1, 5], torch.tensor([1, 4, 1, 5])
+    logits_NV = torch.randn(4, 24, generator=torch.Generator().manual_seed(0))
+    policy = TopK(kind="topk", k=3, temperatures=(1.0,))
+    targets = make_targets(logits_NV, labels_N, policy, uniform_N=torch.zeros(4, dtype=torch.float64))
+    arrays = [targets.common.gold_logprob_N, targets.common.entropy_N, torch.ones(1).double(), targets.ids_NK.int()]
+    arrays += [targets.logprobs_NK, targets.log_normalizer_NG]
+    blob = struct.pack("<4sBBIIII", b"KDSL", 1, 1, 4, 24, 3, 1) + b"".join(array.numpy().tobytes() for array in arrays)
+    row = {"key": soft_label_key(A, ids, 1), "ids": ids, "first_supervised": 1, "num_supervised": 4, "targets": blob}
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([row]), buffer, compression="zstd", store_schema=False)
+    data, cache = buffer.getvalue(), cache_of(store)
+    shard = f"{cache.prefix}/shards/{sha256_bytes(data)}.parquet"
+    commit = canonical_json({"sha256": sha256_bytes(data), "size_bytes": len(data), "keys": [row["key"]]})
+    store.create(shard, data)
+    store.create(f"{cache.prefix}/commits/{sha256_bytes(commit)}.json", commit)
+    found = verify(store)
+    assert (found.commits, found.rows, found.damage) == (1, 1, ())
+    table = pa.concat_tables(explode(cache, cache.snapshot()))
+    assert table["token_id"].to_pylist() == targets.ids_NK.reshape(-1).tolist()
+    numbers = figures(find_namespace(store, None, table=None))
+    assert (numbers.tokens, numbers.finish_reasons) == (None, {"-": 1})
+    assert sum(numbers.bytes_by_part.values()) == len(data)
+    flip(store, shard, 50)
+    assert [(damage.key, damage.reason) for damage in verify(store).damage] == [(shard, "its sha256 differs from its name")]
 
 
 def _states(num: int) -> bytes:
