@@ -9,7 +9,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +26,10 @@ from infra.stack import object_store
 from kd_core.errors import KDError
 from kd_core.recipe import S3Options
 from kd_core.row_keys import soft_label_key
+from kd_core.row_schemas import CODEC_MODEL, SOFT_LABEL_SCHEMA
 from kd_core.shards import RowCache
 from kd_core.softlabels.codec import encode_rows
-from kd_core.softlabels.targets import SampledTargets
-from kd_core.stages.scoring import CODEC_MODEL, SOFT_LABEL_SCHEMA
+from kd_core.softlabels.targets import SampledTargets, Targets
 from kd_core.store import S3Store, Store
 from kd_core.store.range_cache import RangeCache
 from kd_core.train.data import TokenRow, step_rows
@@ -42,7 +42,7 @@ _BATCH = 32
 _CACHE_BYTES = 1 << 30
 
 
-def soft_label_table(keyed: list[tuple[str, TokenRow]], targets: list[SampledTargets]) -> tuple[pa.Table, dict[bytes, bytes]]:
+def soft_label_table(keyed: list[tuple[str, TokenRow]], targets: Sequence[Targets]) -> tuple[pa.Table, dict[bytes, bytes]]:
     """A shard's rows as capture writes them, and the footer's metadata."""
     labels = [np.array(row.ids[row.first_supervised :], np.int64) for _, row in keyed]
     model, blobs = encode_rows(targets, labels)

@@ -385,7 +385,7 @@ def _captured(teacher: LoadedModel, rows: Sequence[TokenRow], policy: SoftLabels
     if scores.refused:
         raise SoftLabelError(f"{len(scores.refused)} of {len(rows)} rows cannot be scored: {next(iter(scores.refused.values()))}")
     labels = [np.array(row.ids[row.first_supervised :], np.int64) for row in rows]
-    model, blobs = encode_rows([scored.targets for scored in scores], labels)
+    model, blobs = encode_rows([scored.targets for scored in scores.scored], labels)
     parsed = parse_model(model)
     return [decode_rows(parsed, [blob], [gold]) for blob, gold in zip(blobs, labels, strict=True)]
 
@@ -492,7 +492,7 @@ def _check_cached_soft_labels(subject: _Subject) -> str:
         raise ArtifactError(f"{cache.prefix}: rows of shard {commit.sha256[:12]} are not those their keys name; delete its commit")
     stored = [decode_rows_of(table.slice(i, 1)) for i in range(len(keys))]
     live = score_rows(teacher, list(zip(keys, rows, strict=True)), policy=policy, micro_batch_tokens=_SCORE_TOKENS)
-    stored_N, live_N = (torch.cat([t.common.gold_logprob_N for t in found]) for found in (stored, [s.targets for s in live]))
+    stored_N, live_N = (torch.cat([t.common.gold_logprob_N for t in found]) for found in (stored, [s.targets for s in live.scored]))
     gap_N = (stored_N - live_N) / (1 + live_N.abs())
     largest, mean = float(gap_N.abs().max()), abs(float(gap_N.mean()))
     allowed = _NOISE[teacher.model.dtype][2]

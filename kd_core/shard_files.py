@@ -40,8 +40,10 @@ def write_shard(rows: pa.Table, metadata: Mapping[bytes, bytes]) -> tuple[bytes,
     """
     buffer = io.BytesIO()
     compression = {name: "none" if name in _PACKED else "zstd" for name in rows.column_names}
+    # statistics of packed bytes and ids say nothing, and were 6% of a shard
     plain = [name for name in rows.column_names if name not in (*_PACKED, "key")]
-    with pq.ParquetWriter(buffer, rows.schema, compression=compression, use_dictionary=plain, store_schema=False) as writer:
+    options = {"use_dictionary": plain, "write_statistics": [n for n in plain if n != "ids"], "store_schema": False}
+    with pq.ParquetWriter(buffer, rows.schema, compression=compression, **options) as writer:
         writer.write_table(rows, row_group_size=GROUP_ROWS)
         if metadata:
             writer.add_key_value_metadata(dict(metadata))

@@ -179,10 +179,15 @@ class RowCache:
         seen = {commit.name: commit for commit in known.commits} if known else {}
         names = [info.key.rpartition("/")[2].removesuffix(".json") for info in self.store.list(f"{self.prefix}/commits/")]
         with ThreadPoolExecutor(_READERS) as pool:
-            commits = list(pool.map(lambda name: seen.get(name) or self._read_commit(name), names))
+            commits = list(pool.map(lambda name: seen.get(name) or self.read_commit(name), names))
         return Snapshot(tuple(sorted(commits, key=lambda commit: commit.sha256)))
 
-    def _read_commit(self, name: str) -> Commit:
+    def read_commit(self, name: str) -> Commit:
+        """The commit of this name.
+
+        Raises:
+            IntegrityError: its bytes are not a commit of this name.
+        """
         key = f"{self.prefix}/commits/{name}.json"
         try:
             return _parse_commit(name, self.store.get(key))

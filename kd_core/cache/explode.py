@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kd_core.cache.catalog import read_shard
 from kd_core.errors import ArtifactError, SoftLabelError
+from kd_core.row_schemas import CODEC_MODEL
 from kd_core.shards import RowCache, Snapshot
 from kd_core.softlabels.codec import decode_rows, parse_model
 from kd_core.softlabels.targets import DenseTargets, SampledTargets, Targets, TopKTargets
@@ -83,7 +84,7 @@ def decode_rows_of(rows: pa.Table) -> Targets:
     Raises:
         SoftLabelError: a blob is damaged.
     """
-    model = parse_model((rows.schema.metadata or {}).get(b"kd.codec_model", b""))
+    model = parse_model((rows.schema.metadata or {}).get(CODEC_MODEL, b""))
     return decode_rows(model, rows["targets"].to_pylist(), gold_labels(rows))
 
 

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kd_core.cache.catalog import Namespace
-from kd_core.cache.query import ROW_TABLES, sql
+from kd_core.cache.query import sql
 from kd_core.errors import IntegrityError
 from kd_core.progress import Tick, Ticker, silent
+from kd_core.row_schemas import CODEC_MODEL, ROW_TABLES
 from kd_core.store.arrow import arrow_file_system
 
 __all__ = ["Bin", "Figures", "figures"]
@@ -93,7 +94,7 @@ def _bytes_by_part(namespace: Namespace, tick: Ticker) -> dict[str, int]:
             for column in map(group.column, range(group.num_columns)):
                 name = column.path_in_schema.partition(".")[0]
                 mine[name] = mine.get(name, 0) + int(column.total_compressed_size)
-        mine["codec_model"] = len((footer.metadata or {}).get(b"kd.codec_model", b""))
+        mine["codec_model"] = len((footer.metadata or {}).get(CODEC_MODEL, b""))
         mine["footer"] = commit.size_bytes - sum(mine.values())
         parts = {name: parts.get(name, 0) + mine.get(name, 0) for name in [*parts, *(n for n in mine if n not in parts)]}
         tick(Tick(done, len(commits), "shards"))

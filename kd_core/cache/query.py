@@ -16,48 +16,16 @@ import pyarrow.dataset as ds
 
 from kd_core.cache.catalog import Namespace, losing_rows, namespaces
 from kd_core.errors import IntegrityError
+from kd_core.row_schemas import ROW_TABLES
 from kd_core.store import Store
 from kd_core.store.arrow import StoreFiles, arrow_file_system
 
-__all__ = ["ROW_TABLES", "VIEWS", "Answer", "sql"]
+__all__ = ["VIEWS", "Answer", "sql"]
 
 _SHARED = [pa.field("namespace", pa.string()), pa.field("teacher", pa.string()), pa.field("policy", pa.string())]
 _PLACE = [*_SHARED, pa.field("shard", pa.string())]
-_TOKENS = [
-    *_PLACE,
-    pa.field("key", pa.string()),
-    pa.field("prompt_id", pa.string()),
-    pa.field("sample_index", pa.int32()),
-    pa.field("source", pa.string()),
-    pa.field("finish_reason", pa.string()),
-    pa.field("ids", pa.list_(pa.int32())),
-    pa.field("first_supervised", pa.int32()),
-    pa.field("num_supervised", pa.int32()),
-]
 VIEWS = {
-    "soft_labels": pa.schema(
-        [
-            *_TOKENS,
-            pa.field("mean_entropy", pa.float32()),
-            pa.field("mean_gold_logprob", pa.float32()),
-            pa.field("min_gold_logprob", pa.float32()),
-            pa.field("targets", pa.binary()),
-        ]
-    ),
-    "hidden_states": pa.schema([*_TOKENS, pa.field("states", pa.binary())]),
-    "answers": pa.schema(
-        [
-            *_PLACE,
-            pa.field("key", pa.string()),
-            pa.field("prompt_id", pa.string()),
-            pa.field("sample_index", pa.int32()),
-            pa.field("prompt_ids", pa.list_(pa.int32())),
-            pa.field("answer_ids", pa.list_(pa.int32())),
-            pa.field("text", pa.string()),
-            pa.field("finish_reason", pa.string()),
-            pa.field("error", pa.string()),
-        ]
-    ),
+    **{table: pa.schema([*_PLACE, *(field.with_nullable(True) for field in schema)]) for table, schema in ROW_TABLES.items()},
     "commits": pa.schema(
         [
             pa.field("namespace", pa.string()),
@@ -82,9 +50,6 @@ VIEWS = {
     ),
 }
 """View name -> its columns."""
-
-ROW_TABLES = ("answers", "soft_labels", "hidden_states")
-"""Tables of rows, each with a view."""
 
 _READING = "reading the stream registered as"  # DuckDB's words for an error that came out of Arrow
 _BATCH_ROWS = 1024

@@ -118,7 +118,7 @@ def _commits(cache: RowCache) -> tuple[list[Commit], list[Damage]]:
     commits, damage = [], []
     for info in cache.store.list(f"{cache.prefix}/commits/"):
         try:
-            commits.append(cache._read_commit(info.key.rpartition("/")[2].removesuffix(".json")))
+            commits.append(cache.read_commit(info.key.rpartition("/")[2].removesuffix(".json")))
         except IntegrityError as error:
             damage.append(Damage(info.key, _reason(error)))
     return commits, damage

@@ -8,7 +8,7 @@ scored: the teacher's own answers, gold answers, another model's. A row whose lo
 teacher's positions, is refused alone, by name; a teacher that is not itself is refused as a whole.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,10 +52,6 @@ class Scores:
 
     scored: tuple[ScoredRow, ...]
     refused: dict[str, str]
-
-    def __iter__(self) -> Iterator[ScoredRow]:
-        """The rows that could be scored."""
-        return iter(self.scored)
 
 
 @torch.inference_mode()

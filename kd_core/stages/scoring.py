@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from kd_core.errors import SoftLabelError
 from kd_core.fingerprint import fingerprint
 from kd_core.row_keys import about_hidden_states, about_soft_labels, soft_label_key
+from kd_core.row_schemas import CODEC_MODEL, HIDDEN_STATE_SCHEMA, SOFT_LABEL_SCHEMA
 from kd_core.shard_work import Packed, work_in_shards
 from kd_core.shards import RowCache, Snapshot
 from kd_core.softlabels.capture import ScoredRow, score_rows
@@ -25,31 +26,7 @@ from kd_core.stages.teaching import Progress, load_teacher, sharded_summary
 from kd_core.teacher.models import LoadedModel
 from kd_core.train.data import TokenRow
 
-__all__ = ["CODEC_MODEL", "SOFT_LABEL_SCHEMA", "hidden_states_stage", "soft_labels_stage", "token_rows"]
-
-CODEC_MODEL = b"kd.codec_model"
-"""Where a shard's footer holds what decodes its targets."""
-
-_ABOUT_ROW = [
-    pa.field("key", pa.string(), nullable=False),
-    pa.field("prompt_id", pa.string(), nullable=False),
-    pa.field("sample_index", pa.int32()),
-    pa.field("source", pa.string(), nullable=False),
-    pa.field("finish_reason", pa.string(), nullable=False),
-    pa.field("ids", pa.list_(pa.int32()), nullable=False),
-    pa.field("first_supervised", pa.int32(), nullable=False),
-    pa.field("num_supervised", pa.int32(), nullable=False),
-]
-SOFT_LABEL_SCHEMA = pa.schema(
-    [
-        *_ABOUT_ROW,
-        pa.field("mean_entropy", pa.float32(), nullable=False),
-        pa.field("mean_gold_logprob", pa.float32(), nullable=False),
-        pa.field("min_gold_logprob", pa.float32(), nullable=False),
-        pa.field("targets", pa.binary(), nullable=False),
-    ]
-)
-HIDDEN_STATE_SCHEMA = pa.schema([*_ABOUT_ROW, pa.field("states", pa.binary(), nullable=False)])
+__all__ = ["hidden_states_stage", "soft_labels_stage", "token_rows"]
 
 _READ_ROWS = 1024
 Found = TypeVar("Found")

@@ -17,6 +17,7 @@ from kd_core.progress import Tick
 from kd_core.prompts import collect_gold
 from kd_core.recipe import Answers, Objective, PretrainedTeacher, Recipe, ServerTeacher, TrainedTeacher
 from kd_core.row_keys import about_answers, answer_rows
+from kd_core.row_schemas import ANSWER_SCHEMA
 from kd_core.shard_work import Packed, work_in_shards
 from kd_core.shards import RowCache, Snapshot
 from kd_core.stages.job import Job
@@ -31,19 +32,6 @@ from kd_core.train.data import MemoryRows, TokenRow, TrainingData
 from kd_core.train.loop import train
 
 __all__ = ["Progress", "answers_stage", "frozen_rows", "load_teacher", "read_answers", "sharded_summary", "teacher_stage"]
-
-ANSWER_SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("sample_index", pa.int32(), nullable=False),
-        pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("answer_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("text", pa.string(), nullable=False),
-        pa.field("finish_reason", pa.string(), nullable=False),
-        pa.field("error", pa.string()),
-    ]
-)
 
 # ---------------------------------------------------------------------------------------------- the teacher itself
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from kd_core.errors import SoftLabelError
+from kd_core.row_schemas import CODEC_MODEL
 from kd_core.shards import RowCache, Shard, Snapshot
 from kd_core.softlabels.codec import decode_rows, parse_model
 from kd_core.softlabels.targets import Common, DenseTargets, SampledTargets, Targets, TopKTargets, concatenate
@@ -33,10 +34,37 @@ _FETCHERS = 4
 
 @dataclass(frozen=True)
 class Group:
-    """Some neighbouring rows: their table, and what decodes its targets (None where there are none)."""
+    """Some neighbouring rows.
 
-    table: pa.Table
+    Attributes:
+        ids: token ids of all of them, one after the other, int32.
+        offsets: where each row's ids begin, and the end of the last; int64.
+        first_supervised: index of each row's first answer token, int32.
+        targets: packed soft labels of each row; None where there are none.
+        model: what decodes them.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    first_supervised: np.ndarray
+    targets: list[bytes] | None
     model: Any
+
+    @classmethod
+    def of(cls, table: pa.Table, model: Any) -> "Group":
+        """From columns ids, first_supervised and perhaps targets."""
+        lists = table["ids"].combine_chunks()
+        offsets = lists.offsets.to_numpy().astype(np.int64)
+        packed = table["targets"].to_pylist() if "targets" in table.column_names else None
+        return cls(lists.flatten().to_numpy(), offsets - offsets[0], table["first_supervised"].to_numpy(), packed, model)
+
+    def tokens(self, row: int) -> TokenRow:
+        """One row."""
+        return TokenRow(tuple(self.ids[self.offsets[row] : self.offsets[row + 1]].tolist()), int(self.first_supervised[row]))
+
+    def labels(self, row: int) -> np.ndarray:
+        """The supervised tokens of a row, int64."""
+        return self.ids[self.offsets[row] + self.first_supervised[row] : self.offsets[row + 1]].astype(np.int64)
 
 
 class Groups(Protocol):
@@ -55,7 +83,7 @@ class FileGroups:
 
     def load(self, number: int) -> Group:
         """One row group."""
-        return Group(pq.ParquetFile(self._path).read_row_group(number, columns=["ids", "first_supervised"]), None)
+        return Group.of(pq.ParquetFile(self._path).read_row_group(number, columns=["ids", "first_supervised"]), None)
 
 
 class ShardGroups:
@@ -92,10 +120,11 @@ class ShardGroups:
         shard, index = self._groups[number]
         sha256 = shard.commit.sha256
         if not shard.commit.ranges:  # written before ranges were recorded: whole, and without a model
-            return Group(self._cache.read_shard(shard.commit), parse_model(b""))
+            return Group.of(self._cache.read_shard(shard.commit), parse_model(b""))
         if sha256 not in self._models:
-            self._models[sha256] = parse_model(shard.metadata.get(b"kd.codec_model", b""))
-        return Group(shard.group(index), self._models[sha256])
+            model = parse_model(shard.metadata.get(CODEC_MODEL, b""))
+            self._models.setdefault(sha256, model)  # one for all groups, whichever thread was first: rows are decoded together by it
+        return Group.of(shard.group(index), self._models[sha256])
 
 
 class StoredRows:
@@ -128,35 +157,31 @@ class StoredRows:
         self._held.move_to_end(group)
         return self._held[group]
 
-    def _by_group(self, numbers: Sequence[int]) -> list[tuple[Group, np.ndarray, list[int]]]:
-        """(group, rows in it, their places among ``numbers``) of every group that is touched."""
-        chosen = np.asarray(numbers, np.int64)
+    def _find(self, numbers: Sequence[int]) -> list[tuple[Group, int]]:
+        """(group, row in it) of each row; groups that are not at hand are fetched side by side."""
         self.prefetch(numbers)
-        found = []
-        for group in np.unique(self._group[chosen]):
-            at = np.flatnonzero(self._group[chosen] == group)
-            found.append((self._ask(int(group)).result(), self._row[chosen[at]], at.tolist()))
-        return found
+        held = {int(group): self._ask(int(group)) for group in np.unique(self._group[list(numbers)])}
+        return [(held[int(self._group[i])].result(), int(self._row[i])) for i in numbers]
 
     def read(self, numbers: Sequence[int]) -> list[TokenRow]:
         """Rows, in the order asked for."""
-        rows: list[TokenRow | None] = [None] * len(numbers)
-        for group, picked, at in self._by_group(numbers):
-            part = group.table.select(["ids", "first_supervised"]).take(pa.array(picked))
-            for place, ids, first in zip(at, part["ids"].to_pylist(), part["first_supervised"].to_pylist(), strict=True):
-                rows[place] = TokenRow(tuple(ids), first)
-        return [row for row in rows if row is not None]
+        return [group.tokens(row) for group, row in self._find(numbers)]
 
     def targets(self, numbers: Sequence[int]) -> Targets:
-        """Soft labels of rows, in the order asked for."""
+        """Soft labels of rows, in the order asked for: one compiled call a shard."""
+        of_model: dict[int, list[int]] = {}
+        found = self._find(numbers)
+        for place, (group, _) in enumerate(found):
+            of_model.setdefault(id(group.model), []).append(place)
         parts, order = [], []
-        for group, picked, at in self._by_group(numbers):
-            if group.model is None:
+        for places in of_model.values():
+            blobs = [group.targets[row] for group, row in (found[place] for place in places) if group.targets is not None]
+            if len(blobs) < len(places):
                 raise SoftLabelError("the objective has a soft part and these rows have no soft labels")
-            part = group.table.select(["ids", "first_supervised", "targets"]).take(pa.array(picked)).combine_chunks()
-            parts.append(decode_rows(group.model, part["targets"].to_pylist(), _labels(part)))
-            order += at
-        lengths = (self.num_tokens - self.first_supervised)[[numbers[i] for i in order]]
+            labels = [group.labels(row) for group, row in (found[place] for place in places)]
+            parts.append(decode_rows(found[places[0]][0].model, blobs, labels))
+            order += places
+        lengths = (self.num_tokens - self.first_supervised)[[numbers[place] for place in order]]
         return _reordered(concatenate(parts), lengths, np.argsort(order))
 
 
@@ -179,14 +204,6 @@ def file_rows(path: Path, numbers: np.ndarray | None) -> StoredRows:
         num_tokens=np.concatenate(tokens)[chosen],
         first_supervised=np.concatenate(first)[chosen],
     )
-
-
-def _labels(rows: pa.Table) -> list[np.ndarray]:
-    """The supervised tokens of each row, int64."""
-    ids = rows["ids"].combine_chunks() if rows.num_rows else pa.array([], pa.list_(pa.int32()))
-    flat, offsets = ids.flatten().to_numpy().astype(np.int64), ids.offsets.to_numpy() - ids.offsets[0].as_py()
-    first = rows["first_supervised"].to_numpy()
-    return [flat[offsets[i] + first[i] : offsets[i + 1]] for i in range(rows.num_rows)]
 
 
 def _reordered(targets: Targets, lengths: np.ndarray, order: np.ndarray) -> Targets:

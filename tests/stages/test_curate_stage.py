@@ -13,11 +13,11 @@ from kd_core.progress import silent
 from kd_core.prompts import PROMPT_SCHEMA
 from kd_core.recipe import Recipe
 from kd_core.recipe_io import load_recipe
+from kd_core.row_schemas import ANSWER_SCHEMA
 from kd_core.shards import RowCache
 from kd_core.stages.data import curate_stage
 from kd_core.stages.graph import Node
 from kd_core.stages.job import Job
-from kd_core.stages.teaching import ANSWER_SCHEMA
 from kd_core.store import LocalStore
 from kd_core.tokens import character_tokenizer
 
@@ -52,15 +52,16 @@ def curate(tmp_path: Path):
 
     def run(what: Recipe, answers: list[dict[str, Any]]) -> list[tuple[str, str, list[int], int]]:
         cache = RowCache(store, "answers", "n" * 32)
-        cache.commit(pa.Table.from_pylist(answers, schema=ANSWER_SCHEMA))
+        commit = cache.commit(pa.Table.from_pylist(answers, schema=ANSWER_SCHEMA), num_tokens=0)
         tokenizer = character_tokenizer(recipe().teacher.tokenizer)
         tokenizer.save_pretrained(tmp_path / "student")
         keys = pa.table({"key": [row["key"] for row in answers]})
+        frozen = {"namespace": cache.namespace, "commits": [commit.sha256]}
         inputs = {
             "prompts": record(
                 "prompts", lambda d: pq.write_table(pa.Table.from_pylist(PROMPTS, schema=PROMPT_SCHEMA), d / "prompts.parquet"), {}
             ),
-            "answers": record("answers", lambda d: pq.write_table(keys, d / "keys.parquet"), {"namespace": cache.namespace}),
+            "answers": record("answers", lambda d: pq.write_table(keys, d / "keys.parquet"), frozen),
             "teacher": record("teacher", lambda d: tokenizer.save_pretrained(d / "model"), {}),
         }
         out = tmp_path / "out"

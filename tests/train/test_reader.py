@@ -11,10 +11,10 @@ import torch
 
 from kd_core.errors import ArtifactError, QuarantinedError, SoftLabelError
 from kd_core.recipe import Dense, Sampled, SoftLabels, TopK
+from kd_core.row_schemas import CODEC_MODEL
 from kd_core.shards import RowCache
 from kd_core.softlabels.codec import encode_rows
 from kd_core.softlabels.targets import DenseTargets, SampledTargets, Targets, TopKTargets, make_targets
-from kd_core.stages.scoring import CODEC_MODEL
 from kd_core.store import LocalStore, Store
 from kd_core.store.range_cache import RangeCache
 from kd_core.train.data import TokenRow, step_rows
