@@ -4,16 +4,16 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import losses, softlabels
+from benchmarks import losses, policies, softlabels
 from benchmarks.measure import machine, show
 
 
 def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list and nothing else.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes; under a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes.")] = False,
 ) -> None:
     """Measure beside peers, in this process, now."""
-    show([*machine(), *softlabels.run(quick=quick), *losses.run(quick=quick)], as_json=as_json)
+    show([*machine(), *softlabels.run(quick=quick), *losses.run(quick=quick), *policies.run(quick=quick)], as_json=as_json)
 
 
 if __name__ == "__main__":
