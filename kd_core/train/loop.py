@@ -121,7 +121,7 @@ def train(
         step_tokens = int(supervised[picked].sum())
         mine = kept[picked[accelerator.process_index :: accelerator.num_processes]].tolist()
         soon = step_rows(len(kept), training.batch_rows, seed=seed, step=step + _PREFETCH_STEPS)
-        data.rows.prefetch(kept[soon[accelerator.process_index :: accelerator.num_processes]].tolist())
+        data.rows.prefetch(kept[soon[accelerator.process_index :: accelerator.num_processes]].tolist(), soft=weights.soft > 0.0)
         sums: dict[str, Tensor] = {}
         for batch, targets in _micro_batches(data.rows, mine, run.micro_batch_tokens, device, weights):
             with autocast:
