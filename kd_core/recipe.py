@@ -21,14 +21,20 @@ __all__ = [
     "Constant",
     "Curate",
     "DatasetSource",
+    "Decay",
     "Dense",
+    "Divergence",
     "Evaluation",
     "FileSource",
     "Floor",
+    "ForwardKL",
     "Gate",
     "HeldOutSuite",
     "HiddenStates",
+    "JensenShannon",
+    "LearningRateSchedule",
     "ModelRef",
+    "Narrower",
     "NotWorseThanChampion",
     "Objective",
     "PretrainedStudent",
@@ -36,12 +42,15 @@ __all__ = [
     "Prompts",
     "ReasoningGymSource",
     "Recipe",
+    "ReduceOnPlateau",
+    "ReverseKL",
     "Rule",
     "Run",
     "S3Options",
     "Sampled",
     "Schedule",
     "ServerTeacher",
+    "SkewKL",
     "SoftLabels",
     "Source",
     "SourceSuite",
@@ -51,8 +60,10 @@ __all__ = [
     "Task",
     "Teacher",
     "TopK",
+    "TotalVariation",
     "TrainedTeacher",
     "Training",
+    "WarmupStableDecay",
     "schedule_values",
 ]
 
@@ -219,8 +230,35 @@ class ModelRef(_Frozen):
     """Number format in which the weights are run."""
 
 
+class Decay(_Frozen):
+    """From the peak to `final_learning_rate` of it at the last step along a cosine or a line; constant stays at the peak."""
+
+    kind: Literal["cosine", "linear", "constant"]
+
+
+class WarmupStableDecay(_Frozen):
+    """At the peak, and in the last part of the steps along a line to `final_learning_rate` of it."""
+
+    kind: Literal["warmup_stable_decay"]
+    decay_share: float = Field(default=0.2, gt=0.0, le=1.0)
+    """Share of all steps in which it falls."""
+
+
+class ReduceOnPlateau(_Frozen):
+    """At the peak; lower each time that some validations in a row bring no new best. Never below `final_learning_rate` of the peak."""
+
+    kind: Literal["plateau"]
+    factor: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """What the learning rate is multiplied by."""
+    patience: int = Field(default=2, ge=1)
+    """Validations without a new best before it is."""
+
+
+LearningRateSchedule = Annotated[Decay | WarmupStableDecay | ReduceOnPlateau, Field(discriminator="kind")]
+
+
 class Training(_Frozen):
-    """One training run: AdamW with decoupled weight decay, linear warm-up, cosine decay."""
+    """One training run: AdamW with decoupled weight decay, linear warm-up, then a schedule."""
 
     steps: int = Field(ge=1)
     """Optimiser steps."""
@@ -230,8 +268,10 @@ class Training(_Frozen):
     """Peak learning rate."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps of linear warm-up."""
+    learning_rate_schedule: LearningRateSchedule = Decay(kind="cosine")
+    """What follows the warm-up: cosine, linear, constant, warmup_stable_decay or plateau."""
     final_learning_rate: Fraction = 0.1
-    """Learning rate at the last step, as a share of the peak."""
+    """Learning rate at the last step, as a share of the peak; constant has no use for it."""
     weight_decay: float = Field(default=0.01, ge=0.0)
     """Decoupled weight decay on matrices (not on norms and biases)."""
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -242,11 +282,33 @@ class Training(_Frozen):
     """Rows with more tokens are left out and counted."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast with fp32 weights; refused on a device without it."""
+    ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """The weights that are validated and kept are an exponential moving average with this decay a step; None: the weights themselves."""
+    validate_every_steps: int | None = Field(default=None, ge=1)
+    """Steps between validations; None validates at the end only."""
+    keep: Literal["last", "best"] = "last"
+    """last: the weights after the last step. best: those with the least validation loss."""
+    stop_after_validations: int | None = Field(default=None, ge=1)
+    """Stop after so many validations in a row without a new best; None runs all steps."""
+    max_skipped_steps: int = Field(default=0, ge=0)
+    """Steps that may be skipped because their gradients are NaN or infinite; one more is an error."""
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _validations_are_there(self) -> Self:
+        readers = {
+            "keep: best": self.keep == "best",
+            "stop_after_validations": self.stop_after_validations is not None,
+            "learning_rate_schedule: plateau": isinstance(self.learning_rate_schedule, ReduceOnPlateau),
+        }
+        asked = [name for name, asks in readers.items() if asks]
+        if asked and self.validate_every_steps is None:
+            raise ValueError(f"{', '.join(asked)} goes by validations while training; set validate_every_steps")
         return self
 
 
@@ -295,12 +357,77 @@ class StudentFromConfig(_Frozen):
     """Size of the student."""
 
 
+class Narrower(_Frozen):
+    """Parts of the teacher's width that the student keeps: those that write most on training rows, in the order they stood in."""
+
+    hidden_size: int | None = Field(default=None, ge=2)
+    """Channels of the residual stream, the same in all blocks; None keeps all."""
+    num_heads: int | None = Field(default=None, ge=1)
+    """Query heads a block, as many in each group of a key-value head; where every head has its own, they go together. None keeps all."""
+    intermediate_size: int | None = Field(default=None, ge=1)
+    """Hidden units of the feed-forward part, chosen block by block; None keeps all."""
+    sample_rows: int = Field(default=128, ge=1, le=4096)
+    """Curated rows, drawn by the student's seed, on which the teacher's activations are measured."""
+
+    @model_validator(mode="after")
+    def _narrows(self) -> Self:
+        if self.hidden_size is None and self.num_heads is None and self.intermediate_size is None:
+            raise ValueError("nothing becomes narrower; give hidden_size, num_heads or intermediate_size, or leave narrower out")
+        return self
+
+
 class StudentFromTeacher(_Frozen):
-    """Every n-th block of the teacher, with its embeddings, final norm and head."""
+    """Blocks of the teacher, perhaps narrower, with its embeddings, final norm and head: every n-th, some at the ends, or a list."""
 
     kind: Literal["from_teacher"]
-    every_nth_block: int = Field(ge=1)
+    every_nth_block: int = Field(default=1, ge=1)
     """3 keeps blocks 0, 3, 6 ...; 1 keeps all."""
+    first_blocks: int | None = Field(default=None, ge=1)
+    """Keep this many blocks next to the embeddings (and last_blocks), in place of every n-th."""
+    last_blocks: int | None = Field(default=None, ge=1)
+    """Keep this many blocks next to the head (and first_blocks), in place of every n-th."""
+    blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
+    """Keep these blocks, by number from 0, in place of every n-th."""
+    narrower: Narrower | None = None
+    """Parts of the width to keep; None keeps all."""
+    num_kv_heads: int | None = Field(default=None, ge=1)
+    """Key-value heads: neighbours are averaged to this many; None leaves them as they are."""
+    share_embeddings: bool = False
+    """Use the input embeddings as the head too; where the teacher does so already, nothing changes."""
+
+    @model_validator(mode="after")
+    def _blocks_are_chosen_once(self) -> Self:
+        ends = self.first_blocks is not None or self.last_blocks is not None
+        if (self.every_nth_block > 1) + ends + (self.blocks is not None) > 1:
+            raise ValueError("blocks are chosen twice; use one of every_nth_block, first_blocks with last_blocks, or blocks")
+        if self.blocks is not None and list(self.blocks) != sorted(set(self.blocks)):
+            raise ValueError(f"blocks must rise, each once, found {list(self.blocks)}")
+        return self
+
+    def kept_blocks(self, num_blocks: int) -> tuple[int, ...]:
+        """Numbers of the kept blocks of a teacher with `num_blocks`, rising.
+
+        Raises:
+            ValueError: the teacher has too few; the message begins with the field.
+
+        >>> StudentFromTeacher(kind="from_teacher", first_blocks=2, last_blocks=1).kept_blocks(6)
+        (0, 1, 5)
+        """
+        first, last = self.first_blocks or 0, self.last_blocks or 0
+        if first + last > num_blocks:
+            raise ValueError(f"first_blocks + last_blocks: {first + last}, and the teacher has {num_blocks} blocks; use fewer")
+        if first + last:
+            return (*range(first), *range(num_blocks - last, num_blocks))
+        if self.blocks is not None:
+            if self.blocks[-1] >= num_blocks:
+                raise ValueError(
+                    f"blocks: {self.blocks[-1]}, and the teacher has {num_blocks} blocks; use numbers from 0 to {num_blocks - 1}"
+                )
+            return self.blocks
+        if self.every_nth_block > max(1, num_blocks - 1):
+            found = f"every_nth_block: {self.every_nth_block}, and the teacher has {num_blocks} blocks"
+            raise ValueError(f"{found}; use at most {max(1, num_blocks - 1)}")
+        return tuple(range(0, num_blocks, self.every_nth_block))
 
 
 class PretrainedStudent(ModelRef):
@@ -459,6 +586,49 @@ def schedule_values(schedule: Constant | Ramp | Piecewise) -> tuple[float, ...] 
             return (schedule.start,) if schedule.start == schedule.end else None
 
 
+class ForwardKL(_Frozen):
+    """KL(teacher || student): the student covers whatever the teacher may say. The only one that sampled labels allow."""
+
+    kind: Literal["forward_kl"]
+
+
+class ReverseKL(_Frozen):
+    """KL(student || teacher): the student says only what the teacher finds likely."""
+
+    kind: Literal["reverse_kl"]
+
+
+class JensenShannon(_Frozen):
+    """beta KL(teacher || m) + (1 - beta) KL(student || m), with m = beta teacher + (1 - beta) student."""
+
+    kind: Literal["jsd"]
+    beta: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """The teacher's share of m."""
+
+
+class SkewKL(_Frozen):
+    """KL(teacher || alpha teacher + (1 - alpha) student): forward KL that stays finite where the student has no mass."""
+
+    kind: Literal["skew_kl"]
+    alpha: float = Field(default=0.1, gt=0.0, lt=1.0)
+    """The teacher's share of the mixture."""
+
+
+class TotalVariation(_Frozen):
+    """Half the sum of |teacher - student|: at most 1, and robust where the teacher is wrong."""
+
+    kind: Literal["total_variation"]
+
+
+def _name_is_kind(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Divergence = Annotated[
+    ForwardKL | ReverseKL | JensenShannon | SkewKL | TotalVariation, Field(discriminator="kind"), BeforeValidator(_name_is_kind)
+]
+
+
 class Objective(_Frozen):
     """L = hard_weight * CE + soft_weight * T^2 * D(teacher_T || student_T), a mean over supervised tokens of the step."""
 
@@ -470,8 +640,8 @@ class Objective(_Frozen):
     """Weight of the soft loss under supervision soft."""
     temperature: Schedule = Constant(kind="constant", value=1.0)
     """T of the soft loss; it must be among the temperatures at which soft labels are stored."""
-    divergence: Literal["forward_kl"] = "forward_kl"
-    """D: forward_kl is KL(teacher || student)."""
+    divergence: Divergence = ForwardKL(kind="forward_kl")
+    """D: forward_kl, reverse_kl, jsd, skew_kl or total_variation."""
 
 
 # ---------------------------------------------------------------------------------------------- evaluation and gate
@@ -595,7 +765,7 @@ class Run(_Frozen):
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch; None leaves its default."""
     micro_batch_tokens: int = Field(default=16_384, ge=64)
-    """Padded tokens a forward pass, in training and scoring."""
+    """Tokens a forward pass, padding included, in training and scoring."""
     generate_rows: int = Field(default=256, ge=1)
     """Sequences decoded together."""
     shard_rows: int = Field(default=512, ge=1)
@@ -610,6 +780,12 @@ class Run(_Frozen):
     """Its largest size; 0 keeps none, so that every epoch reads from the store."""
     checkpoint_every_steps: int = Field(default=200, ge=1)
     """Steps between checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept; each holds the best weights so far as well."""
+    activation_checkpointing: bool = False
+    """Keep no activations inside blocks and compute them again for the gradient: less memory, a third more time."""
+    compile: bool = False
+    """Run the student's blocks through torch.compile; its first steps are slow."""
     teacher_url: str | None = None
     """Base URL of the server teacher, for example http://127.0.0.1:8000/v1."""
     teacher_concurrency: int = Field(default=32, ge=1, le=1024)
@@ -694,6 +870,7 @@ class Recipe(_Frozen):
 def _unsupported(recipe: Recipe) -> Iterator[str]:
     """Every combination that would be meaningless or silently wrong, as 'path: what is wrong; what is allowed'."""
     yield from _unsupported_targets(recipe)
+    yield from _unsupported_validations(recipe)
     if len(set(recipe.seeds)) != len(recipe.seeds):
         yield "seeds: a seed stands twice; each may stand once"
     if isinstance(recipe.teacher, ServerTeacher) and isinstance(recipe.student, StudentFromTeacher):
@@ -733,6 +910,13 @@ def _listed(names: set[str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
+def _unsupported_validations(recipe: Recipe) -> Iterator[str]:
+    if isinstance(recipe.teacher, TrainedTeacher) and recipe.teacher.training.validate_every_steps is not None:
+        yield "teacher.training.validate_every_steps: a trained teacher has no validation rows; leave it out"
+    if recipe.training.validate_every_steps is not None and recipe.prompts.split.validation == 0.0:
+        yield "prompts.split.validation: 0 leaves nothing for training.validate_every_steps; use a share above 0, for example 0.05"
+
+
 def _unsupported_targets(recipe: Recipe) -> Iterator[str]:
     labels, objective = recipe.soft_labels, recipe.objective
     if objective.supervision != "soft":
@@ -749,6 +933,11 @@ def _unsupported_targets(recipe: Recipe) -> Iterator[str]:
     reached = (temperature.start, temperature.end) if isinstance(temperature, Ramp) else used or ()
     if min(reached) <= 0.0:
         yield "objective.temperature: must be above 0 at every step"
+    if isinstance(labels, Sampled) and not isinstance(objective.divergence, ForwardKL):
+        yield (
+            f"objective.divergence: {objective.divergence.kind} is not linear in the teacher's probabilities, so draws of them would make "
+            "it biased; use forward_kl with soft_labels.kind: sampled, or keep topk or dense soft labels"
+        )
     allowed: tuple[float, ...] | None
     match labels:
         case Sampled():
