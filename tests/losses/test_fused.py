@@ -129,7 +129,7 @@ def test_bfloat16_products_stay_within_a_bound(device: torch.device) -> None:
     hidden_NH, weight_VH, _, labels_N, targets = example(POLICIES[0], device)
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
-        states_NH, weight = hidden_NH.to(dtype).requires_grad_(), weight_VH.clone().requires_grad_()
+        states_NH, weight = hidden_NH.to(dtype, copy=True).requires_grad_(), weight_VH.clone().requires_grad_()
         loss, _ = fused_loss(states_NH, Projection(weight, None, COLUMNS), labels_N, targets, StepWeights(0.5, 0.5, 1.0), FORWARD)
         loss.backward()
         assert states_NH.grad.dtype == dtype
