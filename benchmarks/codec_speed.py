@@ -1,67 +1,66 @@
 """Tokens a second a core through the codec, beside DistillKit's own code where it is at hand, or beside raw arrays."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from benchmarks.measure import Check, Figure, Goal, at_least, figure, in_turn, timings
+from benchmarks.measure import Check, Figure, Goal, figure, in_turn, timings
 from benchmarks.peers import distillkit
 from benchmarks.stored_bytes import Stored, store
 from kd_core.softlabels.codec import decode_rows, encode_rows, parse_model
 from kd_core.softlabels.targets import SampledTargets, TopKTargets, concatenate
 
-__all__ = ["run"]
+__all__ = ["Coded", "run"]
 
 _PEER_POSITIONS = 512
 """Positions a call of the peer: what it unpacks to takes k * bits * 8 bytes a position."""
 
 
-def run(sampled: Stored, topk: Stored, *, positions: int, repeats: int) -> list[Figure]:
-    """Decode and encode, for both policies.
+@dataclass(frozen=True)
+class Coded:
+    """Rows to time: what they are, and the least tokens a second aimed at for decoding and encoding them."""
 
-    The peer decodes and encodes k = 128 in both cases: it has no other sparse form. Its formats differ from ours in
+    name: str
+    stored: Stored
+    decode: Goal | None
+    encode: Goal | None
+
+
+def run(coded: list[Coded], *, positions: int, repeats: int) -> list[Figure]:
+    """Decode and encode, one core.
+
+    The peer decodes and encodes k = 128 in all cases: it has no other sparse form. Its formats differ from ours in
     fidelity, which the figures of bytes a token state.
 
     Args:
-        sampled, topk: rows of each policy.
+        coded: rows, at least one of them of the topk policy.
         positions: at least so many are coded a call, rows repeated: what is paid once a call must not decide.
         repeats: of each side.
     """
-    sampled, topk = _repeated(sampled, positions), _repeated(topk, positions)
-    exact = concatenate(topk.rows)
-    assert isinstance(exact, TopKTargets)
+    exact = next(whole for each in coded if isinstance(whole := concatenate(each.stored.rows), TopKTargets))
     peer_name, peer_encode, peer_decode, peer_positions = _peer(exact)
     figures = []
-    for kind, stored, goals in (("sampled", sampled, (at_least(1e6), at_least(1e5))), ("topk k = 128", topk, (None, None))):
-        entries = _entries(stored)
-        reparsed = parse_model(stored.model)
-        check = Check(f"{entries:.1f} ids a token; encoded twice alike and decoded alike: {_same(stored)}", _same(stored))
+    for each in coded:
+        stored = _repeated(each.stored, positions)
+        same = _same(stored)
+        check = Check(f"{_entries(stored):.1f} ids a token; encoded twice alike and decoded alike: {same}", same)
+        model = parse_model(stored.model)
         for verb, goal, ours, theirs in (
-            ("decode", goals[0], lambda s=stored, m=reparsed: decode_rows(m, s.blobs, s.labels), peer_decode),
-            ("encode", goals[1], lambda s=stored: encode_rows(s.rows, s.labels), peer_encode),
+            ("decode", each.decode, lambda s=stored, m=model: decode_rows(m, s.blobs, s.labels), peer_decode),
+            ("encode", each.encode, lambda s=stored: encode_rows(s.rows, s.labels), peer_encode),
         ):
-            figures.append(_rate(f"{verb}, {kind}", stored.num_tokens, ours, (peer_name, theirs, peer_positions), check, goal, repeats))
+            mine, peer = in_turn(ours, theirs, repeats=repeats)
+            told = Check(f"{check.text}; {timings(mine, peer)}", check.ok)
+            rates = stored.num_tokens / mine.process, peer_positions / peer.process
+            figures.append(figure(f"{verb}, {each.name}", rates[0], "tokens/s", told, peer=peer_name, peer_value=rates[1], goal=goal))
     return figures
 
 
 def _repeated(stored: Stored, positions: int) -> Stored:
     again = -(-positions // stored.num_tokens)
     return store(stored.rows * again, stored.labels * again)
-
-
-def _rate(
-    name: str,
-    positions: int,
-    ours: Callable[[], object],
-    peer: tuple[str, Callable[[], object], int],
-    check: Check,
-    goal: Goal | None,
-    repeats: int,
-) -> Figure:
-    mine, theirs = in_turn(ours, peer[1], repeats=repeats)
-    told = Check(f"{check.text}; {timings(mine, theirs)}", check.ok)
-    return figure(name, positions / mine.process, "tokens/s", told, peer=peer[0], peer_value=peer[2] / theirs.process, goal=goal)
 
 
 def _entries(stored: Stored) -> float:

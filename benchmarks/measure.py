@@ -239,11 +239,16 @@ def show(figures: list[Figure], *, as_json: bool) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("what", "ours", "peer", "times better", "goal", "numerics"):
         table.add_column(column, overflow="fold")
+    before = None
     for f in figures:
         verdict = {True: " holds", False: " MISSED", None: ""}[f.holds]
         peer = f.peer if f.peer_value is None else f"{_number(f.peer_value)} ({f.peer})"
         ratio = "" if f.ratio is None else f"{f.ratio:,.2f}"
-        table.add_row(f.name, f"{_number(f.ours)} {f.unit}", peer, ratio, f"{f.goal or ''}{verdict}", f.numerics)
+        again = before is not None and (f.name, f.ours) == (before.name, before.ours)  # the same value beside another peer
+        same_numerics = again and before is not None and f.numerics == before.numerics
+        what, ours = ("", "") if again else (f.name, f"{_number(f.ours)} {f.unit}")
+        table.add_row(what, ours, peer, ratio, f"{f.goal or ''}{verdict}", "" if same_numerics else f.numerics)
+        before = f
     Console(width=200).print(table)
 
 

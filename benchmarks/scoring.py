@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.measure import Check, Figure, figure, in_turn, matmul_flops, times_better, timings
+from benchmarks.measure import Check, Figure, Goal, figure, in_turn, matmul_flops, timings
 from kd_core.recipe import Sampled, SoftLabels, TopK
 from kd_core.softlabels.capture import Scores, row_key, score_rows
 from kd_core.softlabels.targets import TopKTargets, concatenate
@@ -76,7 +76,7 @@ def _whole(scores: Scores) -> TopKTargets:
     return whole
 
 
-def run(loaded: LoadedModel, rows: list[TokenRow], *, label: str, repeats: int) -> list[Figure]:
+def run(loaded: LoadedModel, rows: list[TokenRow], *, label: str, goal: Goal | None, repeats: int) -> list[Figure]:
     """Tokens a second, all tokens of the rows counted, one thread."""
     keyed = [(row_key("benchmark", row), row) for row in rows]
     in_float32 = copy.deepcopy(loaded.model).float()
@@ -101,7 +101,5 @@ def run(loaded: LoadedModel, rows: list[TokenRow], *, label: str, repeats: int) 
         peer = f"transformers, padded batch {_PEER_ROWS}, float32, log_softmax + topk {_K}"
         check = Check(text, 0 <= kl <= _KL_BOUND)
         name = f"scoring, {policy}, {label}, {len(rows)} rows"
-        figures.append(
-            figure(name, tokens / mine.process, "tokens/s", check, peer=peer, peer_value=tokens / theirs.process, goal=times_better(3))
-        )
+        figures.append(figure(name, tokens / mine.process, "tokens/s", check, peer=peer, peer_value=tokens / theirs.process, goal=goal))
     return figures

@@ -8,7 +8,7 @@ come on top, as they do for every peer. Ours also carries the gold token's log-p
 
 import io
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ from kd_core.recipe import Sampled, TopK
 from kd_core.softlabels.codec import decode_rows, encode_rows, parse_model
 from kd_core.softlabels.targets import SampledTargets, Targets, TopKTargets, concatenate, make_targets
 
-__all__ = ["Stored", "reconstruction_kl", "run", "store"]
+__all__ = ["Stored", "reconstruction_kl", "run", "sampled_targets", "store"]
 
 _DRAWS_OF_THE_PEER = 50
 _MAX_DRAWS = 64
@@ -115,7 +115,8 @@ def _least_draws(spread: _Spread) -> int:
     return next(n for n in itertools.count(1) if float(spread.systematic(n).mean()) <= bound)
 
 
-def _sampled_rows(logits: Logits, draws: int) -> list[Targets]:
+def sampled_targets(logits: Logits, draws: int) -> list[Targets]:
+    """N systematic draws at T = 1, a row each."""
     policy = Sampled(kind="sampled", num_draws=draws, temperature=1.0)
     generator = torch.Generator().manual_seed(draws)
     return [
@@ -166,7 +167,7 @@ def _sampled_check(stored: Stored, expected_N: Tensor, drawn_N: Tensor, bound: f
 
 
 def _sampled(logits: Logits, spread: _Spread, draws: int, *, goal: Goal | None) -> tuple[list[Figure], Stored]:
-    stored = store(_sampled_rows(logits, draws), logits.labels)
+    stored = store(sampled_targets(logits, draws), logits.labels)
     bound = float(spread.independent(_DRAWS_OF_THE_PEER).mean())
     check = _sampled_check(stored, spread.systematic(draws), _drawn_error(logits, stored.rows), bound)
     peer = _independent_entries(logits)
@@ -282,24 +283,12 @@ def _by_their_code(setting: distillkit.Setting, label: str, exact: TopKTargets) 
 # ---------------------------------------------------------------------------------------------- all
 
 
-def run(workloads: list[tuple[Logits, bool]], *, say: Callable[[str], None]) -> tuple[list[Figure], Stored, Stored]:
-    """All figures, and the first workload's sampled and topk rows for those who time the codec.
-
-    Args:
-        workloads: logits, and whether the goals are stated for them.
-        say: told what is being measured.
-    """
-    figures: list[Figure] = []
-    kept: list[Stored] = []
-    for logits, has_goal in workloads:
-        say(f"bytes a token: {logits.name}, {logits.num_positions:,} positions")
-        spread = _spread(logits)
-        least = _least_draws(spread)
-        found, sampled = _sampled(logits, spread, least, goal=at_most(16) if has_goal else None)
-        figures += found
-        if least != 25:
-            figures += _sampled(logits, spread, 25, goal=None)[0]
-        found, topk = _topk(logits, goal=at_most(172) if has_goal else None)
-        figures += found
-        kept += [sampled, topk]
-    return figures, kept[0], kept[1]
+def run(logits: Logits, *, has_goal: bool) -> tuple[list[Figure], Stored, Stored]:
+    """All figures of one workload, and its sampled and topk rows for those who time the codec."""
+    spread = _spread(logits)
+    least = _least_draws(spread)
+    figures, sampled = _sampled(logits, spread, least, goal=at_most(16) if has_goal else None)
+    if least != 25:
+        figures += _sampled(logits, spread, 25, goal=None)[0]
+    found, topk = _topk(logits, goal=at_most(172) if has_goal else None)
+    return figures + found, sampled, topk
