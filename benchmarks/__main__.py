@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import losses, softlabels
+from benchmarks import kernel, softlabels
 from benchmarks.measure import machine, show
 
 
@@ -13,7 +13,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes; under a minute.")] = False,
 ) -> None:
     """Measure beside peers, in this process, now."""
-    show([*machine(), *softlabels.run(quick=quick), *losses.run(quick=quick)], as_json=as_json)
+    show([*machine(), *softlabels.run(quick=quick), *kernel.run(quick=quick)], as_json=as_json)
 
 
 if __name__ == "__main__":
