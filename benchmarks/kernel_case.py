@@ -8,7 +8,7 @@ from kd_core.losses import Projection, StepWeights, fused_loss
 from kd_core.recipe import ForwardKL, Sampled, TopK
 from kd_core.softlabels.targets import Targets, make_targets
 
-__all__ = ["FORWARD", "WEIGHTS", "make_case", "fused", "run_once", "targets_of"]
+__all__ = ["FORWARD", "WEIGHTS", "fused", "make_case", "run_once", "targets_of"]
 
 FORWARD = ForwardKL(kind="forward_kl")
 WEIGHTS = StepWeights(hard=0.5, soft=0.5, temperature=1.0)

@@ -56,7 +56,7 @@ WRONG = [
         "evaluation.suites[0].source.glod: unknown field; did you mean 'gold'? allowed: gold, kind, limit, path, prompt, reference",
     ),
     # what must be there
-    ("student={kind: from_teacher}", "student.every_nth_block: this field is required and is not there"),
+    ("student={kind: config}", "student.architecture: this field is required and is not there"),
     ("training.adam_betas=[0.9]", "training.adam_betas[1]: this field is required and is not there"),
     (
         "evaluation.suites=[{kind: source, name: a, source: {kind: file, path: p}}]",

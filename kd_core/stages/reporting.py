@@ -116,9 +116,9 @@ def _counts(job: Job) -> dict[str, dict[str, int]]:
 def _curves(job: Job) -> list[Curve]:
     found = []
     for name, record in job.inputs.items():
-        if record.stage not in ("train", "teacher") or not any(file.name == "metrics.json" for file in record.files):
+        metrics = logged_metrics(job.store, record)
+        if not metrics:
             continue
-        metrics = json.loads(read_bytes(job.store, record, "metrics.json"))
         model, seed = (name, job.recipe.seeds[0]) if record.stage == "teacher" else (name.partition(".")[0], record.summary["seed"])
         for key, part in _CURVES.items():
             points = [(int(m["step"]), float(m[key])) for m in metrics if key in m]

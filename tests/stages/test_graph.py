@@ -154,7 +154,7 @@ def _recipes(folder: Path) -> dict[str, Recipe]:
         "name": "pretrained",
         "teacher": {"kind": "pretrained", "model": str(folder / "model-a")},
         "soft_labels": {"kind": "topk", "k": 5, "temperatures": [1.0, 2.0]},
-        "student": {"kind": "from_teacher", "every_nth_block": 2},
+        "student": {"kind": "from_teacher", "every_nth_block": 2, "narrower": {"hidden_size": 8}},
         "objective": {
             "supervision": "soft",
             "hard_weight": {"kind": "linear", "start": 1.0, "end": 0.0},
@@ -187,6 +187,7 @@ _ADDED: dict[tuple[str, str], Any] = {  # values for fields whose type alone doe
     ("ReasoningGymSource", "config"): {"max_terms": 3},
     ("Recipe", "hidden_states"): HiddenStates(blocks=(0,)),
     ("Recipe", "seeds"): (0, 1, 2),
+    ("StudentFromTeacher", "blocks"): (0, 1),
     ("Task", "system"): "be brief",
     ("TopK", "temperatures"): (1.0, 2.0, 4.0),
     ("Training", "adam_betas"): (0.8, 0.9),

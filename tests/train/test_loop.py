@@ -8,15 +8,18 @@ import pytest
 import torch
 
 from kd_core.errors import SoftLabelError, TrainingError
+from kd_core.losses.divergences import FORWARD_KL
 from kd_core.progress import silent
 from kd_core.recipe import Dense, Objective, Run, Sampled, SoftLabels, Training
 from kd_core.softlabels.capture import row_key, score_rows
 from kd_core.store import LocalStore
 from kd_core.tokens import collate
-from kd_core.train import loop
+from kd_core.train import feed
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.data import MemoryRows, TokenRow, TrainingData
-from kd_core.train.loop import TrainingResult, train, validation_nll
+from kd_core.train.feed import Layout
+from kd_core.train.loop import TrainingResult, train
+from kd_core.train.objective_model import ObjectiveModel, validation_sums
 
 EOS = 1
 ROWS = [
@@ -88,8 +91,8 @@ def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, to
 
 def test_micro_batches_change_neither_loss_nor_gradient(student, data, monkeypatch, tmp_path) -> None:
     """Trap 12: the mean is over the step's tokens, not over its micro-batches."""
-    real = loop.token_batches
-    monkeypatch.setattr(loop, "token_batches", lambda rows, budget: real(rows, budget if budget > 64 else 1))
+    real = feed.pack_batches
+    monkeypatch.setattr(feed, "pack_batches", lambda lengths, budget: real(lengths, budget if budget > 64 else 1))
     whole, logged = step_gradient(student, data, monkeypatch, tmp_path, micro_batch_tokens=16_384)
     single, logged_single = step_gradient(student, data, monkeypatch, tmp_path, micro_batch_tokens=64)  # one row a pass
     assert len(whole) == len(list(student.parameters()))
@@ -128,8 +131,9 @@ def test_extra_padding_changes_neither_loss_nor_gradient(student, data, monkeypa
         }
         return type(batch)(**wide, labels_N=batch.labels_N)
 
+    monkeypatch.setattr("kd_core.train.loop.unpackable", lambda model: "padding is what is looked at")
     plain, logged = step_gradient(student, data, monkeypatch, tmp_path / "plain", micro_batch_tokens=16_384)
-    monkeypatch.setattr(loop, "collate", padded)
+    monkeypatch.setattr(feed, "collate", padded)
     wide, logged_wide = step_gradient(student, data, monkeypatch, tmp_path / "wide", micro_batch_tokens=16_384)
     assert logged_wide["loss"] == pytest.approx(logged["loss"], rel=1e-5)
     assert_same_gradients(wide, plain, tolerance=1e-6)
@@ -224,15 +228,16 @@ def test_the_log_names_the_parts_of_the_objective(student, data, tmp_path) -> No
 
 
 def test_validation_is_the_mean_over_supervised_tokens(student) -> None:
-    found = validation_nll(student, ROWS, num_columns=17, micro_batch_tokens=16, device=torch.device("cpu"))
+    model = ObjectiveModel(student, num_columns=17, divergence=FORWARD_KL)
+    sums, count = validation_sums(model.train(), ROWS, Layout(packed=False, budget_tokens=16, device=torch.device("cpu"))).tolist()
     total = 0.0
     with torch.inference_mode():
         for row in ROWS:
             logp_TV = torch.log_softmax(student(input_ids=torch.tensor([row.ids])).logits[0, :, :17].double(), -1)
             total -= sum(float(logp_TV[t - 1, row.ids[t]]) for t in range(row.first_supervised, len(row.ids)))
-    assert found == pytest.approx(total / sum(row.num_supervised for row in ROWS), rel=1e-5)
-    assert validation_nll(student, (), num_columns=17, micro_batch_tokens=16, device=torch.device("cpu")) is None
-    assert not student.training
+    assert sums == pytest.approx(total, rel=1e-5)
+    assert count == sum(row.num_supervised for row in ROWS)
+    assert student.training
 
 
 # ------------------------------------------------------------------------------------------- what is refused
