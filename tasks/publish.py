@@ -12,11 +12,11 @@ from kd_core.artifacts import Artifact, Record, read_bytes
 from kd_core.errors import ArtifactError
 from kd_core.ledger import Entry, append, current
 from kd_core.stages.job import Job
+from kd_core.train.history import logged_metrics
 from tasks.tracking import DatasetInfo, ModelInfo, Publication, StageRun, default_tracking_uri, publish_run
 
 __all__ = ["publish_stage"]
 
-_SERIES = ("loss", "hard", "soft", "gradient_norm", "learning_rate", "temperature", "hard_weight", "soft_weight", "validation_nll")
 _REPORTS = ("report.html", "report.md", "report.json", "recipe.yaml")
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from kd_core.artifacts import read_bytes
 from kd_core.curate import verify
 from kd_core.evaluate.report import Curve, ModelRow, ReportData, Sample, SampleAnswer, StageRow, render_html, render_markdown, report_json
 from kd_core.evaluate.statistics import METRICS, Comparison, Estimate, compare, estimate
@@ -16,6 +15,7 @@ from kd_core.recipe_io import dump_recipe
 from kd_core.stages.evidence import efficiency, model_scores
 from kd_core.stages.job import Job
 from kd_core.stages.suites import suite_items
+from kd_core.train.history import logged_metrics
 
 __all__ = ["report_stage"]
 
