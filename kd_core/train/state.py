@@ -58,14 +58,14 @@ def as_trained(model: PreTrainedModel, *, packed: bool, run: Run) -> Iterator[No
     with isolated_documents(model) if packed else contextlib.nullcontext():
         try:
             if run.activation_checkpointing:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                model.activation_checkpointing_enable()
             if run.compile:
                 backbone.compile(dynamic=True)
             yield
         finally:
             backbone._compiled_call_impl = None
             if run.activation_checkpointing:
-                model.gradient_checkpointing_disable()
+                model.activation_checkpointing_disable()
 
 
 class TrainingState:

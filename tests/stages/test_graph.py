@@ -154,6 +154,7 @@ def _recipes(folder: Path) -> dict[str, Recipe]:
         "name": "pretrained",
         "teacher": {"kind": "pretrained", "model": str(folder / "model-a")},
         "soft_labels": {"kind": "topk", "k": 5, "temperatures": [1.0, 2.0]},
+        "training": {**training, "learning_rate_schedule": {"kind": "warmup_stable_decay"}},
         "student": {"kind": "from_teacher", "every_nth_block": 2, "narrower": {"hidden_size": 8}},
         "objective": {
             "supervision": "soft",
@@ -170,6 +171,7 @@ def _recipes(folder: Path) -> dict[str, Recipe]:
         "teacher": {"kind": "server", "model": "big", "revision": "2026-01"},
         "student": {"kind": "pretrained", "model": "org/small", "revision": REVISION},
         "soft_labels": {"kind": "dense"},
+        "training": {**training, "learning_rate_schedule": {"kind": "plateau"}, "validate_every_steps": 5},
         "hidden_states": None,
         "objective": {"supervision": "hard"},
         "evaluation": {"suites": [held_out], "generate": generate, "compare": ["baseline"]},
@@ -192,6 +194,7 @@ _ADDED: dict[tuple[str, str], Any] = {  # values for fields whose type alone doe
     ("TopK", "temperatures"): (1.0, 2.0, 4.0),
     ("Training", "adam_betas"): (0.8, 0.9),
     ("Training", "clip_norm"): None,
+    ("Training", "ema_decay"): 0.99,
     ("Piecewise", "values"): (2.0, 3.0),
     ("Piecewise", "at"): (0.25,),
     ("S3Options", "endpoint"): "http://127.0.0.1:1",
