@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from kd_core.export.card import Card, render_card
 from kd_core.export.licences import model_licence
+from kd_core.export.lineage import collect_lineage
 from kd_core.export.parity import Bound, compare_forms
 from kd_core.export.quantized import settle_header
 from kd_core.export.student import generation_config
@@ -24,6 +27,7 @@ from kd_core.teacher.generate import generate
 from kd_core.teacher.models import load_directory, load_tokenizer, save_model
 from kd_core.tokens import encode_prompt
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 GREEDY = Answers(num_samples=1, temperature=0.0, max_tokens=20)
 NO_KEY = "0" * 32
@@ -104,6 +108,73 @@ def test_the_card_says_what_the_records_say(finished, export, kd, tmp_path):
     ):
         assert said in card, said
     assert "None" not in card
+
+
+@pytest.fixture
+def card(finished):
+    """``card(recipe, **changes)``: the card of the finished student, as if it were another recipe's."""
+    own = load_recipe(finished.recipe_file, [f"run.store={finished.store}"])
+    lineage = collect_lineage(own, LocalStore(finished.store), seed=None, command="kd run")
+
+    def render(recipe, *, prompts, teacher, **changes):
+        records = {
+            **lineage.records,
+            "prompts": replace(lineage.records["prompts"], **prompts),
+            "teacher": replace(lineage.records["teacher"], **teacher),
+        }
+        changed = replace(lineage, recipe=recipe, records=records, **changes)
+        return render_card(Card(changed, {"do_sample": False}, True, (), {"torch": "2"}, None))
+
+    return render
+
+
+def test_the_card_of_a_benchmarked_student_of_others_weights(finished, card):
+    """A server's teacher, a pre-trained student, benchmarks, three seeds, a gate that says no."""
+    recipe = load_recipe(ROOT / "recipes/r1-math-qwen.yaml", ["seeds=[0,1,2]"])
+    sources = [source.model_dump(mode="json") for source in recipe.prompts.sources]
+    benchmarks = [{"name": s.name, "source": s.source.model_dump(mode="json")} for s in recipe.evaluation.suites]
+    report = json.loads(next((finished.store / "artifacts/report").glob("*/*/report.json")).read_text())
+    report["verdict"] = {"promote": False, "headline": "Not promoted.", "reasons": [], "champion": None}
+    said = card(
+        recipe,
+        prompts={"identity": {"sources": sources, "benchmarks": benchmarks}, "summary": {"counts": {"overlap.aime_2024": 3}}},
+        teacher={"identity": {}, "summary": {"parameters": None}},
+        report=report,
+    )
+    header = yaml.safe_load(said.split("---\n")[1])
+    assert header["license"] == "unknown"
+    assert header["base_model"] == "Qwen/Qwen2.5-Math-1.5B"
+    assert header["datasets"] == ["open-r1/OpenR1-Math-220k"], "benchmarks are no training data"
+    for line in (
+        "| benchmark aime_2024, measured only | `HuggingFaceH4/aime_2024 train at 2fe88a2f1091` |",
+        "| aime_2024 | 3 | 0 |",
+        "| math_500 | 0 | 0 |",
+        "behind a server: only its texts were seen. Licence: unknown.",
+        "Its weights come from a model whose licence is not known here",
+        "The scores are over 3 training seeds; this is the student of seed 0.",
+        "scored at temperature 0.6; the generation config here is greedy",
+        "The gate refused it",
+        "Please reason step by step",
+        "goes through the tokenizer's chat template",
+    ):
+        assert line in said, line
+
+
+def test_the_card_of_a_student_made_of_its_teacher_has_the_teachers_licence(card):
+    recipe = load_recipe(ROOT / "recipes/smollm2-gsm8k-cpu.yaml", ['description="```\\n# <b>mine</b>"', 'prompts.sources.0.id="o|p/`q`"'])
+    said = card(
+        recipe,
+        prompts={"identity": {"sources": [source.model_dump(mode="json") for source in recipe.prompts.sources], "benchmarks": []}},
+        teacher={"identity": {}, "summary": {"parameters": 134_515_008}},
+        teacher_licence="apache-2.0",
+        base_licence="apache-2.0",
+    )
+    assert yaml.safe_load(said.split("---\n")[1])["license"] == "apache-2.0"
+    assert "134,515,008 parameters, run in bfloat16. Licence: `apache-2.0`." in said
+    assert "````text\n```\n# <b>mine</b>\n````" in said, "text of users is never Markdown"
+    assert r"| prompts | `` o\|p/`q` main train at 740312add88f `` |" in said
+    assert "Answers were never sampled in the evaluation" in said
+    assert "not known" not in said
 
 
 def test_the_same_inputs_give_the_same_bytes(export, tmp_path):
@@ -201,6 +272,9 @@ for directory in sys.argv[2:]:
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
         said.append(model.generate(**inputs)[0, inputs["input_ids"].shape[1]:].tolist())
 print(json.dumps(said))
+card = open(sys.argv[2] + "/README.md").read()
+code = card.split("```python\\n")[1].split("```")[0]
+exec(code.replace('path = "."', "path = sys.argv[2]").replace('prompt = "..."', 'prompt = "1+2-6="'))  # prints the answer
 """
 
 
@@ -225,7 +299,9 @@ def test_plain_transformers_in_a_fresh_process_gives_the_tokens_of_our_evaluatio
     command = [sys.executable, "-I", "-S", "-c", _ELSEWHERE, packages, tmp_path / "student", tmp_path / "model"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "cwd", timeout=120)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == expected
+    tokens, answer = done.stdout.splitlines()
+    assert json.loads(tokens) == expected
+    assert answer == random.tokenizer.decode(expected[0], skip_special_tokens=True), "the card's own example"
 
 
 def test_the_generation_config_says_what_our_sampler_says(tiny_model, small_recipe, tmp_path):
