@@ -1,5 +1,7 @@
 """The licence of a pre-trained model, as its authors state it beside the weights. Nothing is fetched, nothing is guessed."""
 
+import mmap
+import struct
 from pathlib import Path
 
 import yaml
@@ -10,6 +12,9 @@ from kd_core.teacher.reference import locate
 __all__ = ["model_licence"]
 
 _CARD = "README.md"
+_GGUF_KEY, _GGUF_STRING = b"general.license", 8
+_GGUF_LICENCE = struct.pack("<Q", len(_GGUF_KEY)) + _GGUF_KEY + struct.pack("<I", _GGUF_STRING)
+_GGUF_HEADER_BYTES = 64 << 20
 
 
 def model_licence(ref: ModelRef) -> str | None:
@@ -54,7 +59,11 @@ def _cached_card(ref: ModelRef) -> Path | None:
 
 
 def _gguf_licence(path: Path) -> str | None:
-    from gguf import GGUFReader
-
-    field = GGUFReader(path).get_field("general.license")
-    return str(field.contents()) if field is not None else None
+    """The header's field, which stands as: key, value type, text. The package's own reader takes seconds for the vocabulary."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at = data.find(_GGUF_LICENCE, 0, _GGUF_HEADER_BYTES)
+        if at < 0:
+            return None
+        at += len(_GGUF_LICENCE)
+        (length,) = struct.unpack_from("<Q", data, at)
+        return data[at + 8 : at + 8 + length].decode("utf-8", errors="replace") or None

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -339,6 +341,23 @@ def test_a_licence_is_what_its_authors_state_or_unknown(tmp_path):
     ):
         (tmp_path / "README.md").write_text(text)
         assert model_licence(ref) == licence, text
+
+
+@pytest.mark.parametrize("licence", ["mit", None])
+def test_a_gguf_file_states_its_licence_in_its_header(licence, tmp_path):
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_name("a model")
+    if licence is not None:
+        writer.add_license(licence)
+    writer.add_tensor("t", np.zeros(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with mock.patch("kd_core.export.licences.locate", return_value=tmp_path / "model.gguf"):
+        assert model_licence(ModelRef(model="pkg://package/model.gguf")) == licence
 
 
 def _fixed(*rows):
