@@ -34,7 +34,7 @@ def run(directory: Path, name: str, *, num_ranks: int, store: str | None = None,
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
         command = [sys.executable, str(PROGRAM), str(out), str(directory / (store or name)), "3"]
         processes.append(subprocess.Popen(command, env=common | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    said = [process.communicate(timeout=120)[0] for process in processes]
+    said = [process.communicate(timeout=300)[0] for process in processes]
     if breaks_at is not None:
         assert all(process.returncode != 0 for process in processes), said
         return []
