@@ -6,7 +6,9 @@ were. ``int8-dynamic`` also rounds activations to int8 while it runs; ``int8-wei
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -15,12 +17,15 @@ from kd_core.errors import KDError
 from kd_core.export.packages import hushed
 from kd_core.export.parity import Bound
 
-__all__ = ["QUANTIZED_BOUND", "QUANTIZED_PACKAGES", "Quantization", "load_quantized", "quantize_directory", "settle_header"]
+__all__ = ["QUANTIZED_BOUNDS", "QUANTIZED_PACKAGES", "Quantization", "load_quantized", "quantize_directory", "settle_header"]
 
 Quantization = Literal["int8-dynamic", "int8-weight-only"]
 
 QUANTIZED_PACKAGES = ("torchao",)
-QUANTIZED_BOUND = Bound(mean_kl=0.05, max_kl=1.0)
+# SmolLM2-135M-Instruct on two texts: weight-only 0.0075 on average and 0.11 at worst, dynamic 0.077 and 0.54
+QUANTIZED_BOUNDS: Mapping[Quantization, Bound] = MappingProxyType(
+    {"int8-weight-only": Bound(mean_kl=0.05, max_kl=1.0), "int8-dynamic": Bound(mean_kl=0.2, max_kl=2.0)}
+)
 
 
 def quantize_directory(directory: Path, scheme: Quantization) -> None:

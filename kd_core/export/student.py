@@ -28,7 +28,7 @@ from kd_core.export.lineage import Lineage, lineage_json
 from kd_core.export.onnx_graph import ONNX_BOUND, ONNX_PACKAGES, onnx_forward, write_onnx
 from kd_core.export.packages import require_packages
 from kd_core.export.parity import Bound, Forward, Parity, compare_forms
-from kd_core.export.quantized import QUANTIZED_BOUND, QUANTIZED_PACKAGES, Quantization, load_quantized, quantize_directory
+from kd_core.export.quantized import QUANTIZED_BOUNDS, QUANTIZED_PACKAGES, Quantization, load_quantized, quantize_directory
 from kd_core.fingerprint import sha256_file
 from kd_core.recipe import Recipe
 from kd_core.store import Store
@@ -164,7 +164,7 @@ def _onnx_form(directory: Path, loaded: LoadedModel, rows: list[list[int]]) -> P
 
 def _quantized_form(directory: Path, loaded: LoadedModel, rows: list[list[int]], scheme: Quantization) -> Parity:
     quantize_directory(directory, scheme)
-    return _same_model(scheme, loaded, _forward(load_quantized(directory)), rows, QUANTIZED_BOUND)
+    return _same_model(scheme, loaded, _forward(load_quantized(directory)), rows, QUANTIZED_BOUNDS[scheme])
 
 
 def _same_model(form: str, loaded: LoadedModel, other: Forward, rows: list[list[int]], bound: Bound) -> Parity:

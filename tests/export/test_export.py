@@ -434,7 +434,7 @@ def test_int8_weights_load_and_are_the_same_model(scheme, finished, export, tmp_
 
 def test_a_form_outside_its_bound_is_not_written(export, tmp_path, monkeypatch):
     pytest.importorskip("torchao")
-    monkeypatch.setattr("kd_core.export.student.QUANTIZED_BOUND", Bound(1e-12, 1e-12))
+    monkeypatch.setattr("kd_core.export.student.QUANTIZED_BOUNDS", {"int8-dynamic": Bound(1e-12, 1e-12)})
     called = export("student", "--quantize", "int8-dynamic")
     assert called.code == 1
     assert "not the same model" in called.err
