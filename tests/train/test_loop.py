@@ -33,6 +33,7 @@ ROWS = [
 ]
 SOFT = Objective(supervision="soft", hard_weight=0.3, soft_weight=0.7, temperature=2.0)
 HARD = Objective(supervision="hard")
+COMPILED = (pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"))
 NONE, ONE = (Constant(kind="constant", value=value) for value in (0.0, 1.0))
 TRAINING = Training(steps=6, batch_rows=3, learning_rate=0.01, warmup_steps=2)
 SAMPLED = Sampled(kind="sampled", num_draws=9, temperature=2.0)
@@ -152,7 +153,7 @@ def test_packed_documents_and_padded_rows_give_the_same_loss_and_gradient(studen
         assert logged[name] == pytest.approx(logged_padded[name], rel=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"activation_checkpointing": True}, pytest.param({"compile": True}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("change", [{"activation_checkpointing": True}, pytest.param({"compile": True}, marks=COMPILED)])
 def test_what_run_asks_for_changes_no_result(student, data, tmp_path, change: dict[str, Any]) -> None:
     plain, other = copy.deepcopy(student), copy.deepcopy(student)
     fit(plain, tmp_path / "plain", data=data)
