@@ -27,7 +27,9 @@ def export(
     ] = [],  # noqa: B006
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="The student of this seed; the gate's choice without it.")] = None,
     quantize: Quantize = None,
-    onnx: Annotated[bool, typer.Option("--onnx", help="Also an ONNX graph; needs onnx, onnxscript and onnxruntime.")] = False,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Also an ONNX graph (minutes for 30 blocks); needs onnx, onnxscript, onnxruntime.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output and nothing else.")] = False,
 ) -> None:
     """Write the finished student for plain transformers: weights, tokenizer, model card, lineage."""
