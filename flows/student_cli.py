@@ -29,6 +29,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard out
 _NAMES = {
     "dtype": "run in",
     "parameters": "parameters",
+    "trainable_parameters": "parameters that learn",
     "bytes": "bytes of weights",
     "flops_a_token": "FLOPs a token, forward",
     "attention_flops_a_token": "  and for each token of context",

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 __all__ = [
     "ARMS",
+    "Adapter",
     "Answers",
     "Architecture",
     "Arm",
@@ -357,6 +358,31 @@ class StudentFromConfig(_Frozen):
     """Size of the student."""
 
 
+class Adapter(_Frozen):
+    """Low-rank updates learn and the student's own weights stand still; they are merged before the student is written."""
+
+    kind: Literal["lora", "dora"]
+    """lora: W + alpha / rank * B A. dora: that, with the norm of each row of W learnt apart from its direction."""
+    rank: int = Field(ge=1, le=4096)
+    """Rows of A and columns of B."""
+    alpha: float = Field(gt=0.0)
+    """Scale of the update, over rank."""
+    dropout: Fraction = 0.0
+    """Share of an adapter's inputs that are dropped in training."""
+    modules: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
+    )
+    """Projections that get an adapter, in every block."""
+
+    @model_validator(mode="after")
+    def _learns(self) -> Self:
+        if self.dropout == 1.0:
+            raise ValueError("dropout 1 drops all inputs, so nothing is learnt; use a share below 1")
+        if len(set(self.modules)) != len(self.modules):
+            raise ValueError(f"modules: each may stand once, found {list(self.modules)}")
+        return self
+
+
 class Narrower(_Frozen):
     """Parts of the teacher's width that the student keeps: those that write most on training rows, in the order they stood in."""
 
@@ -394,6 +420,8 @@ class StudentFromTeacher(_Frozen):
     """Key-value heads: neighbours are averaged to this many; None leaves them as they are."""
     share_embeddings: bool = False
     """Use the input embeddings as the head too; where the teacher does so already, nothing changes."""
+    adapter: Adapter | None = None
+    """Train adapters in place of all weights; None trains all."""
 
     @model_validator(mode="after")
     def _blocks_are_chosen_once(self) -> Self:
@@ -434,6 +462,8 @@ class PretrainedStudent(ModelRef):
     """A pre-trained model that goes on learning. With soft labels it must share the teacher's tokenizer."""
 
     kind: Literal["pretrained"]
+    adapter: Adapter | None = None
+    """Train adapters in place of all weights; None trains all."""
 
 
 Student = Annotated[StudentFromConfig | StudentFromTeacher | PretrainedStudent, Field(discriminator="kind")]

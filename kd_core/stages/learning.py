@@ -17,7 +17,8 @@ from kd_core.stages.scoring import token_rows
 from kd_core.stages.teaching import frozen_rows, load_teacher
 from kd_core.store.range_cache import RangeCache
 from kd_core.student.activations import sample_rows
-from kd_core.student.make import new_model, student_from_teacher
+from kd_core.student.adapters import add_adapters, merge_adapters
+from kd_core.student.make import new_model, student_from_teacher, trainable
 from kd_core.teacher.models import LoadedModel, load_model, load_tokenizer, pick_device, save_model
 from kd_core.tokens import num_columns, tokenizer_identity
 from kd_core.train.checkpoints import Checkpoints
@@ -49,6 +50,7 @@ def train_stage(job: Job) -> dict[str, Any]:
             tick=job.tick,
         )
         num_rows = len(rows.num_tokens)
+    merge_adapters(student.model)
     save_model(student, job.directory)
     (job.directory / "metrics.jsonl").write_text(to_jsonl(result.metrics))
     return {
@@ -82,12 +84,16 @@ def _make_student(job: Job, seed: int) -> LoadedModel:
                 curated = file_rows(files / "rows.parquet", None)
                 return sample_rows(curated, num_rows, max_tokens=job.recipe.training.max_tokens, seed=seed)
 
-        return LoadedModel(student_from_teacher(teacher, spec, rows=rows), teacher.tokenizer, teacher.num_columns)
-    if isinstance(spec, StudentFromConfig):
+        student = LoadedModel(student_from_teacher(teacher, spec, rows=rows), teacher.tokenizer, teacher.num_columns)
+    elif isinstance(spec, StudentFromConfig):
         with job.files(job.inputs["teacher"]) as files:
             tokenizer = load_tokenizer(files / "model")
         return LoadedModel(new_model(spec.architecture, tokenizer, seed=seed), tokenizer, num_columns(tokenizer))
-    return _pretrained_student(job, spec)
+    else:
+        student = _pretrained_student(job, spec)
+    if spec.adapter is not None:
+        add_adapters(student.model, spec.adapter, seed=seed)
+    return student
 
 
 def _pretrained_student(job: Job, spec: PretrainedStudent) -> LoadedModel:
@@ -97,7 +103,7 @@ def _pretrained_student(job: Job, spec: PretrainedStudent) -> LoadedModel:
         if (theirs["vocabulary"], theirs["probe"]) != (ours["vocabulary"], ours["probe"]):
             raise TrainingError("teacher and student have different tokenizers; use a student with the teacher's tokenizer")
     loaded = load_model(spec, device=pick_device("cpu"), tokenizer=tokenizer)
-    loaded.model.float().requires_grad_(True)
+    trainable(loaded.model)
     return loaded
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from kd_core.errors import TeacherError
-from kd_core.recipe import ModelRef, PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, StudentFromConfig, TrainedTeacher
+from kd_core.recipe import Adapter, ModelRef, PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, StudentFromConfig, TrainedTeacher
+from kd_core.student.adapters import adapter_parameters
 from kd_core.student.make import new_config
 from kd_core.student.shrink import head_size, shrunk_config
 from kd_core.teacher.models import load_tokenizer
@@ -30,6 +31,7 @@ class Figures:
     Attributes:
         dtype: number format in which the weights are run.
         parameters: distinct ones; tied ones count once.
+        trainable_parameters: of them, or of adapters that are merged into them in the end.
         bytes: of the parameters, in that format.
         flops_a_token: of a forward pass, in matrix products with weights, the head among them: 2 a weight.
         attention_flops_a_token: what attention adds for each token of context.
@@ -38,6 +40,7 @@ class Figures:
 
     dtype: str
     parameters: int
+    trainable_parameters: int
     bytes: int
     flops_a_token: int
     attention_flops_a_token: int
@@ -77,7 +80,8 @@ def describe(recipe: Recipe) -> Description:
     else:
         assert teacher is not None, "the recipe allows no from_teacher beside a server teacher"
         student = shrunk_config(teacher, spec)
-    return Description(model_figures(student, torch.float32), None if teacher is None else model_figures(teacher, dtype))
+    adapter = None if isinstance(spec, StudentFromConfig) else spec.adapter
+    return Description(model_figures(student, torch.float32, adapter), None if teacher is None else model_figures(teacher, dtype))
 
 
 def _teacher_config(recipe: Recipe) -> PretrainedConfig | None:
@@ -110,7 +114,7 @@ def _stored_config(ref: ModelRef, *, trust_remote_code: bool = False) -> Pretrai
     return config.get_text_config()
 
 
-def model_figures(config: PretrainedConfig, dtype: torch.dtype) -> Figures:
+def model_figures(config: PretrainedConfig, dtype: torch.dtype, adapter: Adapter | None = None) -> Figures:
     """Figures of a causal language model with plain attention; of a mixture all experts count."""
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config)
@@ -120,6 +124,7 @@ def model_figures(config: PretrainedConfig, dtype: torch.dtype) -> Figures:
     return Figures(
         dtype=str(dtype).removeprefix("torch."),
         parameters=parameters,
+        trainable_parameters=parameters if adapter is None else adapter_parameters(model, adapter),
         bytes=parameters * dtype.itemsize,
         flops_a_token=2 * sum(_weights_multiplied(module) for module in model.modules()),
         attention_flops_a_token=4 * columns * config.num_attention_heads,

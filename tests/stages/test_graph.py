@@ -86,6 +86,7 @@ TABLES = {
         "soft_labels": RECORDED,  # supervision: hard uses none,
         "objective": RECORDED,  # nor any weight
         "student": FROM_CURATE,  # its tokenizer counts the tokens of text
+        "student.adapter": LEARNT,
         "evaluation.compare": {"baseline", "evaluate.baseline"} | VERDICT,
     },
 }
@@ -115,6 +116,7 @@ def _recipes(folder: Path) -> dict[str, Recipe]:
     architecture = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32}
     training = {"steps": 10, "batch_rows": 4, "learning_rate": 0.001}
     held_out = {"kind": "held_out", "name": "held_out"}
+    adapter = {"kind": "lora", "rank": 2, "alpha": 4}
     generate = {"num_samples": 2, "temperature": 0.5, "max_tokens": 8}
     trained = {
         "name": "trained",
@@ -155,7 +157,7 @@ def _recipes(folder: Path) -> dict[str, Recipe]:
         "teacher": {"kind": "pretrained", "model": str(folder / "model-a")},
         "soft_labels": {"kind": "topk", "k": 5, "temperatures": [1.0, 2.0]},
         "training": {**training, "learning_rate_schedule": {"kind": "warmup_stable_decay"}},
-        "student": {"kind": "from_teacher", "every_nth_block": 2, "narrower": {"hidden_size": 8}},
+        "student": {"kind": "from_teacher", "every_nth_block": 2, "narrower": {"hidden_size": 8}, "adapter": adapter},
         "objective": {
             "supervision": "soft",
             "hard_weight": {"kind": "linear", "start": 1.0, "end": 0.0},
@@ -169,7 +171,7 @@ def _recipes(folder: Path) -> dict[str, Recipe]:
         **pretrained,
         "name": "server",
         "teacher": {"kind": "server", "model": "big", "revision": "2026-01"},
-        "student": {"kind": "pretrained", "model": "org/small", "revision": REVISION},
+        "student": {"kind": "pretrained", "model": "org/small", "revision": REVISION, "adapter": adapter},
         "soft_labels": {"kind": "dense"},
         "training": {**training, "learning_rate_schedule": {"kind": "plateau"}, "validate_every_steps": 5},
         "hidden_states": None,
