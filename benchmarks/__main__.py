@@ -4,16 +4,17 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import kernel, softlabels
+from benchmarks import kernel, policies, softlabels, training
 from benchmarks.measure import machine, show
 
 
 def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list and nothing else.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes; under a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes.")] = False,
 ) -> None:
     """Measure beside peers, in this process, now."""
-    show([*machine(), *softlabels.run(quick=quick), *kernel.run(quick=quick)], as_json=as_json)
+    parts = (softlabels, kernel, training, policies)
+    show([*machine(), *(found for part in parts for found in part.run(quick=quick))], as_json=as_json)
 
 
 if __name__ == "__main__":

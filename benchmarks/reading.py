@@ -81,7 +81,7 @@ def training_batches(rows: StoredRows, num_rows: int) -> Iterator[dict[str, torc
     for step in range(steps):
         numbers = _step(num_rows, step)
         if step + 1 < steps:
-            rows.prefetch(_step(num_rows, step + 1))
+            rows.prefetch(_step(num_rows, step + 1), soft=True)
         tokens, targets = rows.read(numbers), rows.targets(numbers)
         assert isinstance(targets, SampledTargets)
         yield {

@@ -3,9 +3,10 @@
 Where the real teacher or the real data are not here, stand-ins are measured, and every figure's name says on what.
 """
 
-import os
+import functools
 import sys
 import time
+from enum import StrEnum
 from typing import Annotated
 
 import torch
@@ -18,71 +19,90 @@ from benchmarks.workloads import gsm8k_rows, real_logits, real_teacher, syntheti
 from kd_core.teacher.models import LoadedModel
 from kd_core.train.data import TokenRow
 
-__all__ = ["run"]
+__all__ = ["Section", "run"]
 
 
-def _say(text: str) -> None:
-    print(f"[{time.process_time():6.1f} s] {text}", file=sys.stderr, flush=True)
+Real = tuple[LoadedModel, list[TokenRow]] | str
+"""The real teacher and its rows, or why they are not measured."""
 
 
-def _real(*, quick: bool) -> tuple[LoadedModel, list[TokenRow]] | str:
-    """The real teacher and its rows, or why they are not measured."""
-    if "KD_TEST_DATA" not in os.environ:
-        return "KD_TEST_DATA names no directory of real data"
-    loaded = real_teacher(quick=quick)
-    return loaded if isinstance(loaded, str) else (loaded, gsm8k_rows(loaded, 4 if quick else 128))
+class Section(StrEnum):
+    """A part of the measurements that can be run alone."""
+
+    CODEC = "codec"
+    SCORING = "scoring"
+    READING = "reading"
+    MEMORY = "memory"
 
 
-def run(*, quick: bool) -> list[Figure]:
-    """All figures of this module."""
+def run(*, quick: bool, only: Section | None = None) -> list[Figure]:
+    """All figures of this module, or of one section; each is told on standard error as soon as it is there."""
     torch.set_num_threads(1)
     fork_server("benchmarks.memory")
-    repeats = 3 if quick else 5
-    real = _real(quick=quick)
-    figures = _codec(real, quick=quick, repeats=repeats)
-    _say("scoring")
-    figures += _scoring(real, quick=quick)
-    _say("reading")
-    figures += reading.run(num_rows=512 if quick else 4096, shard_rows=512, object_rows=32 if quick else 512, repeats=repeats)
-    _say("peak memory")
-    return figures + memory.run(capture_rows=32 if quick else 64, read_rows=128 if quick else 4096)
+    figures: list[Figure] = []
+    for section in Section if only is None else [only]:
+        found = _MEASURES[section](quick)
+        for f in found:
+            print(f"[{time.process_time():6.1f} s] {f.name}: {f.ours} {f.unit}, {f.ratio} x {f.peer}", file=sys.stderr, flush=True)
+        figures += found
+    return figures
 
 
-def _codec(real: tuple[LoadedModel, list[TokenRow]] | str, *, quick: bool, repeats: int) -> list[Figure]:
+@functools.cache
+def _real(quick: bool) -> Real:
+    loaded = real_teacher(quick=quick)
+    if isinstance(loaded, str):
+        return loaded
+    rows = gsm8k_rows(loaded, 4 if quick else 64)
+    return rows if isinstance(rows, str) else (loaded, rows)
+
+
+def _codec(quick: bool) -> list[Figure]:
+    real = _real(quick)
     zipf = zipf_logits(2 if quick else 32, num_columns=49_152)
     first = zipf if isinstance(real, str) else real_logits(*real)
-    _say(f"bytes a token: {first.name}, {first.num_positions:,} positions")
     figures, sampled, topk = stored_bytes.run(first, has_goal=first is not zipf)
     if isinstance(real, str):
         name = "bytes a token, SmolLM2-135M on GSM8K"
         figures.insert(0, figure(name, None, "B", Check(f"not run: {real}"), peer="all", goal=at_most(16)))
     if not quick:
-        _say("bytes a token: synthetic Zipf, V = 151,936")
         figures += stored_bytes.run(zipf_logits(16, num_columns=151_936), has_goal=False)[0]
-    _say("codec speed")
     ten_ids = stored_bytes.store(stored_bytes.sampled_targets(zipf, 25), zipf.labels)
     coded = [Coded("sampled N = 25, synthetic Zipf", ten_ids, at_least(1e6), at_least(1e5))]
     if first is not zipf:
         coded.append(Coded(f"sampled, {first.name}", sampled, None, None))
     coded.append(Coded(f"topk k = 128, {first.name}", topk, None, None))
-    return figures + codec_speed.run(coded, positions=1024 if quick else 16_384, repeats=repeats)
+    return figures + codec_speed.run(coded, positions=1024 if quick else 16_384, repeats=3 if quick else 5)
 
 
-def _scoring(real: tuple[LoadedModel, list[TokenRow]] | str, *, quick: bool) -> list[Figure]:
+def _scoring(quick: bool) -> list[Figure]:
+    real = _real(quick)
     if quick or isinstance(real, str):
         teacher = synthetic_teacher(num_layers=2, hidden_size=576, num_columns=49_152)
         rows = token_rows(12, num_columns=49_152, mean_tokens=16)
         return scoring.run(teacher, rows, label="random weights, 2 of SmolLM2's 30 blocks", goal=None, repeats=2)
     loaded, rows = real
-    return scoring.run(loaded, rows[:32], label="SmolLM2-135M on GSM8K", goal=times_better(3), repeats=5)
+    return scoring.run(loaded, rows[:24], label="SmolLM2-135M on GSM8K", goal=times_better(3), repeats=5)
+
+
+def _reading(quick: bool) -> list[Figure]:
+    return reading.run(num_rows=512 if quick else 4096, shard_rows=512, object_rows=32 if quick else 512, repeats=3 if quick else 5)
+
+
+def _memory(quick: bool) -> list[Figure]:
+    return memory.run(capture_rows=32 if quick else 200, read_rows=128 if quick else 10_240)
+
+
+_MEASURES = {Section.CODEC: _codec, Section.SCORING: _scoring, Section.READING: _reading, Section.MEMORY: _memory}
 
 
 def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list and nothing else.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes; under a minute.")] = False,
+    only: Annotated[Section | None, typer.Option("--only", help="One section.")] = None,
 ) -> None:
     """Measure soft labels beside peers, in this process, now."""
-    show([*machine(), *run(quick=quick)], as_json=as_json)
+    show([*machine(), *run(quick=quick, only=only)], as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -89,8 +89,10 @@ def _unpack(kept: Path) -> None:
         (Path(scratch) / "made").rename(kept)
 
 
-def gsm8k_rows(loaded: LoadedModel, num_rows: int) -> list[TokenRow]:
-    """The first training questions with their gold answers, from the directory KD_TEST_DATA."""
+def gsm8k_rows(loaded: LoadedModel, num_rows: int) -> list[TokenRow] | str:
+    """The first training questions with their gold answers, or why there are none."""
+    if "KD_TEST_DATA" not in os.environ:
+        return "KD_TEST_DATA names no directory of real data"
     path = Path(os.environ["KD_TEST_DATA"]) / "gsm8k" / "train.jsonl"
     with path.open() as lines:
         found = [json.loads(line) for line, _ in zip(lines, range(num_rows), strict=False)]

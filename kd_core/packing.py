@@ -73,8 +73,11 @@ class Pack:
         return {"input_ids": self.batch.ids_BT, "position_ids": self.position_BT, "documents": self.documents, "use_cache": False}
 
 
-def pack_rows(rows: Sequence[tuple[Sequence[int], int]]) -> Pack:
+def pack_rows(rows: Sequence[tuple[Sequence[int], int]], *, multiple: int = 1) -> Pack:
     """Lay (token ids, first supervised index) rows end to end.
+
+    ``multiple`` rounds the buffer up by a document of token 0 that nothing reads: a CPU's matrix library keeps a compiled
+    kernel for every shape it meets, and memory would grow with the number of lengths.
 
     >>> pack = pack_rows([([5, 6, 7], 2), ([5, 9], 1)])
     >>> pack.batch.ids_BT.tolist(), pack.position_BT.tolist(), pack.batch.labels_N.tolist()
@@ -85,6 +88,9 @@ def pack_rows(rows: Sequence[tuple[Sequence[int], int]]) -> Pack:
         torch.cat([getattr(batch, name) for batch in alone], -1) for name in ("ids_BT", "attention_BT", "predict_BT")
     )
     lengths = tuple(batch.ids_BT.shape[-1] for batch in alone)
+    if fill := -sum(lengths) % multiple:
+        ids_BT, attention_BT, predict_BT = (torch.nn.functional.pad(x, (0, fill)) for x in (ids_BT, attention_BT, predict_BT))
+        lengths = (*lengths, fill)
     position_BT = torch.cat([torch.arange(length) for length in lengths])[None]
     labels_N = torch.cat([batch.labels_N for batch in alone])
     return Pack(Batch(ids_BT, attention_BT, predict_BT, labels_N), position_BT, Documents(lengths))

@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kd_core.errors import ArtifactError, IntegrityError, QuarantinedError
+from kd_core.errors import ArtifactError, IntegrityError, QuarantinedError, StoreError
 from kd_core.failpoints import reach
 from kd_core.fingerprint import canonical_json, sha256_bytes
 from kd_core.shard_files import ByteRange, parse_shard, read_footer, read_group, write_shard
@@ -179,8 +179,19 @@ class RowCache:
         seen = {commit.name: commit for commit in known.commits} if known else {}
         names = [info.key.rpartition("/")[2].removesuffix(".json") for info in self.store.list(f"{self.prefix}/commits/")]
         with ThreadPoolExecutor(_READERS) as pool:
-            commits = list(pool.map(lambda name: seen.get(name) or self.read_commit(name), names))
-        return Snapshot(tuple(sorted(commits, key=lambda commit: commit.sha256)))
+            found = list(pool.map(lambda name: seen.get(name) or self._read_if_there(name), names))
+        return Snapshot(tuple(sorted((commit for commit in found if commit is not None), key=lambda commit: commit.sha256)))
+
+    def _read_if_there(self, name: str) -> Commit | None:
+        """None if it was quarantined since it was listed."""
+        try:
+            return self.read_commit(name)
+        except IntegrityError:
+            raise
+        except StoreError:
+            if self.store.info(f"{self.prefix}/commits/{name}.json") is not None:
+                raise
+            return None
 
     def read_commit(self, name: str) -> Commit:
         """The commit of this name.
@@ -235,12 +246,15 @@ class RowCache:
             StoreError: it is gone.
             IntegrityError: its bytes differ from the commit; QuarantinedError if both have been moved aside.
         """
-        data = self.store.get(self.shard_key(commit))
+        try:
+            data = self.store.get(self.shard_key(commit))
+        except StoreError as error:
+            raise self.unless_quarantined(commit, error) from error
         if sha256_bytes(data) != commit.sha256:
             raise self.quarantine(commit, "its sha256 differs from its commit")
         return parse_shard(data)
 
-    def quarantine(self, commit: Commit, reason: str) -> IntegrityError:
+    def quarantine(self, commit: Commit, reason: str) -> StoreError:
         """Move a damaged shard and its commit aside, so that its rows are missing and can be computed again.
 
         The shard is read once more first: bytes that are right now were broken on the way, and nothing is moved.
@@ -248,19 +262,30 @@ class RowCache:
         Returns:
             The error to raise, which says what happened.
         """
-        if sha256_bytes(self.store.get(self.shard_key(commit))) == commit.sha256:
-            return IntegrityError(
-                f"{self.store.uri}/{self.shard_key(commit)}: {reason}, and a second read was right: the network or this machine "
-                "is faulty, the store is not; run again"
-            )
-        for key in (self.shard_key(commit), self.commit_key(commit)):
-            if self.store.info(key) is not None:
+        try:
+            if sha256_bytes(self.store.get(self.shard_key(commit))) == commit.sha256:
+                return IntegrityError(
+                    f"{self.store.uri}/{self.shard_key(commit)}: {reason}, and a second read was right: the network or this machine "
+                    "is faulty, the store is not; run again"
+                )
+            for key in (self.shard_key(commit), self.commit_key(commit)):
                 self.store.create(f"quarantine/{key}", self.store.get(key))
                 self.store.delete(key)
+        except StoreError as error:
+            return self.unless_quarantined(commit, error)
+        return self._quarantined(commit, reason)
+
+    def _quarantined(self, commit: Commit, reason: str) -> QuarantinedError:
         return QuarantinedError(
             f"{self.store.uri}/{self.shard_key(commit)}: {reason}; it was moved to quarantine/, "
             f"and its {len(commit.keys)} rows are computed again when the recipe is run"
         )
+
+    def unless_quarantined(self, commit: Commit, error: StoreError) -> StoreError:
+        """The error of a failed read; if the commit is gone too, another reader has moved both aside, and that is the error."""
+        if self.store.info(self.commit_key(commit)) is not None:
+            return error
+        return self._quarantined(commit, "another reader found it damaged")
 
 
 @dataclass(frozen=True)
@@ -291,7 +316,10 @@ class Shard:
         return read_group(self._footer, index, part, self._verified(part))
 
     def _verified(self, part: ByteRange) -> bytes:
-        data = self.fetch(self.cache.shard_key(self.commit), part)
+        try:
+            data = self.fetch(self.cache.shard_key(self.commit), part)
+        except StoreError as error:
+            raise self.cache.unless_quarantined(self.commit, error) from error
         if sha256_bytes(data) != part.sha256:
             raise self.cache.quarantine(self.commit, f"bytes {part.start} to {part.start + part.length} differ from their checksum")
         return data

@@ -340,3 +340,18 @@ def test_workers_share_the_rows_and_finish_for_one_that_died(tmp_path: Path) -> 
     assert (snapshot.keys(), computed) == ({key for key, _ in rows}, 16)
     assert len(asked) == len(set(asked)) == 16
     assert work_in_shards(cache, lambda: rows, compute, packed, worker=2, **share) == (snapshot, 0)
+
+
+def test_of_two_readers_that_meet_the_damage_both_know_it_was_moved(tmp_path: Path) -> None:
+    cache = cache_at(tmp_path)
+    bad = large(cache)
+    damage(tmp_path / cache.shard_key(bad))
+    one, other = shard_of(cache, bad), shard_of(cache, bad)
+    assert other.metadata  # it has seen the footer before
+    with pytest.raises(QuarantinedError, match="differ from their checksum"):
+        [one.group(i) for i in range(3)]
+    with pytest.raises(QuarantinedError, match="another reader found it damaged"):
+        other.group(0)
+    assert isinstance(cache.quarantine(bad, "again"), QuarantinedError)
+    with pytest.raises(QuarantinedError):
+        cache.read_shard(bad)

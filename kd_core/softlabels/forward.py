@@ -33,6 +33,10 @@ _PARITY = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 _PARITY_POSITIONS = 8
 
 
+_MULTIPLE = 64
+"""Tokens of a buffer and positions of a tile are rounded up to it: few shapes, see ``pack_rows``."""
+
+
 @dataclass(frozen=True)
 class Forwarded:
     """One buffer's result.
@@ -119,7 +123,7 @@ def teacher_forward(
         for indices in batches:
             picked = [(rows[i].ids, rows[i].first_supervised) for i in indices]
             if reason is None:
-                pack = pack_rows(picked).to(loaded.device)
+                pack = pack_rows(picked, multiple=_MULTIPLE).to(loaded.device)
                 batch, inputs = pack.batch, pack.inputs()
             else:
                 batch = collate(picked).to(loaded.device)
@@ -185,12 +189,14 @@ class Head:
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """float32, shape (N, V); valid until the next call, which writes over it: fresh memory costs a third of the product."""
+        num = len(hidden_NH)
         if self.weight_VH.dtype == torch.float32:
+            hidden_NH = torch.nn.functional.pad(hidden_NH.float(), (0, 0, 0, -num % _MULTIPLE))
             if len(self._room_NV) < len(hidden_NH):
                 self._room_NV = torch.empty(len(hidden_NH), len(self.weight_VH), device=hidden_NH.device)
-            logits_NV = self._room_NV[: len(hidden_NH)]
             with self._products():
-                torch.mm(hidden_NH.float(), self.weight_VH.T, out=logits_NV)
+                torch.mm(hidden_NH, self.weight_VH.T, out=self._room_NV[: len(hidden_NH)])
+            logits_NV = self._room_NV[:num]
         else:
             logits_NV = torch.mm(hidden_NH, self.weight_VH.T, out_dtype=torch.float32)
         if self.bias_V is not None:

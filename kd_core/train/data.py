@@ -50,8 +50,8 @@ class Rows(Protocol):
         """Index of each row's first answer token, int32, shape (rows,)."""
         ...
 
-    def prefetch(self, numbers: Sequence[int]) -> None:
-        """Start to fetch rows that will be read soon; returns at once."""
+    def prefetch(self, numbers: Sequence[int], *, soft: bool) -> None:
+        """Start to fetch rows that will be read soon, with ``soft`` their soft labels too; returns at once."""
         ...
 
     def read(self, numbers: Sequence[int]) -> list[TokenRow]:
@@ -89,7 +89,7 @@ class MemoryRows:
         """Index of each row's first answer token."""
         return np.array([row.first_supervised for row in self.rows], np.int32)
 
-    def prefetch(self, numbers: Sequence[int]) -> None:
+    def prefetch(self, numbers: Sequence[int], *, soft: bool) -> None:
         """Nothing to fetch."""
 
     def read(self, numbers: Sequence[int]) -> list[TokenRow]:

@@ -120,10 +120,10 @@ class Feed:
         """Rows left out."""
         return len(self._lengths) - len(self._kept)
 
-    def plan(self, step: int) -> StepPlan:
-        """What a step (0-based) reads; rows of a later step begin to be fetched."""
+    def plan(self, step: int, *, soft: bool) -> StepPlan:
+        """What a step (0-based) reads; rows of a later step, with ``soft`` their soft labels too, begin to be fetched."""
         dealt = self._dealt(step)
-        self._rows.prefetch(self._dealt(step + _PREFETCH_STEPS)[self._rank].tolist())
+        self._rows.prefetch(self._dealt(step + _PREFETCH_STEPS)[self._rank].tolist(), soft=soft)
         cuts = [self._layout.cut(self._lengths[numbers].tolist()) for numbers in dealt]
         mine = dealt[self._rank]
         batches = tuple(tuple(mine[part].tolist()) for part in cuts[self._rank])

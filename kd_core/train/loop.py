@@ -110,7 +110,7 @@ def train(
     validation = list(data.validation[rank::num_ranks])
     state = TrainingState(model, num_columns=num_columns, training=training, objective=objective, accelerator=accelerator)
     start = state.resume(checkpoints)
-    check_logits(state.objective_model.eval(), data.rows.read(feed.plan(start).batches[0][:2]), layout)
+    check_logits(state.objective_model.eval(), data.rows.read(feed.plan(start, soft=False).batches[0][:2]), layout)
     products = torch.bfloat16 if training.dtype == "bfloat16" else torch.float32
     meter = Meter(model, num_columns=num_columns, device=accelerator.device, dtype=products)
     history, done = state.history, start
@@ -119,7 +119,7 @@ def train(
         for step in range(start, training.steps):
             weights = step_weights(objective, step=step, steps=training.steps)
             rate = learning_rate(training, step, history.validation)
-            plan = feed.plan(step)
+            plan = feed.plan(step, soft=weights.soft > 0.0)
             torch.manual_seed((seed << 32) + step)
             norms = state.part_norms(feed, plan, weights) if step % _PART_NORMS_EVERY == 0 else {}
             torch.manual_seed((seed << 32) + step)

@@ -4,6 +4,8 @@ The same for soft-label shards in a store (local or S3) and for a Parquet file o
 bytes a row (where it is, how long) and the row groups of the shuffle buffer, whatever the number of rows.
 """
 
+import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +32,9 @@ __all__ = ["FileGroups", "Group", "Groups", "ShardGroups", "StoredRows", "file_r
 _HELD_GROUPS = 5 * BUFFER_BLOCKS // 2
 """Row groups in memory: the shuffle buffer's, the next one's, and some for buffers that do not begin with a group."""
 _FETCHERS = 4
+_DECODERS = 2
+_STEPS_AHEAD = 8
+"""Steps whose decoded soft labels are held."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class ShardGroups:
         ]
         self._groups: list[tuple[Shard, int]] = []
         self._first: dict[str, tuple[int, np.ndarray]] = {}  # shard -> its first group, and where each of its groups begins
-        self._models: dict[str, Any] = {}
+        self._models: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # one a shard, while a group needs it
         for shard in shards:
             sizes = [part.num_rows for part in shard.commit.ranges[:-1]] or [len(shard.commit.keys)]
             self._first[shard.commit.sha256] = (len(self._groups), np.cumsum([0, *sizes]))
@@ -121,10 +126,10 @@ class ShardGroups:
         sha256 = shard.commit.sha256
         if not shard.commit.ranges:  # written before ranges were recorded: whole, and without a model
             return Group.of(self._cache.read_shard(shard.commit), parse_model(b""))
-        if sha256 not in self._models:
-            model = parse_model(shard.metadata.get(CODEC_MODEL, b""))
-            self._models.setdefault(sha256, model)  # one for all groups, whichever thread was first: rows are decoded together by it
-        return Group.of(shard.group(index), self._models[sha256])
+        model, packed = self._models.get(sha256), shard.metadata.get(CODEC_MODEL, b"")
+        if model is None and packed:  # whichever thread was first: rows of one model are decoded together
+            model = self._models.setdefault(sha256, parse_model(packed))
+        return Group.of(shard.group(index), model)
 
 
 class StoredRows:
@@ -142,33 +147,57 @@ class StoredRows:
         self._groups, self._group, self._row = groups, group, row
         self.num_tokens, self.first_supervised = num_tokens, first_supervised
         self._held: OrderedDict[int, Future[Group]] = OrderedDict()
-        self._pool = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="rows")
+        self._ahead: OrderedDict[tuple[int, ...], Future[Targets]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetch-rows")
+        self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode-rows")
 
-    def prefetch(self, numbers: Sequence[int]) -> None:
-        """Start to fetch the groups of these rows."""
-        for group in np.unique(self._group[list(numbers)]):
-            self._ask(int(group))
+    def prefetch(self, numbers: Sequence[int], *, soft: bool) -> None:
+        """Start to fetch the groups of these rows and, with ``soft``, to decode their soft labels."""
+        self._ask(np.unique(self._group[list(numbers)]))
+        wanted = tuple(numbers)
+        if soft and wanted not in self._ahead:
+            self._ahead[wanted] = self._decoders.submit(self._decode, wanted)
+            while len(self._ahead) > _STEPS_AHEAD:
+                self._ahead.popitem(last=False)
 
-    def _ask(self, group: int) -> Future[Group]:
-        if group not in self._held:
-            self._held[group] = self._pool.submit(self._groups.load, group)
+    def _ask(self, groups: np.ndarray) -> dict[int, Future[Group]]:
+        """Groups that are at hand or on their way."""
+        with self._lock:
+            for group in groups.tolist():
+                if group not in self._held:
+                    self._held[group] = self._fetchers.submit(self._groups.load, group)
+                self._held.move_to_end(group)
+            asked = {group: self._held[group] for group in groups.tolist()}
             while len(self._held) > _HELD_GROUPS:
                 self._held.popitem(last=False)
-        self._held.move_to_end(group)
-        return self._held[group]
+        return asked
 
     def _find(self, numbers: Sequence[int]) -> list[tuple[Group, int]]:
         """(group, row in it) of each row; groups that are not at hand are fetched side by side."""
-        self.prefetch(numbers)
-        held = {int(group): self._ask(int(group)) for group in np.unique(self._group[list(numbers)])}
-        return [(held[int(self._group[i])].result(), int(self._row[i])) for i in numbers]
+        groups = self._group[list(numbers)]
+        asked = self._ask(np.unique(groups))
+        return [(asked[group].result(), int(self._row[i])) for group, i in zip(groups.tolist(), numbers, strict=True)]
 
     def read(self, numbers: Sequence[int]) -> list[TokenRow]:
         """Rows, in the order asked for."""
         return [group.tokens(row) for group, row in self._find(numbers)]
 
     def targets(self, numbers: Sequence[int]) -> Targets:
-        """Soft labels of rows, in the order asked for: one compiled call a shard."""
+        """Soft labels of rows, in the order asked for: those of a prefetched step, or of a part of it, are decoded already."""
+        for ahead, future in self._ahead.items():
+            if set(numbers) <= set(ahead):
+                place = {number: i for i, number in enumerate(ahead)}
+                return _reordered(future.result(), self._lengths(ahead), np.array([place[number] for number in numbers]))
+        return self._decode(numbers)
+
+    def _lengths(self, numbers: Sequence[int]) -> np.ndarray:
+        chosen = list(numbers)
+        lengths: np.ndarray = self.num_tokens[chosen] - self.first_supervised[chosen]
+        return lengths
+
+    def _decode(self, numbers: Sequence[int]) -> Targets:
+        """One compiled call a shard; it runs beside Python."""
         of_model: dict[int, list[int]] = {}
         found = self._find(numbers)
         for place, (group, _) in enumerate(found):
@@ -181,8 +210,7 @@ class StoredRows:
             labels = [group.labels(row) for group, row in (found[place] for place in places)]
             parts.append(decode_rows(found[places[0]][0].model, blobs, labels))
             order += places
-        lengths = (self.num_tokens - self.first_supervised)[[numbers[place] for place in order]]
-        return _reordered(concatenate(parts), lengths, np.argsort(order))
+        return _reordered(concatenate(parts), self._lengths([numbers[place] for place in order]), np.argsort(order))
 
 
 def file_rows(path: Path, numbers: np.ndarray | None) -> StoredRows:
@@ -212,9 +240,9 @@ def _reordered(targets: Targets, lengths: np.ndarray, order: np.ndarray) -> Targ
     Args:
         targets: of all rows, one after the other.
         lengths: positions of each row.
-        order: the row that shall stand at each place.
+        order: the row that shall stand at each place; rows may be left out.
     """
-    if np.array_equal(order, np.arange(len(order))):
+    if np.array_equal(order, np.arange(len(lengths))):
         return targets
     at_N = torch.from_numpy(_ranges(np.cumsum(lengths) - lengths, lengths, order))
     common = Common(targets.common.gold_logprob_N[at_N], targets.common.entropy_N[at_N], targets.common.num_columns)

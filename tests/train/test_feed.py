@@ -32,7 +32,7 @@ def test_ranks_share_the_rows_of_a_step(lengths: list[int], batch_rows: int, num
     alone = Feed(MemoryRows(rows), training, layout, seed=3)
     ranks = [Feed(MemoryRows(rows), training, layout, seed=3, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
     for step in (0, 4):
-        one, plans = alone.plan(step), [feed.plan(step) for feed in ranks]
+        one, plans = alone.plan(step, soft=False), [feed.plan(step, soft=False) for feed in ranks]
         everything = Counter(i for plan in plans for batch in plan.batches for i in batch)
         assert everything == Counter(i for batch in one.batches for i in batch)
         assert (
@@ -65,4 +65,4 @@ def test_what_cannot_be_dealt_is_refused() -> None:
         Feed(rows, Training(steps=1, batch_rows=2, learning_rate=0.1), layout, seed=0, num_ranks=3)
     feed = Feed(rows, Training(steps=1, batch_rows=3, learning_rate=0.1, max_tokens=8), layout, seed=0)
     with pytest.raises(SoftLabelError, match="have no soft labels"):
-        feed.read(feed.plan(0), 0, soft=True)
+        feed.read(feed.plan(0, soft=False), 0, soft=True)

@@ -114,6 +114,19 @@ def test_any_rows_in_any_order(tmp_path: Path, policy: SoftLabels) -> None:
         assert_like(reader.targets(picked), [targets_of(i, rows[i], policy) for i in picked])
 
 
+def test_a_prefetched_step_is_the_same_in_whole_and_in_parts(tmp_path: Path) -> None:
+    rows, policy = make_rows(230), POLICIES[0]
+    reader, plain = (local(tmp_path / name, policy, rows) for name in ("ahead", "plain"))
+    for step in range(3):
+        picked = step_rows(230, 50, seed=3, step=step)
+        reader.prefetch(step_rows(230, 50, seed=3, step=step + 1), soft=True)
+        for part in (picked, picked[7:20], picked[::-3]):
+            found, wanted = reader.targets(part), plain.targets(part)
+            assert torch.equal(found.ids_E, wanted.ids_E)
+            assert torch.equal(found.offsets_N1, wanted.offsets_N1)
+            assert_like(found, [targets_of(i, rows[i], policy) for i in part])
+
+
 def test_what_a_step_reads_does_not_depend_on_the_layout(tmp_path: Path) -> None:
     rows, policy = make_rows(230), POLICIES[0]
     readers = [local(tmp_path, policy, rows, shard_rows=size) for size in (230, 64, 7)]
@@ -200,6 +213,6 @@ def test_only_a_bounded_number_of_groups_is_held(tmp_path: Path, monkeypatch: py
     rows = make_rows(64 * 6)
     reader = local(tmp_path, POLICIES[0], rows, shard_rows=64)
     for i in range(0, len(rows), 16):
-        reader.prefetch([min(i + 200, len(rows) - 1)])
+        reader.prefetch([min(i + 200, len(rows) - 1)], soft=False)
         assert reader.read([i, i + 1]) == rows[i : i + 2]
         assert len(reader._held) <= 2
