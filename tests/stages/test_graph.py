@@ -163,6 +163,7 @@ def _recipes(folder: Path) -> dict[str, Recipe]:
             "hard_weight": {"kind": "linear", "start": 1.0, "end": 0.0},
             "soft_weight": {"kind": "cosine", "start": 0.5, "end": 1.0},
             "temperature": {"kind": "piecewise", "values": [2.0, 1.0], "at": [0.5]},
+            "divergence": {"kind": "jsd", "beta": 0.3},
         },
         "evaluation": {"suites": [held_out], "generate": generate, "compare": ["teacher"]},
         "gate": {"rules": [{"kind": "floor", "metric": "pass_at_1", "minimum": 0.1}]},
@@ -175,7 +176,7 @@ def _recipes(folder: Path) -> dict[str, Recipe]:
         "soft_labels": {"kind": "dense"},
         "training": {**training, "learning_rate_schedule": {"kind": "plateau"}, "validate_every_steps": 5},
         "hidden_states": None,
-        "objective": {"supervision": "hard"},
+        "objective": {"supervision": "hard", "divergence": {"kind": "skew_kl", "alpha": 0.2}},
         "evaluation": {"suites": [held_out], "generate": generate, "compare": ["baseline"]},
     }
     return {data["name"]: parse_recipe(data, origin="test") for data in (trained, pretrained, server)}
