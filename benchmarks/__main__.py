@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import losses, policies, softlabels
+from benchmarks import kernel, policies, softlabels, training
 from benchmarks.measure import machine, show
 
 
@@ -13,7 +13,8 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes.")] = False,
 ) -> None:
     """Measure beside peers, in this process, now."""
-    show([*machine(), *softlabels.run(quick=quick), *losses.run(quick=quick), *policies.run(quick=quick)], as_json=as_json)
+    parts = (softlabels, kernel, training, policies)
+    show([*machine(), *(found for part in parts for found in part.run(quick=quick))], as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import typer
 from typer.exceptions import TyperException
 
 from flows.cache_cli import cache_app
+from flows.export_cli import export
+from flows.student_cli import student_app
 from kd_core.errors import KDError, RecipeError
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache_app)
+app.add_typer(student_app)
+app.command()(export)
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, for example recipes/quickstart.yaml.")]
 Overrides = Annotated[

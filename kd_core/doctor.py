@@ -49,7 +49,7 @@ from kd_core.stages.graph import build_graph
 from kd_core.stages.job import Job
 from kd_core.stages.teaching import load_teacher
 from kd_core.store import Store
-from kd_core.student.make import new_model, student_from_blocks
+from kd_core.student.make import new_model, student_from_teacher
 from kd_core.teacher.models import LoadedModel, load_model, load_tokenizer, pick_device
 from kd_core.tokens import Batch, character_tokenizer, collate, encode_gold, encode_prompt, num_columns, tokenizer_identity
 from kd_core.train.data import TokenRow, token_batches
@@ -210,8 +210,8 @@ def _admit(recipe: Recipe, store: Store, subjects: list[_Subject]) -> str:
     else:
         assert isinstance(recipe.student, PretrainedStudent), "the recipe allows no other student beside a server teacher"
         tokenizer = load_tokenizer(recipe.student)
-    student = _student(recipe, teacher)
     texts, rows, has_gold = _rows(recipe, tokenizer)
+    student = _student(recipe, teacher, rows)
     subjects.append(_Subject(recipe, store, teacher, record, student, texts, rows, has_gold, note))
     who = "a server" if teacher is None else f"{teacher.num_parameters:,} parameters{note}"
     lengths = sorted(len(row.ids) for row in rows)
@@ -248,7 +248,7 @@ def _give_opinions(loaded: LoadedModel, temperature: float) -> None:
     head *= temperature * (math.log(num_columns) + 1.0) / (float(head.square().mean().sqrt()) * hidden_size)
 
 
-def _student(recipe: Recipe, teacher: LoadedModel | None) -> LoadedModel:
+def _student(recipe: Recipe, teacher: LoadedModel | None, rows: Sequence[TokenRow]) -> LoadedModel:
     """The student before its first step, in float32, in eval mode, on the recipe's device."""
     spec = recipe.student
     if isinstance(spec, PretrainedStudent):
@@ -259,7 +259,8 @@ def _student(recipe: Recipe, teacher: LoadedModel | None) -> LoadedModel:
             model = new_model(spec.architecture, teacher.tokenizer, seed=recipe.seeds[0])
             loaded = LoadedModel(model, teacher.tokenizer, num_columns(teacher.tokenizer))
         else:
-            loaded = LoadedModel(student_from_blocks(teacher, spec.every_nth_block), teacher.tokenizer, teacher.num_columns)
+            model = student_from_teacher(teacher, spec, rows=lambda num_rows: rows[:num_rows])
+            loaded = LoadedModel(model, teacher.tokenizer, teacher.num_columns)
     loaded.model.float().to(pick_device(recipe.run.device)).eval().requires_grad_(True)
     return loaded
 

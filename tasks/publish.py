@@ -12,11 +12,11 @@ from kd_core.artifacts import Artifact, Record, read_bytes
 from kd_core.errors import ArtifactError
 from kd_core.ledger import Entry, append, current
 from kd_core.stages.job import Job
+from kd_core.train.history import logged_metrics
 from tasks.tracking import DatasetInfo, ModelInfo, Publication, StageRun, default_tracking_uri, publish_run
 
 __all__ = ["publish_stage"]
 
-_SERIES = ("loss", "hard", "soft", "gradient_norm", "learning_rate", "temperature", "hard_weight", "soft_weight", "validation_nll")
 _REPORTS = ("report.html", "report.md", "report.json", "recipe.yaml")
 
 
@@ -91,9 +91,9 @@ def _publication(job: Job, gate: Any, student: Record) -> Publication:
 def _stage_run(job: Job, name: str, record: Record) -> StageRun:
     numbers = {k: float(v) for k, v in record.summary.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and k != "seconds"}
     series: dict[str, list[tuple[int, float]]] = {}
-    if any(file.name == "metrics.json" for file in record.files):
-        logged = json.loads(read_bytes(job.store, record, "metrics.json"))
-        series = {key: [(int(m["step"]), float(m[key])) for m in logged if key in m] for key in _SERIES if any(key in m for m in logged)}
+    for row in [*logged_metrics(job.store, record), *record.summary.get("speed", ())]:
+        for key in row.keys() - {"step"}:
+            series.setdefault(key, []).append((int(row["step"]), float(row[key])))
     metrics = {key: value for key, value in numbers.items() if key not in series}
     return StageRun(name, record.fingerprint, _flat(dict(record.identity)), metrics, series, float(record.summary["seconds"]), "done")
 

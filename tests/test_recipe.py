@@ -56,7 +56,7 @@ WRONG = [
         "evaluation.suites[0].source.glod: unknown field; did you mean 'gold'? allowed: gold, kind, limit, path, prompt, reference",
     ),
     # what must be there
-    ("student={kind: from_teacher}", "student.every_nth_block: this field is required and is not there"),
+    ("student={kind: config}", "student.architecture: this field is required and is not there"),
     ("training.adam_betas=[0.9]", "training.adam_betas[1]: this field is required and is not there"),
     (
         "evaluation.suites=[{kind: source, name: a, source: {kind: file, path: p}}]",
@@ -93,6 +93,13 @@ WRONG = [
     # combinations within one part
     ("student.architecture.num_heads=3", "student.architecture: hidden_size 64 / num_heads 3 must be an even whole number"),
     ("student.architecture.num_kv_heads=4", "student.architecture: num_kv_heads 4 must divide num_heads 2"),
+    (
+        "student={kind: from_teacher, blocks: [0, 1], last_blocks: 1}",
+        "student: blocks are chosen twice; use one of every_nth_block, first_blocks with last_blocks, or blocks",
+    ),
+    ("student={kind: from_teacher, every_nth_block: 2, first_blocks: 1}", "student: blocks are chosen twice"),
+    ("student={kind: from_teacher, blocks: [1, 1]}", "student: blocks must rise, each once, found [1, 1]"),
+    ("student={kind: from_teacher, narrower: {}}", "student.narrower: nothing becomes narrower; give hidden_size, num_heads"),
     ("training.warmup_steps=500", "training: warmup_steps 500 must be below steps 500"),
     ("prompts.split={validation: 0.5, test: 0.5}", "prompts.split: validation + test is 1; it must be below 1 to leave training prompts"),
     ("teacher.tokenizer.alphabet=aa", "teacher.tokenizer: alphabet names a character twice; each may stand once"),

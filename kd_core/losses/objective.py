@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kd_core.errors import SoftLabelError
-from kd_core.losses.divergences import forward_kl
-from kd_core.recipe import Objective
+from kd_core.losses.divergences import FORWARD_KL, soft_divergence
+from kd_core.recipe import Divergence, Objective
 from kd_core.softlabels.targets import Targets
 from kd_core.train.schedules import value_at
 
@@ -39,7 +39,9 @@ def step_weights(objective: Objective, *, step: int, steps: int) -> StepWeights:
     )
 
 
-def supervised_loss(logits_NV: Tensor, labels_N: Tensor, targets: Targets | None, weights: StepWeights) -> tuple[Tensor, dict[str, Tensor]]:
+def supervised_loss(
+    logits_NV: Tensor, labels_N: Tensor, targets: Targets | None, weights: StepWeights, divergence: Divergence = FORWARD_KL
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective summed over positions, and its parts.
 
     Args:
@@ -47,6 +49,7 @@ def supervised_loss(logits_NV: Tensor, labels_N: Tensor, targets: Targets | None
         labels_N: the tokens that stand there, int64.
         targets: soft labels of the same positions; required when weights.soft > 0.
         weights: numbers of this step.
+        divergence: D.
 
     Returns:
         The objective, a scalar sum over N in nats; and detached sums {'hard': CE, 'soft': D without T^2}.
@@ -60,7 +63,7 @@ def supervised_loss(logits_NV: Tensor, labels_N: Tensor, targets: Targets | None
     if weights.soft > 0.0:
         if targets is None:
             raise SoftLabelError("the objective has a soft part and these rows have no soft labels")
-        soft = forward_kl(logits_NV, targets, temperature=weights.temperature).sum()
+        soft = soft_divergence(logits_NV, targets, divergence, temperature=weights.temperature).sum()
         parts["soft"] = soft.detach()
         loss = loss + weights.soft * weights.temperature**2 * soft
     return loss, parts

@@ -24,7 +24,7 @@ from kd_core.teacher.models import LoadedModel
 from kd_core.tokens import collate
 from kd_core.train.data import TokenRow
 
-__all__ = ["Forwarded", "Head", "Parity", "check_teacher", "decoder_blocks", "refused_rows", "teacher_forward"]
+__all__ = ["Forwarded", "Head", "Parity", "check_teacher", "decoder_blocks", "logit_scale", "refused_rows", "teacher_forward"]
 
 _log = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ class Head:
         weight_VH = head.weight[: loaded.num_columns]
         self.weight_VH = weight_VH.float() if loaded.device.type == "cpu" else weight_VH
         self.bias_V = None if head.bias is None else head.bias[: loaded.num_columns].float()
-        self.scale = _logit_scale(config)
+        self.scale = logit_scale(config)
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._room_NV = torch.empty(0, loaded.num_columns)
 
@@ -208,7 +208,7 @@ class Head:
         return logits_NV
 
 
-def _logit_scale(config: object) -> float:
+def logit_scale(config: object) -> float:
     """The factor some architectures put on their logits: Cohere's, Granite's (a divisor; HyperCLOVA X multiplies), Falcon-H1's."""
     scaling = float(getattr(config, "logits_scaling", None) or 1.0)
     scale = float(getattr(config, "logit_scale", None) or 1.0) * float(getattr(config, "lm_head_multiplier", None) or 1.0)

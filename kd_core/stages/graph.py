@@ -168,7 +168,8 @@ def _student_identity(recipe: Recipe, *, only_tokenizer: bool = False) -> dict[s
     if only_tokenizer and not isinstance(recipe.teacher, ServerTeacher):
         return None  # the teacher's is used
     if isinstance(student, PretrainedStudent):
-        return {"kind": student.kind, "reference": reference_identity(student)}
+        identity = {"kind": student.kind, "reference": reference_identity(student)}
+        return identity if only_tokenizer else {**identity, "adapter": student.model_dump(mode="json")["adapter"]}
     return student.model_dump(mode="json")
 
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from kd_core.artifacts import Record, find, read_bytes
+from kd_core.errors import RecipeError
 from kd_core.fingerprint import fingerprint
 from kd_core.prompts import collect_prompts, estimate_rows
 from kd_core.prompts.sources import read_source
@@ -419,7 +420,12 @@ class Known:
         if isinstance(student, PretrainedStudent):
             size = stored_size(student)
             return None if size is None else size.parameters()
-        return None if self.teacher_size is None else self.teacher_size.parameters(student.every_nth_block)
+        if self.teacher_size is None or student.narrower or student.num_kv_heads or student.share_embeddings:
+            return None  # kd student describe counts these, from the config
+        try:
+            return self.teacher_size.parameters(student.kept_blocks(len(self.teacher_size.blocks)))
+        except ValueError as error:
+            raise RecipeError(f"student.{error}") from error
 
     def evaluated_parameters(self, model: str) -> int | None:
         """Of the model behind 'evaluate.<model>'."""

@@ -1,6 +1,5 @@
 """The stage in which a model learns: the student, and the compared models that differ from it in one field."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +16,14 @@ from kd_core.stages.job import Job
 from kd_core.stages.scoring import token_rows
 from kd_core.stages.teaching import frozen_rows, load_teacher
 from kd_core.store.range_cache import RangeCache
-from kd_core.student.make import new_model, student_from_blocks
+from kd_core.student.activations import sample_rows
+from kd_core.student.adapters import add_adapters, merge_adapters
+from kd_core.student.make import new_model, student_from_teacher, trainable
 from kd_core.teacher.models import LoadedModel, load_model, load_tokenizer, pick_device, save_model
 from kd_core.tokens import num_columns, tokenizer_identity
 from kd_core.train.checkpoints import Checkpoints
-from kd_core.train.data import Rows, TrainingData
+from kd_core.train.data import Rows, TokenRow, TrainingData
+from kd_core.train.history import to_jsonl
 from kd_core.train.loop import train
 from kd_core.train.reader import ShardGroups, StoredRows, file_rows
 
@@ -29,7 +31,7 @@ __all__ = ["train_stage"]
 
 
 def train_stage(job: Job) -> dict[str, Any]:
-    """Files: model/ (Hugging Face layout), metrics.json. Summary: sizes, losses, tokens, seconds."""
+    """Files: model/ (Hugging Face layout), metrics.jsonl. Summary: sizes, losses, tokens, seconds."""
     arm: Arm = job.node.group  # type: ignore[assignment]  # a train node's group is its arm
     recipe = job.recipe.arm(arm)
     seed = int(job.node.name.rpartition(".")[2])
@@ -44,23 +46,29 @@ def train_stage(job: Job) -> dict[str, Any]:
             objective=recipe.objective,
             seed=seed,
             run=recipe.run,
-            checkpoints=Checkpoints(job.store, job.node.fingerprint),
+            checkpoints=Checkpoints(job.store, job.node.fingerprint, recipe.run.keep_checkpoints),
             tick=job.tick,
         )
         num_rows = len(rows.num_tokens)
+    merge_adapters(student.model)
     save_model(student, job.directory)
-    (job.directory / "metrics.json").write_text(json.dumps(result.metrics))
+    (job.directory / "metrics.jsonl").write_text(to_jsonl(result.metrics))
     return {
         "arm": arm,
         "seed": seed,
         "rows": num_rows,
         "rows_too_long": result.rows_too_long,
-        "steps": recipe.training.steps,
+        "steps": result.steps,
+        "kept_step": result.kept_step,
         "parameters": student.num_parameters,
         "bytes": student.num_bytes,
         "validation_nll": result.validation_nll,
         "supervised_tokens": result.supervised_tokens,
         "final": result.metrics[-1],
+        "skipped_steps": result.skipped,
+        "loss_spikes": result.spikes,
+        "packed": result.packed,
+        "speed": result.speed,
         "resumed_from": result.resumed_from,
         "training_seconds": result.seconds,
     }
@@ -70,12 +78,22 @@ def _make_student(job: Job, seed: int) -> LoadedModel:
     spec = job.recipe.student
     if isinstance(spec, StudentFromTeacher):
         teacher = load_teacher(job)
-        return LoadedModel(student_from_blocks(teacher, spec.every_nth_block), teacher.tokenizer, teacher.num_columns)
-    if isinstance(spec, StudentFromConfig):
+
+        def rows(num_rows: int) -> list[TokenRow]:
+            with job.files(job.inputs["curate"]) as files:
+                curated = file_rows(files / "rows.parquet", None)
+                return sample_rows(curated, num_rows, max_tokens=job.recipe.training.max_tokens, seed=seed)
+
+        student = LoadedModel(student_from_teacher(teacher, spec, rows=rows), teacher.tokenizer, teacher.num_columns)
+    elif isinstance(spec, StudentFromConfig):
         with job.files(job.inputs["teacher"]) as files:
             tokenizer = load_tokenizer(files / "model")
         return LoadedModel(new_model(spec.architecture, tokenizer, seed=seed), tokenizer, num_columns(tokenizer))
-    return _pretrained_student(job, spec)
+    else:
+        student = _pretrained_student(job, spec)
+    if spec.adapter is not None:
+        add_adapters(student.model, spec.adapter, seed=seed)
+    return student
 
 
 def _pretrained_student(job: Job, spec: PretrainedStudent) -> LoadedModel:
@@ -85,7 +103,7 @@ def _pretrained_student(job: Job, spec: PretrainedStudent) -> LoadedModel:
         if (theirs["vocabulary"], theirs["probe"]) != (ours["vocabulary"], ours["probe"]):
             raise TrainingError("teacher and student have different tokenizers; use a student with the teacher's tokenizer")
     loaded = load_model(spec, device=pick_device("cpu"), tokenizer=tokenizer)
-    loaded.model.float().requires_grad_(True)
+    trainable(loaded.model)
     return loaded
 
 

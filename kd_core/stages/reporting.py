@@ -6,7 +6,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from kd_core.artifacts import read_bytes
 from kd_core.curate import verify
 from kd_core.evaluate.report import Curve, ModelRow, ReportData, Sample, SampleAnswer, StageRow, render_html, render_markdown, report_json
 from kd_core.evaluate.statistics import METRICS, Comparison, Estimate, compare, estimate
@@ -16,6 +15,7 @@ from kd_core.recipe_io import dump_recipe
 from kd_core.stages.evidence import efficiency, model_scores
 from kd_core.stages.job import Job
 from kd_core.stages.suites import suite_items
+from kd_core.train.history import logged_metrics
 
 __all__ = ["report_stage"]
 
@@ -116,9 +116,9 @@ def _counts(job: Job) -> dict[str, dict[str, int]]:
 def _curves(job: Job) -> list[Curve]:
     found = []
     for name, record in job.inputs.items():
-        if record.stage not in ("train", "teacher") or not any(file.name == "metrics.json" for file in record.files):
+        metrics = logged_metrics(job.store, record)
+        if not metrics:
             continue
-        metrics = json.loads(read_bytes(job.store, record, "metrics.json"))
         model, seed = (name, job.recipe.seeds[0]) if record.stage == "teacher" else (name.partition(".")[0], record.summary["seed"])
         for key, part in _CURVES.items():
             points = [(int(m["step"]), float(m[key])) for m in metrics if key in m]

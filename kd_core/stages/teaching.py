@@ -4,7 +4,6 @@ Answers are kept by row, not by stage: a recipe with more prompts, or another ob
 and pays for the others only.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from kd_core.teacher.server import answer_prompts
 from kd_core.tokens import character_tokenizer, encode_gold, encode_prompt
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.data import MemoryRows, TokenRow, TrainingData
+from kd_core.train.history import to_jsonl
 from kd_core.train.loop import train
 
 __all__ = ["Progress", "answers_stage", "frozen_rows", "load_teacher", "read_answers", "sharded_summary", "teacher_stage"]
@@ -37,7 +37,7 @@ __all__ = ["Progress", "answers_stage", "frozen_rows", "load_teacher", "read_ans
 
 
 def teacher_stage(job: Job) -> dict[str, Any]:
-    """Files: model/ (of a pre-trained one only the tokenizer), metrics.json of a trained one. Summary: its content identity and size."""
+    """Files: model/ (of a pre-trained one only the tokenizer), metrics.jsonl of a trained one. Summary: its content identity and size."""
     teacher = job.recipe.teacher
     if isinstance(teacher, ServerTeacher):
         return {"teacher": {"engine": "server", "model": teacher.model, "revision": teacher.revision}, "parameters": None, "bytes": None}
@@ -78,12 +78,12 @@ def _train_teacher(job: Job, teacher: TrainedTeacher) -> dict[str, Any]:
         objective=Objective(supervision="gold"),
         seed=seed,
         run=recipe.run,
-        checkpoints=Checkpoints(job.store, job.node.fingerprint),
+        checkpoints=Checkpoints(job.store, job.node.fingerprint, recipe.run.keep_checkpoints),
         tick=job.tick,
     )
     model.to(device).eval().requires_grad_(False)
     save_model(loaded, job.directory)
-    (job.directory / "metrics.json").write_text(json.dumps(result.metrics))
+    (job.directory / "metrics.jsonl").write_text(to_jsonl(result.metrics))
     weights = {"training": job.node.fingerprint, "content": _weights_digest(model)}
     learnt = {
         "rows": len(rows),
@@ -91,6 +91,7 @@ def _train_teacher(job: Job, teacher: TrainedTeacher) -> dict[str, Any]:
         "counts": counts,
         "supervised_tokens": result.supervised_tokens,
         "resumed_from": result.resumed_from,
+        "speed": result.speed,
     }
     return {**_describe(loaded, weights), **learnt, "training_seconds": result.seconds}
 

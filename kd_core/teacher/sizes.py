@@ -9,7 +9,7 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +35,13 @@ class Size:
     outside: int
     blocks: tuple[int, ...]
 
-    def parameters(self, every_nth_block: int = 1) -> int:
-        """All of them, with every n-th block.
+    def parameters(self, blocks: Sequence[int] | None = None) -> int:
+        """All of them, or with some of the blocks.
 
-        >>> Size(10, (1, 2, 4)).parameters(), Size(10, (1, 2, 4)).parameters(2)
+        >>> Size(10, (1, 2, 4)).parameters(), Size(10, (1, 2, 4)).parameters([0, 2])
         (17, 15)
         """
-        return self.outside + sum(self.blocks[::every_nth_block])
+        return self.outside + sum(self.blocks if blocks is None else (self.blocks[i] for i in blocks))
 
 
 def llama_size(architecture: Architecture, num_columns: int) -> Size:

@@ -1,9 +1,15 @@
 """Checkpoints: atomic, verified, the newest complete one wins.
 
-    checkpoints/<fingerprint>/<step>/state.pt      weights, optimiser, metrics so far
-    checkpoints/<fingerprint>/<step>/record.json   written last, with the sha256
+    checkpoints/<fingerprint>/<step>/<sha256>.pt   the state
+    checkpoints/<fingerprint>/<step>/record.json   written last, with the sha256 and the version of the state
 
-Only tensors and plain values are loaded (``weights_only``). The two newest are kept; a finished run removes all.
+A state holds all that a run needs to go on bit for bit: ``model`` and ``optimiser`` (whole, whatever the number of ranks), ``history``
+(what was logged, the validations that learning rate, early stopping and the best step follow from), ``average`` (moving average of
+the weights, or None) and ``best`` (weights with the least validation loss so far, or None). The place in the data and random
+numbers are functions of the seed and the step, and need no saving. Because each state holds the best weights too, the newest ones are all
+that is kept; a finished run removes them.
+
+Only tensors and plain values are loaded (``weights_only``). States of version 1 (without validations while training) are read.
 """
 
 import json
@@ -18,18 +24,20 @@ from kd_core.errors import IntegrityError, StoreError
 from kd_core.failpoints import reach
 from kd_core.fingerprint import sha256_file
 from kd_core.store import Store
+from kd_core.train.history import History
 
 __all__ = ["Checkpoints"]
 
-_KEEP = 2
+_VERSION = 2
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one training run, named by its fingerprint."""
+    """The checkpoints of one training run, named by its fingerprint; the ``keep`` newest stay."""
 
     store: Store
     fingerprint: str
+    keep: int = 2
 
     def _prefix(self, step: int | None = None) -> str:
         return f"checkpoints/{self.fingerprint}/" + ("" if step is None else f"{step:08d}")
@@ -39,23 +47,23 @@ class Checkpoints:
         return sorted(int(info.key.split("/")[-2]) for info in self.store.list(self._prefix()) if info.key.endswith("/record.json"))
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state after ``step`` optimiser steps, then forget all but the two newest."""
+        """Write the state after ``step`` optimiser steps, then forget all but the newest."""
         with tempfile.TemporaryDirectory(prefix="kd-") as name:
             path = Path(name) / "state.pt"
             torch.save(state, path)
             sha256 = sha256_file(path)
             self.store.create(f"{self._prefix(step)}/{sha256}.pt", path)
         reach("checkpoint.state")
-        self.store.create(f"{self._prefix(step)}/record.json", json.dumps({"sha256": sha256}).encode())
+        self.store.create(f"{self._prefix(step)}/record.json", json.dumps({"sha256": sha256, "version": _VERSION}).encode())
         reach("checkpoint.record")
-        for old in self.steps()[:-_KEEP]:
+        for old in self.steps()[: -self.keep]:
             self._remove(self._prefix(old))
 
     def load_newest(self, device: torch.device) -> tuple[int, dict[str, Any]] | None:
         """(step, state) of the newest complete checkpoint, or None.
 
         Raises:
-            IntegrityError: its bytes are not the recorded ones.
+            IntegrityError: its bytes are not the recorded ones, or a newer version of this project wrote it.
         """
         for step in reversed(self.steps()):
             try:
@@ -68,6 +76,12 @@ class Checkpoints:
 
     def _load(self, step: int, device: torch.device) -> dict[str, Any]:
         record = json.loads(self.store.get(f"{self._prefix(step)}/record.json"))
+        version = record.get("version", 1)
+        if version > _VERSION:
+            raise IntegrityError(
+                f"{self.store.uri}/{self._prefix(step)}: a checkpoint of version {version}, and this version reads up to {_VERSION}; go on "
+                "with the version that began, or delete it to start from an older one"
+            )
         key = f"{self._prefix(step)}/{record['sha256']}.pt"
         with tempfile.TemporaryDirectory(prefix="kd-") as name:
             path = Path(name) / "state.pt"
@@ -77,7 +91,7 @@ class Checkpoints:
                     f"{self.store.uri}/{key}: sha256 differs from its record; delete {self._prefix(step)} to resume from an older one"
                 )
             state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-            return state
+            return state if version == _VERSION else _from_version_1(state)
 
     def clear(self) -> None:
         """Remove all checkpoints of this run."""
@@ -86,3 +100,8 @@ class Checkpoints:
     def _remove(self, prefix: str) -> None:
         for info in sorted(self.store.list(prefix), key=lambda info: not info.key.endswith("/record.json")):
             self.store.delete(info.key)
+
+
+def _from_version_1(state: dict[str, Any]) -> dict[str, Any]:
+    history = History(metrics=json.loads(state["metrics"]), supervised_tokens=state["tokens"])
+    return {"model": state["model"], "optimiser": state["optimiser"], "history": history.dump(), "average": None, "best": None}

@@ -16,7 +16,7 @@ import numpy as np
 from kd_core.errors import SoftLabelError
 from kd_core.softlabels.targets import Targets, concatenate
 
-__all__ = ["BLOCK_ROWS", "BUFFER_BLOCKS", "MemoryRows", "Rows", "TokenRow", "TrainingData", "step_rows", "token_batches"]
+__all__ = ["BLOCK_ROWS", "BUFFER_BLOCKS", "MemoryRows", "Rows", "TokenRow", "TrainingData", "padded_batches", "step_rows", "token_batches"]
 
 BLOCK_ROWS = 64
 """Neighbours that stay in one buffer: as many as a row group of a shard holds."""
@@ -152,10 +152,19 @@ def _buffer_order(num_rows: int, seed: int, epoch: int, buffer: int) -> np.ndarr
 
 def token_batches(rows: Sequence[TokenRow], budget_tokens: int) -> Iterator[list[int]]:
     """Numbers of rows, sorted by length and cut so that rows * longest <= budget (one row at least)."""
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), i))
+    yield from padded_batches([len(row.ids) for row in rows], budget_tokens)
+
+
+def padded_batches(lengths: Sequence[int], budget_tokens: int) -> Iterator[list[int]]:
+    """``token_batches`` of rows of these lengths.
+
+    >>> list(padded_batches([2, 5, 3, 2], 6))
+    [[0, 3], [2], [1]]
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     batch: list[int] = []
     for i in order:
-        if batch and (len(batch) + 1) * len(rows[i].ids) > budget_tokens:
+        if batch and (len(batch) + 1) * lengths[i] > budget_tokens:
             yield batch
             batch = []
         batch.append(i)

@@ -1,41 +1,38 @@
 """The training loop: one optimiser step at a time, exact under any split of the batch.
 
-Axes: B rows, T positions, V vocabulary columns, N supervised positions of a micro-batch.
-
 The loss is normalised by the supervised tokens of the whole optimiser step, over all micro-batches and ranks, so
-``run.micro_batch_tokens`` and the number of devices change speed only. Everything that varies (rows, learning rate,
-weights, random numbers) is a function of (seed, step): a resumed run is the unbroken one.
+``run.micro_batch_tokens``, packing and the number of devices change speed only. Everything that varies (rows, learning rate,
+weights, random numbers) is a function of the seed, the step and the validations so far: a resumed run is the unbroken one.
+
+Ranks (``torchrun``, ``accelerate launch``) hold whole copies of the weights and share the rows of a step.
 """
 
-import contextlib
-import json
-import math
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from kd_core.errors import TrainingError
 from kd_core.failpoints import reach
-from kd_core.losses.objective import StepWeights, step_weights, supervised_loss
+from kd_core.losses.objective import step_weights
+from kd_core.packing import unpackable
 from kd_core.progress import Tick, Ticker
 from kd_core.recipe import Objective, Run, Training
-from kd_core.softlabels.targets import Targets, move
 from kd_core.teacher.models import pick_device
-from kd_core.tokens import Batch, collate
 from kd_core.train.checkpoints import Checkpoints
-from kd_core.train.data import Rows, TokenRow, TrainingData, step_rows, token_batches
-from kd_core.train.schedules import learning_rate
+from kd_core.train.data import TrainingData
+from kd_core.train.feed import Feed, Layout
+from kd_core.train.meter import Meter
+from kd_core.train.objective_model import check_logits
+from kd_core.train.schedules import Validations, learning_rate, without_a_best
+from kd_core.train.state import TrainingState, as_trained, refuse_unsupported
 
-__all__ = ["TrainingResult", "train", "validation_nll"]
+__all__ = ["TrainingResult", "train"]
 
 _LOG_EVERY = 10
-_PREFETCH_STEPS = 4
+_PART_NORMS_EVERY = 250
+_SPEED_READINGS = 100
 
 
 @dataclass(frozen=True)
@@ -43,25 +40,39 @@ class TrainingResult:
     """What a run reports beside its weights.
 
     Attributes:
-        metrics: one dict a logged step: step, loss, hard, soft, gradient_norm, learning_rate, temperature, weights,
-            tokens; some carry validation_nll. Losses are means over supervised tokens, nats.
-        validation_nll: at the end, nats a token; None without validation rows.
+        metrics: one dict a logged step: step, the objective's parts (loss, hard, soft), gradient_norm, learning_rate,
+            weight_decay, temperature, the weights, loss_spikes and skipped_steps so far; some carry validation_nll, or the gradient norm
+            of each part before its weight. Losses are means over supervised tokens, nats.
+        speed: at most about 100 dicts: step, tokens_per_second and supervised_tokens_per_second of this rank, gemm_share,
+            peak_memory_bytes. Not reproducible, so kept apart.
+        validation_nll: of the weights that are kept, nats a token; None without validation rows.
+        kept_step: optimiser steps after which these weights stood.
+        steps: optimiser steps that were made, skipped ones included; fewer than asked for after early stopping.
         supervised_tokens: trained on, over all steps.
         seconds: of this process, after a resume only those since.
         resumed_from: step of the checkpoint this run started from; 0 for none.
         rows_too_long: rows left out because they have more than training.max_tokens tokens.
+        packed: whether documents were packed; False: padded.
+        skipped: steps whose gradients were not finite.
+        spikes: steps whose loss stood out from the 50 before them.
     """
 
     metrics: list[dict[str, float]]
+    speed: list[dict[str, float]]
     validation_nll: float | None
+    kept_step: int
+    steps: int
     supervised_tokens: int
     seconds: float
     resumed_from: int
     rows_too_long: int
+    packed: bool
+    skipped: list[int]
+    spikes: list[int]
 
 
 def train(
-    model: nn.Module,
+    model: PreTrainedModel,
     data: TrainingData,
     *,
     num_columns: int,
@@ -75,10 +86,10 @@ def train(
     """Train ``model`` in place.
 
     Args:
-        model: a causal language model in float32.
+        model: a causal language model in float32; parameters that need no gradient stay as they are.
         data: rows, soft labels, validation rows.
         num_columns: logit columns that count; the rest is cut off before normalising.
-        training: steps, batch, optimiser.
+        training: steps, batch, optimiser, schedule, what is kept.
         objective: what is minimised.
         seed: decides order and dropout.
         run: micro-batch size, checkpoint interval, device.
@@ -86,112 +97,69 @@ def train(
         tick: progress.
 
     Raises:
-        TrainingError: no rows, or gradients that are not finite.
+        TrainingError: no rows, more non-finite gradients than allowed, or a model whose logits cannot be made here.
         SoftLabelError: missing or invalid soft labels.
     """
-    lengths = data.rows.num_tokens
-    kept = np.flatnonzero(lengths <= training.max_tokens)
-    supervised = (lengths - data.rows.first_supervised)[kept]
-    if not len(kept):
-        raise TrainingError(
-            f"no rows to train on: {len(lengths)} rows, none within training.max_tokens = {training.max_tokens}; check the curate counts"
-        )
-    accelerator = Accelerator(cpu=pick_device(run.device).type == "cpu")
-    device = accelerator.device
-    if training.dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise TrainingError("training.dtype: bfloat16, and this device has no bfloat16; use float32")
-    optimiser = torch.optim.AdamW(_parameter_groups(model, training.weight_decay), lr=0.0, betas=training.adam_betas, fused=True)
-    model, optimiser = accelerator.prepare(model, optimiser)
-    start, metrics, tokens = 0, [], 0
-    if found := checkpoints.load_newest(device):
-        start, state = found
-        accelerator.unwrap_model(model).load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        metrics, tokens = json.loads(state["metrics"]), state["tokens"]
     began = time.perf_counter()
-    autocast = torch.autocast(device.type, torch.bfloat16) if training.dtype == "bfloat16" else contextlib.nullcontext()
-    model.train()
+    accelerator = Accelerator(cpu=pick_device(run.device).type == "cpu")
+    rank, num_ranks = accelerator.process_index, accelerator.num_processes
+    refuse_unsupported(accelerator, training, data)
+    packed = unpackable(model) is None and not run.compile
+    layout = Layout(packed, run.micro_batch_tokens, accelerator.device)
+    feed = Feed(data.rows, training, layout, seed=seed, rank=rank, num_ranks=num_ranks)
+    validation = list(data.validation[rank::num_ranks])
+    state = TrainingState(model, num_columns=num_columns, training=training, objective=objective, accelerator=accelerator)
+    start = state.resume(checkpoints)
+    check_logits(state.objective_model.eval(), data.rows.read(feed.plan(start, soft=False).batches[0][:2]), layout)
+    products = torch.bfloat16 if training.dtype == "bfloat16" else torch.float32
+    meter = Meter(model, num_columns=num_columns, device=accelerator.device, dtype=products)
+    history, done = state.history, start
     tick(Tick(start, training.steps, "steps"))
-    for step in range(start, training.steps):
-        torch.manual_seed((seed << 32) + step)
-        weights = step_weights(objective, step=step, steps=training.steps)
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(training, step)
-        picked = step_rows(len(kept), training.batch_rows, seed=seed, step=step)
-        step_tokens = int(supervised[picked].sum())
-        mine = kept[picked[accelerator.process_index :: accelerator.num_processes]].tolist()
-        soon = step_rows(len(kept), training.batch_rows, seed=seed, step=step + _PREFETCH_STEPS)
-        data.rows.prefetch(kept[soon[accelerator.process_index :: accelerator.num_processes]].tolist(), soft=weights.soft > 0.0)
-        sums: dict[str, Tensor] = {}
-        for batch, targets in _micro_batches(data.rows, mine, run.micro_batch_tokens, device, weights):
-            with autocast:
-                logits_BTV = model(input_ids=batch.ids_BT, attention_mask=batch.attention_BT, use_cache=False).logits
-            loss, parts = supervised_loss(logits_BTV[batch.predict_BT][:, :num_columns], batch.labels_N, targets, weights)
-            accelerator.backward(loss * (accelerator.num_processes / step_tokens))
-            for name, value in {"loss": loss.detach(), **parts}.items():
-                sums[name] = sums.get(name, torch.zeros((), device=device)) + value
-        norm = accelerator.clip_grad_norm_(model.parameters(), training.clip_norm if training.clip_norm is not None else math.inf)
-        if not torch.isfinite(norm):
-            raise TrainingError(f"step {step + 1}: gradients are not finite; lower training.learning_rate or use training.dtype: float32")
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        tokens += step_tokens
-        last = step + 1 == training.steps
-        if step % _LOG_EVERY == 0 or last:
-            means = {name: float(value) / step_tokens for name, value in _over_ranks(accelerator, sums).items()}
-            acting = {"hard_weight": weights.hard, "soft_weight": weights.soft, "temperature": weights.temperature}
-            acting |= {"gradient_norm": float(norm), "learning_rate": learning_rate(training, step)}
-            metrics.append({"step": step + 1, **means, **acting})
-            tick(Tick(step + 1, training.steps, "steps", f"loss {means['loss']:.4f}"))
-        if (step + 1) % run.checkpoint_every_steps == 0 and not last and accelerator.is_main_process:
-            state = {"model": accelerator.unwrap_model(model).state_dict(), "optimiser": optimiser.state_dict()}
-            checkpoints.save(step + 1, {**state, "metrics": json.dumps(metrics), "tokens": tokens})
-        reach("train.step")
-    nll = validation_nll(model, data.validation, num_columns=num_columns, micro_batch_tokens=run.micro_batch_tokens, device=device)
-    if nll is not None:
-        metrics[-1]["validation_nll"] = nll
-    return TrainingResult(metrics, nll, tokens, time.perf_counter() - began, start, len(lengths) - len(kept))
+    with as_trained(model, packed=packed, run=run):
+        for step in range(start, training.steps):
+            weights = step_weights(objective, step=step, steps=training.steps)
+            rate = learning_rate(training, step, history.validation)
+            plan = feed.plan(step, soft=weights.soft > 0.0)
+            torch.manual_seed((seed << 32) + step)
+            norms = state.part_norms(feed, plan, weights) if step % _PART_NORMS_EVERY == 0 else {}
+            torch.manual_seed((seed << 32) + step)
+            means = state.gradients(feed, plan, weights, meter)
+            norm = state.step(step, rate)
+            done = step + 1
+            history.supervised_tokens += plan.num_supervised
+            spike = history.is_spike(done, means["loss"])
+            last = done == training.steps
+            due = training.validate_every_steps is not None and done % training.validate_every_steps == 0
+            validated = state.validate(done, validation, layout) if due or last else {}
+            last = last or _shall_stop(training, history.validation)
+            if step % _LOG_EVERY == 0 or last or spike or due or done in history.skipped:
+                acting = {"hard_weight": weights.hard, "soft_weight": weights.soft, "temperature": weights.temperature}
+                acting |= {"gradient_norm": norm, "learning_rate": rate, "weight_decay": training.weight_decay}
+                history.log(done, {**means, **norms, **acting, **validated})
+                tick(Tick(done, training.steps, "steps", f"loss {means['loss']:.4f}"))
+            if last or done % max(_LOG_EVERY, training.steps // _SPEED_READINGS) == 0:
+                history.speed.append({"step": done, **meter.read()})
+            if done % run.checkpoint_every_steps == 0 and not last:
+                state.save(checkpoints, done)
+            reach("train.step")
+            if last:
+                break
+    kept_step, nll = state.keep(done)
+    return TrainingResult(
+        metrics=history.metrics,
+        speed=history.speed,
+        validation_nll=nll,
+        kept_step=kept_step,
+        steps=done,
+        supervised_tokens=history.supervised_tokens,
+        seconds=time.perf_counter() - began,
+        resumed_from=start,
+        rows_too_long=feed.rows_too_long,
+        packed=packed,
+        skipped=history.skipped,
+        spikes=history.spikes,
+    )
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay on matrices only: norms and biases have one axis."""
-    parameters = list(model.parameters())
-    decayed = [p for p in parameters if p.ndim >= 2]
-    plain = [p for p in parameters if p.ndim < 2]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-
-
-def _micro_batches(
-    rows: Rows, picked: list[int], budget_tokens: int, device: torch.device, weights: StepWeights
-) -> Iterator[tuple[Batch, Targets | None]]:
-    read = rows.read(picked)
-    for part in token_batches(read, budget_tokens):
-        batch = collate([(read[i].ids, read[i].first_supervised) for i in part]).to(device)
-        targets = move(rows.targets([picked[i] for i in part]), device) if weights.soft > 0.0 else None
-        yield batch, targets
-
-
-def _over_ranks(accelerator: Accelerator, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    if accelerator.num_processes == 1:
-        return sums
-    return {name: accelerator.reduce(value, reduction="sum") for name, value in sums.items()}
-
-
-@torch.inference_mode()
-def validation_nll(
-    model: nn.Module, rows: Sequence[TokenRow], *, num_columns: int, micro_batch_tokens: int, device: torch.device
-) -> float | None:
-    """Mean negative log-likelihood of the supervised tokens, nats; None without rows. Leaves the model in its mode."""
-    if not rows:
-        return None
-    was_training = model.training
-    model.eval()
-    total, count = 0.0, 0
-    for part in token_batches(rows, micro_batch_tokens):
-        batch = collate([(rows[i].ids, rows[i].first_supervised) for i in part]).to(device)
-        logits_BTV = model(input_ids=batch.ids_BT, attention_mask=batch.attention_BT, use_cache=False).logits
-        logits_NV = logits_BTV[batch.predict_BT][:, :num_columns].float()
-        total += float(nn.functional.cross_entropy(logits_NV, batch.labels_N, reduction="sum"))
-        count += len(batch.labels_N)
-    model.train(was_training)
-    return total / count
+def _shall_stop(training: Training, validation: Validations) -> bool:
+    return training.stop_after_validations is not None and without_a_best(validation) >= training.stop_after_validations

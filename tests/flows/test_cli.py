@@ -10,7 +10,7 @@ import pytest
 from kd_core.ledger import history
 from kd_core.store import LocalStore
 
-STAGE_FIELDS = {"name", "fingerprint", "status", "rows", "rows_cached", "tokens", "bytes", "seconds", "price"}
+STAGE_FIELDS = {"name", "fingerprint", "status", "rows", "rows_cached", "tokens", "bytes", "requests", "seconds", "price"}
 
 
 # ------------------------------------------------------------------------------------------- a finished recipe
@@ -21,7 +21,7 @@ def test_the_plan_of_a_finished_recipe_is_all_hits_and_free(finished, kd, monkey
     called = kd("plan", "--json", finished.recipe_file)
     assert (called.code, called.err) == (0, "")
     plan = json.loads(called.out)
-    assert set(plan) == {"stages"}
+    assert set(plan) == {"stages", "total", "soft_label_options", "notes"}
     groups = dict.fromkeys(node["name"].partition(".")[0] for node in finished.said["nodes"])
     assert [stage["name"] for stage in plan["stages"]] == list(groups)
     for stage in plan["stages"]:

@@ -86,6 +86,7 @@ TABLES = {
         "soft_labels": RECORDED,  # supervision: hard uses none,
         "objective": RECORDED,  # nor any weight
         "student": FROM_CURATE,  # its tokenizer counts the tokens of text
+        "student.adapter": LEARNT,
         "evaluation.compare": {"baseline", "evaluate.baseline"} | VERDICT,
     },
 }
@@ -115,6 +116,7 @@ def _recipes(folder: Path) -> dict[str, Recipe]:
     architecture = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32}
     training = {"steps": 10, "batch_rows": 4, "learning_rate": 0.001}
     held_out = {"kind": "held_out", "name": "held_out"}
+    adapter = {"kind": "lora", "rank": 2, "alpha": 4}
     generate = {"num_samples": 2, "temperature": 0.5, "max_tokens": 8}
     trained = {
         "name": "trained",
@@ -154,12 +156,14 @@ def _recipes(folder: Path) -> dict[str, Recipe]:
         "name": "pretrained",
         "teacher": {"kind": "pretrained", "model": str(folder / "model-a")},
         "soft_labels": {"kind": "topk", "k": 5, "temperatures": [1.0, 2.0]},
-        "student": {"kind": "from_teacher", "every_nth_block": 2},
+        "training": {**training, "learning_rate_schedule": {"kind": "warmup_stable_decay"}},
+        "student": {"kind": "from_teacher", "every_nth_block": 2, "narrower": {"hidden_size": 8}, "adapter": adapter},
         "objective": {
             "supervision": "soft",
             "hard_weight": {"kind": "linear", "start": 1.0, "end": 0.0},
             "soft_weight": {"kind": "cosine", "start": 0.5, "end": 1.0},
             "temperature": {"kind": "piecewise", "values": [2.0, 1.0], "at": [0.5]},
+            "divergence": {"kind": "jsd", "beta": 0.3},
         },
         "evaluation": {"suites": [held_out], "generate": generate, "compare": ["teacher"]},
         "gate": {"rules": [{"kind": "floor", "metric": "pass_at_1", "minimum": 0.1}]},
@@ -168,10 +172,11 @@ def _recipes(folder: Path) -> dict[str, Recipe]:
         **pretrained,
         "name": "server",
         "teacher": {"kind": "server", "model": "big", "revision": "2026-01"},
-        "student": {"kind": "pretrained", "model": "org/small", "revision": REVISION},
+        "student": {"kind": "pretrained", "model": "org/small", "revision": REVISION, "adapter": adapter},
         "soft_labels": {"kind": "dense"},
+        "training": {**training, "learning_rate_schedule": {"kind": "plateau"}, "validate_every_steps": 5},
         "hidden_states": None,
-        "objective": {"supervision": "hard"},
+        "objective": {"supervision": "hard", "divergence": {"kind": "skew_kl", "alpha": 0.2}},
         "evaluation": {"suites": [held_out], "generate": generate, "compare": ["baseline"]},
     }
     return {data["name"]: parse_recipe(data, origin="test") for data in (trained, pretrained, server)}
@@ -187,10 +192,12 @@ _ADDED: dict[tuple[str, str], Any] = {  # values for fields whose type alone doe
     ("ReasoningGymSource", "config"): {"max_terms": 3},
     ("Recipe", "hidden_states"): HiddenStates(blocks=(0,)),
     ("Recipe", "seeds"): (0, 1, 2),
+    ("StudentFromTeacher", "blocks"): (0, 1),
     ("Task", "system"): "be brief",
     ("TopK", "temperatures"): (1.0, 2.0, 4.0),
     ("Training", "adam_betas"): (0.8, 0.9),
     ("Training", "clip_norm"): None,
+    ("Training", "ema_decay"): 0.99,
     ("Piecewise", "values"): (2.0, 3.0),
     ("Piecewise", "at"): (0.25,),
     ("S3Options", "endpoint"): "http://127.0.0.1:1",

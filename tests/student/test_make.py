@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
-from kd_core.errors import RecipeError, TeacherError
+from kd_core.errors import RecipeError
 from kd_core.recipe import Architecture, CharacterTokenizer
 from kd_core.student.make import new_model, student_from_blocks
-from kd_core.teacher.models import LoadedModel
 from kd_core.tokens import character_tokenizer
 
 TOKENIZER = character_tokenizer(CharacterTokenizer(kind="characters", alphabet="01+="))
@@ -64,12 +63,6 @@ def test_too_few_blocks_are_refused(tiny_model) -> None:
         student_from_blocks(tiny_model(num_layers=4), 4)
 
 
-def test_an_architecture_without_layers_is_refused() -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=2, n_head=2))
-    with pytest.raises(TeacherError, match="cannot find the blocks of a GPT2LMHeadModel"):
-        student_from_blocks(LoadedModel(model, TOKENIZER, 6), 2)
-
-
 def test_a_new_model_is_a_function_of_its_seed_and_has_exactly_the_tokenizers_columns() -> None:
     first, again, other = (new_model(SIZE, TOKENIZER, seed=seed) for seed in (5, 5, 6))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
@@ -78,3 +71,14 @@ def test_a_new_model_is_a_function_of_its_seed_and_has_exactly_the_tokenizers_co
     assert first.config.eos_token_id == TOKENIZER.eos_token_id
     assert first.lm_head.weight is first.model.embed_tokens.weight
     assert (len(first.model.layers), first.config.hidden_size, first.config.num_key_value_heads) == (3, 16, 1)
+
+
+def test_an_end_token_that_pads_too_starts_and_learns_like_any_other() -> None:
+    tokenizer = character_tokenizer(CharacterTokenizer(kind="characters", alphabet="01+="))
+    tokenizer.pad_token = tokenizer.eos_token
+    model = new_model(SIZE, tokenizer, seed=5)
+    assert model.config.pad_token_id == model.config.eos_token_id == 1
+    assert model.model.embed_tokens.weight[1].abs().sum() > 0
+    embedded = model.model.embed_tokens(torch.tensor([1]))
+    embedded.sum().backward()
+    assert model.model.embed_tokens.weight.grad[1].abs().sum() > 0

@@ -1,5 +1,6 @@
 """Checkpoints: only complete ones count, the newest wins, damage is named, two are kept."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,20 @@ def test_a_checkpoint_that_another_worker_removes_meanwhile_is_passed_over(tmp_p
         theirs.save(step, state(step))
     found = Checkpoints(SlowStore(tmp_path), "f" * 32).load_newest(CPU)
     assert ([] if found is None else [found[0]]) == left
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(LocalStore(tmp_path), "f" * 32)
+    checkpoints.save(7, state(7))
+    (record,) = tmp_path.rglob("record.json")
+    assert json.loads(record.read_text())["version"] == 2
+    record.write_text(json.dumps({**json.loads(record.read_text()), "version": 3}))
+    with pytest.raises(IntegrityError, match="00000007: a checkpoint of version 3, and this version reads up to 2"):
+        checkpoints.load_newest(CPU)
+
+
+def test_as_many_are_kept_as_asked_for(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(LocalStore(tmp_path), "f" * 32, keep=1)
+    for step in (5, 10):
+        checkpoints.save(step, state(step))
+    assert checkpoints.steps() == [10]

@@ -1,6 +1,8 @@
 """The training loop: exact under any split of the batch, any padding, any interruption; and it does what the objective says."""
 
 import copy
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +10,18 @@ import pytest
 import torch
 
 from kd_core.errors import SoftLabelError, TrainingError
+from kd_core.losses.divergences import FORWARD_KL
 from kd_core.progress import silent
-from kd_core.recipe import Dense, Objective, Run, Sampled, SoftLabels, Training
+from kd_core.recipe import Constant, Decay, Dense, Objective, ReduceOnPlateau, Run, Sampled, SoftLabels, Training
 from kd_core.softlabels.capture import row_key, score_rows
 from kd_core.store import LocalStore
 from kd_core.tokens import collate
-from kd_core.train import loop
+from kd_core.train import feed
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.data import MemoryRows, TokenRow, TrainingData
-from kd_core.train.loop import TrainingResult, train, validation_nll
+from kd_core.train.feed import Layout
+from kd_core.train.loop import TrainingResult, train
+from kd_core.train.objective_model import ObjectiveModel, validation_sums
 
 EOS = 1
 ROWS = [
@@ -28,6 +33,8 @@ ROWS = [
 ]
 SOFT = Objective(supervision="soft", hard_weight=0.3, soft_weight=0.7, temperature=2.0)
 HARD = Objective(supervision="hard")
+COMPILED = (pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"))
+NONE, ONE = (Constant(kind="constant", value=value) for value in (0.0, 1.0))
 TRAINING = Training(steps=6, batch_rows=3, learning_rate=0.01, warmup_steps=2)
 SAMPLED = Sampled(kind="sampled", num_draws=9, temperature=2.0)
 
@@ -88,8 +95,8 @@ def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, to
 
 def test_micro_batches_change_neither_loss_nor_gradient(student, data, monkeypatch, tmp_path) -> None:
     """Trap 12: the mean is over the step's tokens, not over its micro-batches."""
-    real = loop.token_batches
-    monkeypatch.setattr(loop, "token_batches", lambda rows, budget: real(rows, budget if budget > 64 else 1))
+    real = feed.pack_batches
+    monkeypatch.setattr(feed, "pack_batches", lambda lengths, budget: real(lengths, budget if budget > 64 else 1))
     whole, logged = step_gradient(student, data, monkeypatch, tmp_path, micro_batch_tokens=16_384)
     single, logged_single = step_gradient(student, data, monkeypatch, tmp_path, micro_batch_tokens=64)  # one row a pass
     assert len(whole) == len(list(student.parameters()))
@@ -128,39 +135,109 @@ def test_extra_padding_changes_neither_loss_nor_gradient(student, data, monkeypa
         }
         return type(batch)(**wide, labels_N=batch.labels_N)
 
+    monkeypatch.setattr("kd_core.train.loop.unpackable", lambda model: "padding is what is looked at")
     plain, logged = step_gradient(student, data, monkeypatch, tmp_path / "plain", micro_batch_tokens=16_384)
-    monkeypatch.setattr(loop, "collate", padded)
+    monkeypatch.setattr(feed, "collate", padded)
     wide, logged_wide = step_gradient(student, data, monkeypatch, tmp_path / "wide", micro_batch_tokens=16_384)
     assert logged_wide["loss"] == pytest.approx(logged["loss"], rel=1e-5)
     assert_same_gradients(wide, plain, tolerance=1e-6)
 
 
+def test_packed_documents_and_padded_rows_give_the_same_loss_and_gradient(student, data, monkeypatch, tmp_path) -> None:
+    """Traps 12 and 15, within 1e-6 of the gradient's norm."""
+    packed, logged = step_gradient(student, data, monkeypatch, tmp_path / "packed", micro_batch_tokens=64)
+    monkeypatch.setattr("kd_core.train.loop.unpackable", lambda model: "for comparison")
+    padded, logged_padded = step_gradient(student, data, monkeypatch, tmp_path / "padded", micro_batch_tokens=64)
+    assert_same_gradients(packed, padded, tolerance=1e-6)
+    for name in ("loss", "hard", "soft", "gradient_norm"):
+        assert logged[name] == pytest.approx(logged_padded[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"activation_checkpointing": True}, pytest.param({"compile": True}, marks=COMPILED)])
+def test_what_run_asks_for_changes_no_result(student, data, tmp_path, change: dict[str, Any]) -> None:
+    plain, other = copy.deepcopy(student), copy.deepcopy(student)
+    fit(plain, tmp_path / "plain", data=data)
+    result = fit(other, tmp_path / "other", data=data, run=Run(device="cpu", **change))
+    assert result.packed is ("compile" not in change)
+    assert not other.is_activation_checkpointing
+    assert other.get_decoder()._compiled_call_impl is None
+    for (name, mine), theirs in zip(weights(other).items(), weights(plain).values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_bfloat16_products_move_float32_weights_nearly_alike(student, data, tmp_path) -> None:
+    exact, rounded = copy.deepcopy(student), copy.deepcopy(student)
+    expected = fit(exact, tmp_path / "exact", data=data).metrics
+    found = fit(rounded, tmp_path / "rounded", data=data, training=TRAINING.model_copy(update={"dtype": "bfloat16"})).metrics
+    assert {weight.dtype for weight in weights(rounded).values()} == {torch.float32}
+    assert found != expected
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.03)
+        assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=0.05)
+
+
 # ------------------------------------------------------------------------------------------- resume
 
 
+EVERYTHING = TRAINING.model_copy(
+    update={
+        "ema_decay": 0.8,
+        "validate_every_steps": 1,
+        "keep": "best",
+        "learning_rate_schedule": ReduceOnPlateau(kind="plateau", patience=1),
+        "learning_rate": 0.1,
+        "steps": 8,
+    }
+)
+
+
 @pytest.mark.parametrize("stop_after", [2, 3, 5])
-def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(student, data, monkeypatch, tmp_path, stop_after: int) -> None:
+@pytest.mark.parametrize("training", [TRAINING, EVERYTHING], ids=["plain", "everything"])
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(student, data, monkeypatch, tmp_path, stop_after: int, training: Training) -> None:
     run = Run(device="cpu", checkpoint_every_steps=2)
+    data = TrainingData(data.rows, [TokenRow((13, 2, 8, 15, 10, 12, 6, 2), 1)])  # soon gets worse
     unbroken = copy.deepcopy(student)
-    expected = fit(unbroken, tmp_path / "unbroken", data=data, run=run)
+    expected = fit(unbroken, tmp_path / "unbroken", data=data, run=run, training=training)
     with monkeypatch.context() as patch:
         patch.setattr("kd_core.failpoints._reached", {"train.step": 0})
         patch.setenv("KD_FAILPOINT", f"train.step:{stop_after}:error")
         with pytest.raises(OSError, match="fail point"):
-            fit(copy.deepcopy(student), tmp_path / "broken", data=data, run=run)
+            fit(copy.deepcopy(student), tmp_path / "broken", data=data, run=run, training=training)
     resumed = copy.deepcopy(student)
     with torch.no_grad():  # whatever the new process starts with is overwritten
         for parameter in resumed.parameters():
             parameter.add_(1.0)
-    found = fit(resumed, tmp_path / "broken", data=data, run=run)
+    found = fit(resumed, tmp_path / "broken", data=data, run=run, training=training)
     assert found.resumed_from == stop_after - stop_after % 2
-    assert (found.metrics, found.validation_nll, found.supervised_tokens) == (
-        expected.metrics,
-        expected.validation_nll,
-        expected.supervised_tokens,
-    )
+    for name in ("metrics", "validation_nll", "supervised_tokens", "kept_step", "steps", "skipped", "spikes"):
+        assert getattr(found, name) == getattr(expected, name), name
     mine, theirs = weights(resumed), weights(unbroken)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    if training is EVERYTHING:
+        assert expected.kept_step < 8, "the best weights came from a checkpoint"
+        assert expected.metrics[-1]["learning_rate"] < 0.1, "the plateau was met"
+
+
+def test_a_checkpoint_of_version_1_is_gone_on_from(student, data, monkeypatch, tmp_path) -> None:
+    run, unbroken = Run(device="cpu", checkpoint_every_steps=2), copy.deepcopy(student)
+    fit(unbroken, tmp_path / "unbroken", data=data, run=run)
+    with monkeypatch.context() as patch:
+        patch.setattr("kd_core.failpoints._reached", {"train.step": 0})
+        patch.setenv("KD_FAILPOINT", "train.step:3:error")
+        with pytest.raises(OSError, match="fail point"):
+            fit(copy.deepcopy(student), tmp_path / "broken", data=data, run=run)
+    (record,) = tmp_path.glob("broken/**/record.json")
+    (file,) = record.parent.glob("*.pt")
+    state = torch.load(file, weights_only=True)
+    history = json.loads(state["history"])
+    old = {"model": state["model"], "optimiser": state["optimiser"], "metrics": json.dumps(history["metrics"])}
+    torch.save({**old, "tokens": history["supervised_tokens"]}, file)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    file.rename(file.parent / f"{sha256}.pt")
+    record.write_text(json.dumps({"sha256": sha256}))
+    resumed = copy.deepcopy(student)
+    assert fit(resumed, tmp_path / "broken", data=data, run=run).resumed_from == 2
+    assert all(torch.equal(weights(resumed)[name], value) for name, value in weights(unbroken).items())
 
 
 def test_two_runs_are_equal_and_two_seeds_are_not(student, data, tmp_path) -> None:
@@ -224,15 +301,125 @@ def test_the_log_names_the_parts_of_the_objective(student, data, tmp_path) -> No
 
 
 def test_validation_is_the_mean_over_supervised_tokens(student) -> None:
-    found = validation_nll(student, ROWS, num_columns=17, micro_batch_tokens=16, device=torch.device("cpu"))
+    model = ObjectiveModel(student, num_columns=17, divergence=FORWARD_KL)
+    sums, count = validation_sums(model.train(), ROWS, Layout(packed=False, budget_tokens=16, device=torch.device("cpu"))).tolist()
     total = 0.0
     with torch.inference_mode():
         for row in ROWS:
             logp_TV = torch.log_softmax(student(input_ids=torch.tensor([row.ids])).logits[0, :, :17].double(), -1)
             total -= sum(float(logp_TV[t - 1, row.ids[t]]) for t in range(row.first_supervised, len(row.ids)))
-    assert found == pytest.approx(total / sum(row.num_supervised for row in ROWS), rel=1e-5)
-    assert validation_nll(student, (), num_columns=17, micro_batch_tokens=16, device=torch.device("cpu")) is None
-    assert not student.training
+    assert sums == pytest.approx(total, rel=1e-5)
+    assert count == sum(row.num_supervised for row in ROWS)
+    assert student.training
+
+
+def test_the_norms_of_the_parts_are_those_of_objectives_with_that_part_alone(student, data, tmp_path) -> None:
+    """Trap 24: what the weights multiply is in the log."""
+    first, expected = fit(copy.deepcopy(student), tmp_path / "both", data=data).metrics[0], {}
+    for name, objective in {"hard": HARD, "soft": SOFT.model_copy(update={"hard_weight": NONE, "soft_weight": ONE})}.items():
+        logged = fit(copy.deepcopy(student), tmp_path / name, data=data, objective=objective).metrics[0]
+        expected[name] = logged["gradient_norm"]
+        assert "gradient_norm_hard" not in logged
+    assert first["gradient_norm_hard"] == pytest.approx(expected["hard"], rel=1e-6)
+    assert first["gradient_norm_soft"] == pytest.approx(expected["soft"], rel=1e-6)
+
+
+def test_measuring_the_norms_of_the_parts_changes_no_weight(student, data, monkeypatch, tmp_path) -> None:
+    for layer in student.model.layers:
+        layer.self_attn.attention_dropout = 0.2
+    models = [copy.deepcopy(student) for _ in range(2)]
+    for i, (model, every) in enumerate(zip(models, (1, 100), strict=True)):
+        monkeypatch.setattr("kd_core.train.loop._PART_NORMS_EVERY", every)
+        fit(model, tmp_path / str(i), data=data)
+    first, second = (weights(model) for model in models)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_speed_and_memory_are_reported(student, data, tmp_path) -> None:
+    (found,) = fit(student, tmp_path, data=data).speed
+    assert found["step"] == 6
+    assert 0.0 < found["supervised_tokens_per_second"] < found["tokens_per_second"]
+    assert 0.0 < found["gemm_share"] < 1.0
+    assert found["peak_memory_bytes"] > 2**24
+
+
+# ------------------------------------------------------------------------------------------- what is kept
+
+
+def test_the_average_is_the_one_of_the_trajectory(student, data, monkeypatch, tmp_path) -> None:
+    trajectory: list[dict[str, torch.Tensor]] = []
+    plain = copy.deepcopy(student)
+    with monkeypatch.context() as patch:
+        patch.setattr("kd_core.train.loop.reach", lambda name: trajectory.append(weights(plain)))
+        fit(plain, tmp_path / "plain", data=data)
+    averaged = copy.deepcopy(student)
+    result = fit(averaged, tmp_path / "average", data=data, training=TRAINING.model_copy(update={"ema_decay": 0.3}))
+    expected = weights(student)
+    for step, after in enumerate(trajectory):
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = {name: decay * value + (1 - decay) * after[name] for name, value in expected.items()}
+    assert len(trajectory) == 6
+    for name, value in weights(averaged).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    assert result.validation_nll == pytest.approx(nll_of(averaged, data.validation), rel=1e-6)
+
+
+def nll_of(model: Any, rows: Any) -> float:
+    layout = Layout(packed=False, budget_tokens=64, device=torch.device("cpu"))
+    total, count = validation_sums(ObjectiveModel(model, num_columns=17, divergence=FORWARD_KL), list(rows), layout).tolist()
+    return total / count
+
+
+def test_the_best_weights_are_kept_and_a_run_that_gets_no_better_stops(student, data, tmp_path) -> None:
+    """Training on rows 2..4 with a large rate makes the two validation rows worse after a while."""
+    rows = TrainingData(MemoryRows(ROWS[2:]), ROWS[:2])
+    base = {
+        "steps": 40,
+        "batch_rows": 3,
+        "learning_rate": 0.01,
+        "validate_every_steps": 2,
+        "learning_rate_schedule": Decay(kind="constant"),
+    }
+    last, best, early = (copy.deepcopy(student) for _ in range(3))
+    plain = fit(last, tmp_path / "last", data=rows, objective=HARD, training=Training(**base))
+    kept = fit(best, tmp_path / "best", data=rows, objective=HARD, training=Training(**base, keep="best"))
+    stopped = fit(early, tmp_path / "early", data=rows, objective=HARD, training=Training(**base, keep="best", stop_after_validations=3))
+    measured = {int(m["step"]): m["validation_nll"] for m in kept.metrics if "validation_nll" in m}
+    assert list(measured) == list(range(2, 41, 2))
+    assert kept.kept_step == min(measured, key=measured.__getitem__) < 30
+    assert kept.validation_nll == measured[kept.kept_step] == pytest.approx(nll_of(best, ROWS[:2]), rel=1e-6)
+    assert plain.validation_nll == measured[40] == pytest.approx(nll_of(last, ROWS[:2]), rel=1e-6)
+    assert plain.kept_step == 40
+    assert stopped.steps == stopped.kept_step + 6 < 40
+    assert stopped.metrics[-1]["step"] == stopped.steps
+
+
+def test_a_step_without_finite_gradients_is_skipped_counted_and_bounded(student, tmp_path) -> None:
+    calls = []
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return gradient * (float("nan") if len(calls) in (3, 5) else 1.0)
+
+    plain = copy.deepcopy(student)
+    student.model.norm.weight.register_hook(poison)
+    rows = TrainingData(MemoryRows(ROWS), ())
+    training = Training(steps=8, batch_rows=3, learning_rate=0.01, max_skipped_steps=2)
+    result = fit(student, tmp_path / "two", data=rows, objective=HARD, training=training)
+    assert result.skipped == [3, 5]
+    assert [m["skipped_steps"] for m in result.metrics] == [0, 1, 2, 2]
+    assert ["gradient_norm" in m for m in result.metrics] == [True, False, False, True]
+    assert all(bool(torch.isfinite(value).all()) for value in weights(student).values())
+    calls.clear()
+    plain.model.norm.weight.register_hook(poison)
+    with pytest.raises(TrainingError, match=r"step 5: gradients are not finite \(and at 1 steps before, as training\.max_skipped_steps"):
+        fit(plain, tmp_path / "one", data=rows, objective=HARD, training=training.model_copy(update={"max_skipped_steps": 1}))
+
+
+def test_validations_without_rows_are_refused(student, tmp_path) -> None:
+    training = TRAINING.model_copy(update={"validate_every_steps": 2})
+    with pytest.raises(TrainingError, match="there are no validation rows"):
+        fit(student, tmp_path, data=TrainingData(MemoryRows(ROWS), ()), objective=HARD, training=training)
 
 
 # ------------------------------------------------------------------------------------------- what is refused

@@ -1,0 +1,105 @@
+"""What a recipe says of its task and of where prompts come from."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from kd_core.recipe.fields import Fraction, Frozen, Revision
+
+__all__ = ["DatasetSource", "FileSource", "Prompts", "ReasoningGymSource", "Source", "Split", "Task"]
+
+
+class Task(Frozen):
+    """How a prompt becomes tokens and an answer becomes right or wrong."""
+
+    template: Literal["plain", "chat"]
+    """plain: the prompt's own text. chat: the tokenizer's chat template, with the generation prompt added."""
+    system: str | None = None
+    """System message for the chat template; None sends none."""
+    answer_marker: str | None = None
+    """The final answer is what follows the last occurrence of this text (GSM8K: '####'); None: the whole answer."""
+    verifier: Literal["math", "exact"]
+    """math: equal as numbers or LaTeX (math-verify). exact: equal after trimming white space."""
+
+
+class FileSource(Frozen):
+    """Rows of JSONL, JSON or Parquet files, local or s3://."""
+
+    kind: Literal["file"]
+    path: str
+    """A path, a glob, or s3://bucket/key; .jsonl, .json or .parquet."""
+    prompt: str
+    """The prompt, as a template over columns: '{question}' or '{Body} {Question}'."""
+    gold: str | None = None
+    """The worked gold answer, as a template over columns; None where there is none."""
+    reference: str | None = None
+    """The final answer to verify against; None: what follows task.answer_marker in the gold answer."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use the first `limit` rows; None uses all."""
+
+
+class DatasetSource(Frozen):
+    """A Hugging Face `datasets` id at a pinned revision."""
+
+    kind: Literal["dataset"]
+    id: str
+    """Hub id, for example openai/gsm8k."""
+    revision: Revision
+    """Commit of the dataset repository, 40 hex digits."""
+    config: str | None = None
+    """Configuration name, where the data set has several."""
+    split: str
+    """Split name, for example train."""
+    prompt: str
+    """The prompt, as a template over columns."""
+    gold: str | None = None
+    """The worked gold answer, as a template over columns."""
+    reference: str | None = None
+    """The final answer, as a template over columns; None: what follows task.answer_marker in the gold answer."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use the first `limit` rows; None uses all."""
+
+
+class ReasoningGymSource(Frozen):
+    """A procedural family of the reasoning-gym package: row i depends on (seed, i) only, so a larger `num` keeps the first rows."""
+
+    kind: Literal["reasoning_gym"]
+    task: str
+    """Task name in reasoning-gym, for example chain_sum."""
+    config: dict[str, int | float | str | bool | list[int | float | str]] = Field(default_factory=dict)
+    """The task's own settings."""
+    num: int = Field(ge=1, le=10_000_000)
+    """Rows to generate, before cleaning and removal of duplicates."""
+    seed: int = Field(ge=0)
+    """Seed of the generator."""
+    style: Literal["question", "running_totals"] = "question"
+    """question: the task's own text, no worked gold. running_totals (chain_sum only): '7+5-9=' with the worked gold '7+5=12,12-9=3#3'."""
+
+
+Source = Annotated[FileSource | DatasetSource | ReasoningGymSource, Field(discriminator="kind")]
+
+
+class Split(Frozen):
+    """Shares of prompts held out, by a hash of the prompt's text: the same prompt is on the same side in every source and run."""
+
+    validation: Fraction
+    """Share used for choosing between students."""
+    test: Fraction
+    """Share used only by evaluation suites of kind held_out."""
+
+    @model_validator(mode="after")
+    def _leaves_train(self) -> Self:
+        if self.validation + self.test >= 1.0:
+            raise ValueError(f"validation + test is {self.validation + self.test:g}; it must be below 1 to leave training prompts")
+        return self
+
+
+class Prompts(Frozen):
+    """Where prompts come from and what is removed."""
+
+    sources: tuple[Source, ...] = Field(min_length=1)
+    """Sources, read in order; on a doubled prompt the first one wins."""
+    split: Split
+    """Shares held out for validation and test."""
+    max_characters: int = Field(default=20_000, ge=1)
+    """Longer prompts are dropped and counted."""

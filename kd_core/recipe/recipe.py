@@ -1,0 +1,166 @@
+"""The whole recipe: its parts, the compared models, and which combinations are meaningless."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from kd_core.recipe.evaluation import BetterThan, Ceiling, Evaluation, Floor, Gate, HeldOutSuite
+from kd_core.recipe.fields import Frozen, Slug
+from kd_core.recipe.models import ServerTeacher, Student, StudentFromConfig, StudentFromTeacher, Teacher, TrainedTeacher
+from kd_core.recipe.objective import ForwardKL, Objective, Ramp, schedule_values
+from kd_core.recipe.prompts import Prompts, Task
+from kd_core.recipe.run import Run
+from kd_core.recipe.teaching import Answers, Curate, Dense, HiddenStates, Sampled, SoftLabels, TopK
+from kd_core.recipe.training import Training
+
+__all__ = ["ARMS", "Arm", "Recipe"]
+
+
+Arm = Literal["student", "baseline", "ablation_hard"]
+
+
+ARMS: tuple[Arm, ...] = ("student", "baseline", "ablation_hard")
+
+
+class Recipe(Frozen):
+    """A recipe goes in, a promoted student with its evidence comes out."""
+
+    name: Slug
+    """Name of the recipe; part of no fingerprint but the publication's."""
+    description: str = ""
+    """For readers."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(min_length=1)
+    """One student (and one of each compared model) is trained a seed; the first also seeds the teacher and its answers."""
+    task: Task
+    """Template, answer form and verifier."""
+    prompts: Prompts
+    """Prompts for the teacher."""
+    teacher: Teacher
+    """Who teaches."""
+    answers: Answers | None
+    """How the teacher answers; None: no teacher answers, the student learns from gold rows (with soft labels on them)."""
+    curate: Curate = Curate()
+    """Which rows are kept."""
+    soft_labels: SoftLabels | None
+    """How the teacher's distribution is stored; None: sequence-level distillation."""
+    hidden_states: HiddenStates | None = None
+    """Teacher's hidden states to keep beside the soft labels; None keeps none."""
+    student: Student
+    """Who learns."""
+    objective: Objective
+    """What is minimised."""
+    training: Training
+    """How the student is trained."""
+    evaluation: Evaluation
+    """What is measured."""
+    gate: Gate
+    """When the student is promoted."""
+    publish: Slug
+    """Registered model name; its alias 'champion' moves when the gate says so."""
+    run: Run = Run()
+    """Where and how fast; no part of identity."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        problem = next(_unsupported(self), None)
+        if problem:
+            raise ValueError(problem)
+        return self
+
+    def arm(self, arm: Arm) -> "Recipe":
+        """The recipe of a compared model: this recipe with one changed field, ``objective.supervision``."""
+        if arm == "student":
+            return self
+        supervision: Literal["hard", "gold"] = "hard" if arm == "ablation_hard" else "gold"
+        objective = self.objective.model_copy(update={"supervision": supervision})
+        return self.model_copy(update={"objective": objective})
+
+    def arms(self) -> tuple[Arm, ...]:
+        """The student and the compared models that are trained, in a fixed order."""
+        return tuple(arm for arm in ARMS if arm == "student" or arm in self.evaluation.compare)
+
+
+def _unsupported(recipe: Recipe) -> Iterator[str]:
+    """Every combination that would be meaningless or silently wrong, as 'path: what is wrong; what is allowed'."""
+    yield from _unsupported_targets(recipe)
+    yield from _unsupported_validations(recipe)
+    if len(set(recipe.seeds)) != len(recipe.seeds):
+        yield "seeds: a seed stands twice; each may stand once"
+    if isinstance(recipe.teacher, ServerTeacher) and isinstance(recipe.student, StudentFromTeacher):
+        yield "student.kind: from_teacher needs the teacher's weights, and a server teacher has none here; use pretrained or config"
+    if isinstance(recipe.teacher, ServerTeacher) and recipe.hidden_states is not None:
+        yield "hidden_states: a server teacher has none to give; leave them out"
+    if isinstance(recipe.teacher, ServerTeacher) and isinstance(recipe.student, StudentFromConfig):
+        yield "student.kind: config takes the teacher's tokenizer, and a server teacher has none here; use pretrained"
+    if recipe.answers is None and recipe.curate.gold_rows == 0:
+        yield "curate.gold_rows: 0 with answers: null leaves no rows to learn from; allow gold rows or ask for answers"
+    if "ablation_hard" in recipe.evaluation.compare and recipe.objective.supervision != "soft":
+        yield "evaluation.compare: ablation_hard compares with objective.supervision: soft, and this recipe has none"
+    if "baseline" in recipe.evaluation.compare and recipe.curate.gold_rows == 0:
+        yield "evaluation.compare: baseline learns from gold rows, and curate.gold_rows is 0; allow gold rows or leave baseline out"
+    if "teacher" in recipe.evaluation.compare and isinstance(recipe.teacher, ServerTeacher):
+        yield "evaluation.compare: teacher cannot be measured here, as a server teacher has no weights here; leave it out"
+    names = [suite.name for suite in recipe.evaluation.suites]
+    if len(set(names)) != len(names):
+        yield f"evaluation.suites: names must differ, found {names}"
+    held_out = any(isinstance(suite, HeldOutSuite) for suite in recipe.evaluation.suites)
+    if held_out and recipe.prompts.split.test == 0.0:
+        yield "prompts.split.test: 0 leaves nothing for the held_out suite; use a share above 0, for example 0.1"
+    if len(recipe.seeds) > 1 and recipe.prompts.split.validation == 0.0:
+        yield "prompts.split.validation: 0 leaves nothing to choose the published seed by; use a share above 0, for example 0.05"
+    metrics = {"nll"} if recipe.evaluation.generate is None else {"nll", "pass_at_1"}
+    if not isinstance(recipe.teacher, ServerTeacher):
+        metrics |= {"kl", "agreement"}
+    for i, rule in enumerate(recipe.gate.rules):
+        if isinstance(rule, BetterThan) and rule.than not in recipe.evaluation.compare:
+            yield f"gate.rules[{i}].than: {rule.than} is not in evaluation.compare {list(recipe.evaluation.compare)}"
+        allowed = metrics - {"nll", "kl"} if isinstance(rule, Floor) else metrics  # less is better there
+        if not isinstance(rule, Ceiling) and rule.metric not in allowed:
+            yield f"gate.rules[{i}].metric: {rule.metric} is not measured by this recipe or not for this rule; allowed: {_listed(allowed)}"
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def _unsupported_validations(recipe: Recipe) -> Iterator[str]:
+    if isinstance(recipe.teacher, TrainedTeacher) and recipe.teacher.training.validate_every_steps is not None:
+        yield "teacher.training.validate_every_steps: a trained teacher has no validation rows; leave it out"
+    if recipe.training.validate_every_steps is not None and recipe.prompts.split.validation == 0.0:
+        yield "prompts.split.validation: 0 leaves nothing for training.validate_every_steps; use a share above 0, for example 0.05"
+
+
+def _unsupported_targets(recipe: Recipe) -> Iterator[str]:
+    labels, objective = recipe.soft_labels, recipe.objective
+    if objective.supervision != "soft":
+        return
+    if isinstance(recipe.teacher, ServerTeacher):
+        yield "objective.supervision: soft needs a teacher that can score text, and a server teacher only speaks it; use hard"
+    if labels is None:
+        yield "soft_labels: objective.supervision: soft needs them; choose sampled, topk or dense, or set supervision: hard"
+        return
+    if schedule_values(objective.soft_weight) == (0.0,):
+        yield "objective.soft_weight: 0 under supervision: soft trains on hard labels alone; give it a weight, or set supervision: hard"
+    temperature = objective.temperature
+    used = schedule_values(temperature)
+    reached = (temperature.start, temperature.end) if isinstance(temperature, Ramp) else used or ()
+    if min(reached) <= 0.0:
+        yield "objective.temperature: must be above 0 at every step"
+    if isinstance(labels, Sampled) and not isinstance(objective.divergence, ForwardKL):
+        yield (
+            f"objective.divergence: {objective.divergence.kind} is not linear in the teacher's probabilities, so draws of them would make "
+            "it biased; use forward_kl with soft_labels.kind: sampled, or keep topk or dense soft labels"
+        )
+    allowed: tuple[float, ...] | None
+    match labels:
+        case Sampled():
+            allowed = (labels.temperature,)
+        case TopK():
+            allowed = labels.temperatures
+        case Dense():
+            allowed = None
+    if allowed is not None and (used is None or not set(used) <= set(allowed)):
+        found = "a ramp" if used is None else "/".join(f"{t:g}" for t in used)
+        stored = ", ".join(f"{t:g}" for t in allowed)
+        yield f"objective.temperature: {found} is not among the temperatures stored by soft_labels.{labels.kind}: {stored}"

@@ -1,0 +1,138 @@
+"""What a recipe's student costs beside its teacher, before anything is computed and without any weights.
+
+Models are built from their configs on torch's meta device, so that the counts are those of the real classes. Reads
+configs only: of a model on the hub that may fetch its config.json, never its weights.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from kd_core.errors import TeacherError
+from kd_core.recipe import Adapter, ModelRef, PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, StudentFromConfig, TrainedTeacher
+from kd_core.student.adapters import adapter_parameters
+from kd_core.student.make import new_config
+from kd_core.student.shrink import head_size, shrunk_config
+from kd_core.teacher.models import load_tokenizer
+from kd_core.teacher.reference import locate
+from kd_core.tokens import num_columns
+
+__all__ = ["Description", "Figures", "describe", "model_figures"]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Costs of one model.
+
+    Attributes:
+        dtype: number format in which the weights are run.
+        parameters: distinct ones; tied ones count once.
+        trainable_parameters: of them, or of adapters that are merged into them in the end.
+        bytes: of the parameters, in that format.
+        flops_a_token: of a forward pass, in matrix products with weights, the head among them: 2 a weight.
+        attention_flops_a_token: what attention adds for each token of context.
+        kv_cache_bytes_a_token: keys and values of all blocks, in that format; a sliding window bounds the tokens kept.
+    """
+
+    dtype: str
+    parameters: int
+    trainable_parameters: int
+    bytes: int
+    flops_a_token: int
+    attention_flops_a_token: int
+    kv_cache_bytes_a_token: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """The student, and the teacher unless it is behind a server."""
+
+    student: Figures
+    teacher: Figures | None
+
+    def ratios(self) -> Mapping[str, float] | None:
+        """Student / teacher of every number."""
+        if self.teacher is None:
+            return None
+        theirs = asdict(self.teacher)
+        return {name: value / theirs[name] for name, value in asdict(self.student).items() if name != "dtype"}
+
+
+def describe(recipe: Recipe) -> Description:
+    """Figures of the recipe's student and teacher.
+
+    Raises:
+        RecipeError: the teacher cannot give such a student.
+        TeacherError: a model's config cannot be read.
+    """
+    teacher = _teacher_config(recipe)
+    spec, dtype = recipe.student, torch.float32
+    if isinstance(recipe.teacher, PretrainedTeacher):
+        dtype = getattr(torch, recipe.teacher.dtype)
+    if isinstance(spec, PretrainedStudent):
+        student = _stored_config(spec)
+    elif isinstance(spec, StudentFromConfig):
+        student = new_config(spec.architecture, _num_columns(recipe))
+    else:
+        assert teacher is not None, "the recipe allows no from_teacher beside a server teacher"
+        student = shrunk_config(teacher, spec)
+    adapter = None if isinstance(spec, StudentFromConfig) else spec.adapter
+    return Description(model_figures(student, torch.float32, adapter), None if teacher is None else model_figures(teacher, dtype))
+
+
+def _teacher_config(recipe: Recipe) -> PretrainedConfig | None:
+    match recipe.teacher:
+        case TrainedTeacher():
+            return new_config(recipe.teacher.architecture, _num_columns(recipe))
+        case PretrainedTeacher():
+            return _stored_config(recipe.teacher, trust_remote_code=recipe.teacher.trust_remote_code)
+        case ServerTeacher():
+            return None
+
+
+def _num_columns(recipe: Recipe) -> int:
+    if isinstance(recipe.teacher, TrainedTeacher):
+        return len(recipe.teacher.tokenizer.alphabet) + 2
+    assert isinstance(recipe.teacher, PretrainedTeacher), "the recipe allows no student of kind config beside a server teacher"
+    return num_columns(load_tokenizer(recipe.teacher))
+
+
+def _stored_config(ref: ModelRef, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    path = locate(ref)
+    location, arguments = (ref.model, {"revision": ref.revision}) if path is None else (str(path), {})
+    if path is not None and path.is_file():
+        location, arguments = str(path.parent), {"gguf_file": path.name}
+    try:
+        config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **arguments)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise TeacherError(f"model {ref.model!r}: its config cannot be read: {reason}") from error
+    return config.get_text_config()
+
+
+def model_figures(config: PretrainedConfig, dtype: torch.dtype, adapter: Adapter | None = None) -> Figures:
+    """Figures of a causal language model with plain attention; of a mixture all experts count."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    columns = config.num_hidden_layers * head_size(config)
+    return Figures(
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=parameters,
+        trainable_parameters=parameters if adapter is None else adapter_parameters(model, adapter),
+        bytes=parameters * dtype.itemsize,
+        flops_a_token=2 * sum(_weights_multiplied(module) for module in model.modules()),
+        attention_flops_a_token=4 * columns * config.num_attention_heads,
+        kv_cache_bytes_a_token=2 * columns * kv_heads * dtype.itemsize,
+    )
+
+
+def _weights_multiplied(module: nn.Module) -> int:
+    """Elements of a module's own matrices; an embedding is looked up and not multiplied, its use as the head is another module."""
+    own: Any = () if isinstance(module, nn.Embedding) else module.parameters(recurse=False)
+    return sum(p.numel() for p in own if p.ndim >= 2)

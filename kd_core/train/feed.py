@@ -1,0 +1,146 @@
+"""What each forward pass of a step reads: rows of this rank, cut to a token budget, laid out as the model can take them.
+
+A model that can be packed (``kd_core.packing``) gets documents end to end on one buffer; another one, and a compiled one,
+whose code depends on shapes, gets padded batches of like lengths. Both give the same sums up to rounding. Which rows a step
+holds depends on (seed, step) alone; ranks deal them out in turn, and every rank makes the same number of passes, because the
+passes of a sharded model talk to each other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kd_core.errors import TrainingError
+from kd_core.packing import pack_batches, pack_rows
+from kd_core.recipe import Training
+from kd_core.softlabels.targets import Targets, move
+from kd_core.tokens import collate
+from kd_core.train.data import Rows, TokenRow, padded_batches, step_rows
+
+__all__ = ["Feed", "Layout", "MicroBatch", "StepPlan"]
+
+_PREFETCH_STEPS = 4
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one forward pass.
+
+    Attributes:
+        inputs: keyword arguments of the model's backbone.
+        predict_BT: True where the output predicts a supervised token.
+        labels_N: those tokens, int64, row by row.
+        num_tokens: tokens that are run, padding included.
+        targets: soft labels of the same positions; None without soft supervision.
+        share: 1, or 0 for a batch that is repeated so that all ranks make as many passes.
+    """
+
+    inputs: dict[str, Any]
+    predict_BT: Tensor
+    labels_N: Tensor
+    num_tokens: int
+    targets: Targets | None = None
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows become a batch.
+
+    Attributes:
+        packed: end to end on one buffer; else padded on the right.
+        budget_tokens: tokens a batch, padding included; a longer row has a batch of its own.
+        device: where it is run.
+    """
+
+    packed: bool
+    budget_tokens: int
+    device: torch.device
+
+    def cut(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Numbers of the rows of each batch."""
+        return list((pack_batches if self.packed else padded_batches)(lengths, self.budget_tokens))
+
+    def batch(self, rows: Sequence[TokenRow], targets: Targets | None = None, *, share: float = 1.0) -> MicroBatch:
+        """Rows, in this order, as one batch."""
+        picked = [(row.ids, row.first_supervised) for row in rows]
+        if self.packed:
+            pack = pack_rows(picked).to(self.device)
+            batch, inputs = pack.batch, pack.inputs()
+        else:
+            batch = collate(picked).to(self.device)
+            inputs = {"input_ids": batch.ids_BT, "attention_mask": batch.attention_BT, "use_cache": False}
+        found = None if targets is None else move(targets, self.device)
+        return MicroBatch(inputs, batch.predict_BT, batch.labels_N, batch.ids_BT.numel(), found, share)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The rows of one optimiser step.
+
+    Attributes:
+        num_supervised: supervised tokens of the whole step, all ranks together: what the loss is divided by.
+        batches: row numbers of this rank's batches, at least one.
+        num_passes: forward passes of every rank; above ``len(batches)`` the first batch is run again with share 0.
+    """
+
+    num_supervised: int
+    batches: tuple[tuple[int, ...], ...]
+    num_passes: int
+
+
+class Feed:
+    """The batches of a training run."""
+
+    def __init__(self, rows: Rows, training: Training, layout: Layout, *, seed: int, rank: int = 0, num_ranks: int = 1) -> None:
+        """Leave out rows that are too long.
+
+        Raises:
+            TrainingError: no row is left, or a step has fewer rows than there are ranks.
+        """
+        lengths = rows.num_tokens
+        self._rows, self._layout, self._seed, self._batch_rows = rows, layout, seed, training.batch_rows
+        self._rank, self._num_ranks = rank, num_ranks
+        self._lengths, self._supervised = lengths, lengths - rows.first_supervised
+        self._kept = np.flatnonzero(lengths <= training.max_tokens)
+        if not len(self._kept):
+            raise TrainingError(
+                f"no rows to train on: {len(lengths)} rows, none within training.max_tokens = {training.max_tokens}; "
+                "check the curate counts"
+            )
+        if training.batch_rows < num_ranks:
+            raise TrainingError(f"training.batch_rows: {training.batch_rows} rows for {num_ranks} ranks; start at most that many ranks")
+
+    @property
+    def rows_too_long(self) -> int:
+        """Rows left out."""
+        return len(self._lengths) - len(self._kept)
+
+    def plan(self, step: int, *, soft: bool) -> StepPlan:
+        """What a step (0-based) reads; rows of a later step, with ``soft`` their soft labels too, begin to be fetched."""
+        dealt = self._dealt(step)
+        self._rows.prefetch(self._dealt(step + _PREFETCH_STEPS)[self._rank].tolist(), soft=soft)
+        cuts = [self._layout.cut(self._lengths[numbers].tolist()) for numbers in dealt]
+        mine = dealt[self._rank]
+        batches = tuple(tuple(mine[part].tolist()) for part in cuts[self._rank])
+        return StepPlan(int(sum(self._supervised[numbers].sum() for numbers in dealt)), batches, max(len(cut) for cut in cuts))
+
+    def read(self, plan: StepPlan, number: int, *, soft: bool) -> MicroBatch:
+        """The batch of a pass (0-based) of a step.
+
+        Raises:
+            SoftLabelError: ``soft``, and these rows have no soft labels.
+        """
+        own = number < len(plan.batches)
+        numbers = plan.batches[number if own else 0]
+        targets = self._rows.targets(numbers) if soft else None
+        return self._layout.batch(self._rows.read(numbers), targets, share=1.0 if own else 0.0)
+
+    def _dealt(self, step: int) -> list[np.ndarray]:
+        """Row numbers of each rank."""
+        picked = self._kept[step_rows(len(self._kept), self._batch_rows, seed=self._seed, step=step)]
+        return [picked[rank :: self._num_ranks] for rank in range(self._num_ranks)]

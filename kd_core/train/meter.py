@@ -1,0 +1,69 @@
+"""How fast a run is, and how near to what its matrix products could be.
+
+The share of the GEMM rate counts 6 floating-point operations a weight and token (forward, and two products backward) for
+matrices of the backbone over all tokens, padding included, and for the output projection over supervised tokens. Attention
+scores are left out, so it is a lower bound.
+"""
+
+import resource
+import time
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+__all__ = ["Meter", "gemm_rate", "peak_memory_bytes"]
+
+_SIZE = 512
+
+
+class Meter:
+    """Counts tokens between two readings."""
+
+    def __init__(self, model: PreTrainedModel, *, num_columns: int, device: torch.device, dtype: torch.dtype) -> None:
+        embedding = model.get_input_embeddings().weight
+        backbone = [p for p in model.get_decoder().parameters() if p.ndim >= 2 and p is not embedding]
+        self._flops_token = 6 * sum(p.numel() for p in backbone)
+        self._flops_supervised = 6 * num_columns * embedding.shape[-1]
+        self._device, self._rate = device, gemm_rate(device, dtype)
+        self._tokens = self._supervised = 0
+        self._since = time.perf_counter()
+
+    def count(self, *, tokens: int, supervised: int) -> None:
+        """Add what one forward and backward pass of this rank went over."""
+        self._tokens += tokens
+        self._supervised += supervised
+
+    def read(self) -> dict[str, float]:
+        """Rates of this rank since the last reading."""
+        now = time.perf_counter()
+        seconds = now - self._since
+        flops = self._flops_token * self._tokens + self._flops_supervised * self._supervised
+        found = {
+            "tokens_per_second": self._tokens / seconds,
+            "supervised_tokens_per_second": self._supervised / seconds,
+            "gemm_share": flops / seconds / self._rate,
+            "peak_memory_bytes": float(peak_memory_bytes(self._device)),
+        }
+        self._tokens, self._supervised, self._since = 0, 0, now
+        return found
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a square product, the best of three; some milliseconds."""
+    a, b = (torch.ones(_SIZE, _SIZE, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        nn.functional.linear(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * _SIZE**3 / best
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory so far: of tensors on a CUDA device, else the largest resident set of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,118 @@
+"""The student and its objective as one module: what data-parallel and sharding wrappers see is the whole forward pass.
+
+Axes: B rows, T positions, H hidden size, V vocabulary columns, N supervised positions of a micro-batch.
+
+The backbone runs over all tokens, the output projection over supervised positions only, inside the loss. A plain linear
+projection goes into the fused loss; another one (an adapter on it) through the readable reference, which gives the same
+numbers. ``check_logits`` compares with the model's own logits before the first step, so that a head with a scale
+that is not known here, or documents that see each other, end the run and not the student.
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kd_core.errors import TrainingError
+from kd_core.losses.fused import Projection, fused_loss
+from kd_core.losses.objective import StepWeights, supervised_loss
+from kd_core.packing import isolated_documents
+from kd_core.recipe import Divergence
+from kd_core.softlabels.forward import logit_scale
+from kd_core.train.data import TokenRow
+from kd_core.train.feed import Layout, MicroBatch
+
+__all__ = ["ObjectiveModel", "check_logits", "validation_sums"]
+
+_TOLERANCE = 1e-3
+"""Largest distance to the model's own logits, relative to their spread over the vocabulary, in float32."""
+_CHECKED_POSITIONS = 8
+_VALIDATION_POSITIONS = 1024
+"""Positions whose logits exist at once in validation."""
+
+
+class ObjectiveModel(nn.Module):
+    """A causal language model with the loss on top."""
+
+    def __init__(self, model: PreTrainedModel, *, num_columns: int, divergence: Divergence, bf16: bool = False) -> None:
+        """Wrap ``model``; ``num_columns`` logit columns count, ``bf16`` trains with bfloat16 products over float32 weights."""
+        super().__init__()
+        self.model = model
+        self._num_columns, self._divergence, self._bf16 = num_columns, divergence, bf16
+
+    def forward(self, batch: MicroBatch, weights: StepWeights) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective summed over the batch's supervised positions, in nats, and its detached parts."""
+        hidden_NH = self.hidden(batch, bf16=self._bf16)
+        if type(self.model.get_output_embeddings()) is nn.Linear:
+            return fused_loss(hidden_NH, self.projection(), batch.labels_N, batch.targets, weights, self._divergence)
+        return supervised_loss(self.logits(hidden_NH), batch.labels_N, batch.targets, weights, self._divergence)
+
+    def hidden(self, batch: MicroBatch, *, bf16: bool = False) -> Tensor:
+        """The backbone's output where it predicts a supervised token, shape (N, H); bfloat16 products and result under ``bf16``."""
+        with torch.autocast(batch.labels_N.device.type, torch.bfloat16, enabled=bf16):
+            hidden_NH: Tensor = self.model.get_decoder()(**batch.inputs).last_hidden_state[batch.predict_BT]
+        return hidden_NH.to(torch.bfloat16) if bf16 else hidden_NH
+
+    def projection(self) -> Projection:
+        """The output projection, if it is a plain linear one."""
+        head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return Projection(head.weight, head.bias, self._num_columns, logit_scale(config), softcap)
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """float32 logits over the valid columns, by whatever the projection is."""
+        head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()
+        if type(head) is nn.Linear:
+            return self.projection().logits(hidden_NH)
+        logits_NV: Tensor = head(hidden_NH.to(next(head.parameters()).dtype))[:, : self._num_columns].float() * logit_scale(config)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
+
+
+@torch.no_grad()
+def check_logits(model: ObjectiveModel, rows: list[TokenRow], layout: Layout) -> None:
+    """Compare our logits of some rows, together in one batch, with the model's own, each row alone and with its own attention.
+
+    Call it outside ``isolated_documents`` and in eval mode; within that context the packed side runs.
+
+    Raises:
+        TrainingError: they differ by more than rounding.
+    """
+    own = []
+    for row in rows:
+        keep = min(_CHECKED_POSITIONS, row.num_supervised)
+        ids_BT = torch.tensor([row.ids], device=layout.device)
+        own.append(model.model(input_ids=ids_BT, use_cache=False).logits[0, -keep - 1 : -1])
+    with isolated_documents(model.model) if layout.packed else contextlib.nullcontext():
+        hidden_NH = model.hidden(layout.batch(rows))
+    ends = torch.tensor([row.num_supervised for row in rows]).cumsum(0).tolist()
+    for row, own_NV, end in zip(rows, own, ends, strict=True):
+        ours_NV = model.logits(hidden_NH[end - len(own_NV) : end])
+        own_NV = own_NV[:, : ours_NV.shape[-1]].float()
+        if not bool(torch.isfinite(own_NV).all()):
+            continue  # the first step says so
+        distance = float((ours_NV - own_NV).std(-1).square().mean().sqrt() / own_NV.std(-1).square().mean().sqrt())
+        if not distance <= _TOLERANCE:
+            raise TrainingError(
+                f"{type(model.model).__name__}: logits of a row of {len(row.ids)} tokens are {distance:.2g} of their spread away from the "
+                f"model's own (at most {_TOLERANCE:g}): its attention or its head does something that is not known here; please report it, "
+                "and add it to kd_core/packing.py unpackable() or to logit_scale in kd_core/softlabels/forward.py"
+            )
+
+
+@torch.no_grad()
+def validation_sums(model: ObjectiveModel, rows: list[TokenRow], layout: Layout) -> Tensor:
+    """(negative log-likelihood in nats, number) of the supervised tokens of rows, float64, shape (2,). Leaves the model in its mode."""
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    for part in layout.cut([len(row.ids) for row in rows]):
+        batch = layout.batch([rows[i] for i in part])
+        hidden_NH = model.hidden(batch)
+        for start in range(0, len(hidden_NH), _VALIDATION_POSITIONS):
+            at = slice(start, start + _VALIDATION_POSITIONS)
+            total += float(nn.functional.cross_entropy(model.logits(hidden_NH[at]), batch.labels_N[at], reduction="sum"))
+        count += len(batch.labels_N)
+    model.train(was_training)
+    return torch.tensor([total, count], dtype=torch.float64, device=layout.device)
