@@ -394,7 +394,8 @@ def _training(
 def _trained(record: Record) -> tuple[float, float]:
     """(rows trained on, seconds) of the process that finished a training run."""
     training, summary = record.identity["training"], record.summary
-    return (training["steps"] - summary["resumed_from"]) * training["batch_rows"], summary["training_seconds"]
+    steps = summary.get("steps", training["steps"])  # fewer where it stopped early
+    return (steps - summary["resumed_from"]) * training["batch_rows"], summary["training_seconds"]
 
 
 def _generating(known: Known, parameters: int, rows: int, row_tokens: float, answer_tokens: float) -> float:

@@ -101,7 +101,8 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
         projection, labels_N, targets, weights, divergence = given
         kept = None if targets is None else _kept(targets, weights, divergence)
-        work = _Work(hidden_NH.detach(), weight_VH.detach(), None if bias_V is None else bias_V.detach(), projection)
+        bias_V = None if bias_V is None else bias_V.detach()
+        work = _Work(hidden_NH.detach(), weight_VH.detach(), bias_V, projection, learns=ctx.needs_input_grad[1])
         for chunk in work.chunks():
             work.logits(chunk)
             for block in work.blocks(chunk):
@@ -124,7 +125,7 @@ class _Fused(torch.autograd.Function):
 class _Work:
     """Buffers of one call, and the three products."""
 
-    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, projection: Projection) -> None:
+    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, projection: Projection, *, learns: bool) -> None:
         self.projection, self.num = projection, len(hidden_NH)
         columns, device = projection.num_columns, hidden_NH.device
         self.hidden_NH = hidden_NH * projection.scale
@@ -135,7 +136,7 @@ class _Work:
         self.logits_CV = torch.empty(self.chunk, columns, dtype=torch.float32, device=device)
         self.spare_RV = torch.empty(self.block, columns, dtype=torch.float32, device=device)
         self.grad_hidden_NH = torch.empty_like(hidden_NH)
-        self.grad_weight_VH = torch.zeros_like(weight_VH, memory_format=torch.contiguous_format)
+        self.grad_weight_VH = torch.zeros_like(weight_VH, memory_format=torch.contiguous_format) if learns else None
         self.grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
         self.hard = torch.zeros((), device=device)
         self.soft = torch.zeros((), device=device)
@@ -164,12 +165,14 @@ class _Work:
             logits_CV += self.bias_V
 
     def products(self, chunk: slice) -> None:
-        """Second and third product: the gradient in ``logits_CV`` to hidden states and projection."""
+        """Second and third product: the gradient in ``logits_CV`` to hidden states and, where it learns, to the projection."""
         grad_CV = self.logits_CV[: chunk.stop - chunk.start]
         if self.grad_bias_V is not None:
             self.grad_bias_V[: self.projection.num_columns] += grad_CV.sum(0) * self.projection.scale
         grad_CV = grad_CV.to(self.hidden_NH.dtype)
         self.grad_hidden_NH[chunk] = (grad_CV @ self.weight_VH) * self.projection.scale
+        if self.grad_weight_VH is None:  # a frozen projection, under an adapter
+            return
         grad_VH = self.grad_weight_VH[: self.projection.num_columns]
         if grad_VH.dtype == grad_CV.dtype:
             grad_VH.addmm_(grad_CV.t(), self.hidden_NH[chunk])

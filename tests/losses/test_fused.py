@@ -124,6 +124,20 @@ def test_a_tied_projection_adds_to_the_embeddings_gradient() -> None:
     assert_same(gradients[:1], gradients[1:])
 
 
+def test_a_frozen_projection_passes_the_gradient_on_and_gets_none() -> None:
+    hidden_NH, weight_VH, _, labels_N, targets = example(POLICIES[0], torch.device("cpu"))
+    hidden_NH.requires_grad_()
+    gradients = []
+    for learns in (False, True):
+        hidden_NH.grad = None
+        weight = weight_VH.clone().requires_grad_(learns)
+        loss, _ = fused_loss(hidden_NH, Projection(weight, None, COLUMNS), labels_N, targets, StepWeights(0.5, 0.5, 1.0), FORWARD)
+        loss.backward()
+        assert (weight.grad is not None) == learns
+        gradients.append(hidden_NH.grad)
+    assert torch.equal(*gradients)
+
+
 def test_bfloat16_products_stay_within_a_bound(device: torch.device) -> None:
     """bf16 inputs, float32 sums: the gradient is within 5% of the float32 one in norm."""
     hidden_NH, weight_VH, _, labels_N, targets = example(POLICIES[0], device)
