@@ -29,8 +29,8 @@ _CAPTURED_SHARD_ROWS, _READ_SHARD_ROWS = 16, 512
 _NAMESPACE = "benchmark"
 
 
-def run(*, capture_rows: int, read_rows: int) -> list[Figure]:
-    """Peak at ten times these rows over the peak at these rows."""
+def run(*, capture_rows: int, read_rows: int, judge: bool) -> list[Figure]:
+    """Peak at ten times these rows over the peak at these rows; fewer than a shuffle buffer holds (4,096) cannot be judged."""
     figures = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, work, rows in (("capture", _capture, capture_rows), ("reading", _read, read_rows)):
@@ -41,7 +41,11 @@ def run(*, capture_rows: int, read_rows: int) -> list[Figure]:
                     _write(num_rows, directory)
                 peaks.append(peak_memory(work, num_rows, directory))
             text = f"{peaks[0]:,.0f} MB at {rows:,} rows, {peaks[1]:,.0f} MB at {10 * rows:,}: largest resident set of a process of its own"
-            figures.append(figure(f"peak memory of {name}, 10x rows over 1x", peaks[1] / peaks[0], "x", Check(text), goal=at_most(1.1)))
+            figures.append(
+                figure(
+                    f"peak memory of {name}, 10x rows over 1x", peaks[1] / peaks[0], "x", Check(text), goal=at_most(1.1) if judge else None
+                )
+            )
     return figures
 
 

@@ -90,7 +90,7 @@ def _reading(quick: bool) -> list[Figure]:
 
 
 def _memory(quick: bool) -> list[Figure]:
-    return memory.run(capture_rows=32 if quick else 200, read_rows=128 if quick else 10_240)
+    return memory.run(capture_rows=32 if quick else 200, read_rows=128 if quick else 10_240, judge=not quick)
 
 
 _MEASURES = {Section.CODEC: _codec, Section.SCORING: _scoring, Section.READING: _reading, Section.MEMORY: _memory}
