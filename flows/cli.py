@@ -53,6 +53,7 @@ def main() -> None:
     """Entry point: errors become one line and an exit code, never a traceback."""
     _settle_environment()
     logging.getLogger("kd_core").addHandler(logging.NullHandler())  # a try that failed shows only in the error that ends them all
+    logging.getLogger("kd_core.stages.run").handlers = [_Warnings(logging.WARNING)]  # but damage that was healed is told
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(standalone_mode=False)
@@ -70,6 +71,14 @@ def main() -> None:
     except Exception as error:
         _unexpected(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+class _Warnings(logging.Handler):
+    """One line each, to whatever standard error is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print it."""
+        print(f"kd: {record.getMessage()}", file=sys.stderr)
 
 
 def _settle_environment() -> None:
