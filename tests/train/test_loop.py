@@ -1,6 +1,7 @@
 """The training loop: exact under any split of the batch, any padding, any interruption; and it does what the objective says."""
 
 import copy
+import shutil
 import hashlib
 import json
 from pathlib import Path
@@ -33,7 +34,11 @@ ROWS = [
 ]
 SOFT = Objective(supervision="soft", hard_weight=0.3, soft_weight=0.7, temperature=2.0)
 HARD = Objective(supervision="hard")
-COMPILED = (pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"))
+COMPILED = (
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler"),
+)
 NONE, ONE = (Constant(kind="constant", value=value) for value in (0.0, 1.0))
 TRAINING = Training(steps=6, batch_rows=3, learning_rate=0.01, warmup_steps=2)
 SAMPLED = Sampled(kind="sampled", num_draws=9, temperature=2.0)
