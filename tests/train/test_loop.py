@@ -1,9 +1,9 @@
 """The training loop: exact under any split of the batch, any padding, any interruption; and it does what the objective says."""
 
 import copy
-import shutil
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
