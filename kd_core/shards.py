@@ -54,7 +54,7 @@ class Commit:
     ranges: tuple[ByteRange, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where a row is: a commit of the snapshot, and the row's number in its shard."""
 
