@@ -112,7 +112,8 @@ class _Capture:
         kept = [i for i, key in enumerate(self.keys) if key in snapshot.places]
         missing = len(self.keys) - len(kept)
         if missing > allowed:
-            first, reason = next(iter(self.refused.items()))
+            gone = next(key for key in self.keys if key not in snapshot.places)
+            first, reason = next(iter(self.refused.items()), (gone, "its shard went away while this stage ran; run again"))
             raise SoftLabelError(
                 f"{missing} of {len(self.keys)} rows have no usable teacher output, and max_refused_rows allows {allowed}; "
                 f"first row {first}: {reason}. All other rows are kept. A teacher in float32 may cure it"
