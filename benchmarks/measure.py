@@ -36,6 +36,7 @@ __all__ = [
     "peak_memory",
     "show",
     "times_better",
+    "timing",
     "timings",
 ]
 
@@ -159,10 +160,11 @@ def in_turn(*sides: Callable[[], object], repeats: int) -> list[Timing]:
             wall, process = time.perf_counter(), time.process_time()
             side()
             times.append((time.process_time() - process, time.perf_counter() - wall))
-    return [_timing(times) for times in found]
+    return [timing(times) for times in found]
 
 
-def _timing(times: list[tuple[float, float]]) -> Timing:
+def timing(times: list[tuple[float, float]]) -> Timing:
+    """Of (process, wall) seconds of repetitions."""
     process, wall = zip(*times, strict=True)
     return Timing(min(process), statistics.median(process), min(wall), statistics.median(wall))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Case", "dense", "distillkit", "trl_chunked"]
+__all__ = ["Case", "Loss", "dense", "distillkit", "importable", "trl_chunked"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def dense(case: Case) -> Tensor:
 
 def distillkit() -> Loss | str:
     """Its sparse KL with a tail bucket, and its way to cross-entropy; or why it cannot be run."""
-    reason = _importable("KD_PEER_DISTILLKIT", "github.com/arcee-ai/DistillKit", "distillkit.lossfuncs.kl")
+    reason = importable("KD_PEER_DISTILLKIT", "github.com/arcee-ai/DistillKit", "distillkit.lossfuncs.kl")
     if reason is not None:
         return reason
     from distillkit.lossfuncs.kl import sparse_kl_div
@@ -72,7 +72,7 @@ def distillkit() -> Loss | str:
 
 def trl_chunked() -> Loss | str:
     """Its tiled forward KL against a live teacher's head, without cross-entropy; or why it cannot be run."""
-    reason = _importable("KD_PEER_TRL", "the package trl 1.16", "trl.kernels.chunked_divergence")
+    reason = importable("KD_PEER_TRL", "the package trl 1.16", "trl.kernels.chunked_divergence")
     if reason is not None:
         return reason
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
@@ -85,7 +85,8 @@ def trl_chunked() -> Loss | str:
     return loss
 
 
-def _importable(variable: str, what: str, module: str) -> str | None:
+def importable(variable: str, what: str, module: str) -> str | None:
+    """Why a peer's module cannot be run; None if it can. The environment variable names the directory to import it from."""
     if variable not in os.environ:
         return f"not run: set {variable} to {what}"
     if os.environ[variable] not in sys.path:
