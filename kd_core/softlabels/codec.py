@@ -7,7 +7,7 @@ three, so damage and what does not belong together raise SoftLabelError. Rows of
 What comes back: ids, counts, dense log-probabilities, normalisers and tails as they were; entropies within 1/128 nat; the gold
 log-probability -x within 1/250 + x/60 nat; top-k log-probabilities as levels of p^(1/2Tmax), so fine that the KL
 from the kept distribution to the decoded one is about 1e-4 nat on average, at every temperature of the grid. Drawn ids
-come back rising, top-k ids by falling log-probability. Where T0 is 1 the entropy at T0 is the entropy.
+come back by falling count, the gold id last; top-k ids by falling log-probability. Where T0 is 1 the entropy at T0 is the entropy.
 
 The compiler behind version 2 takes 0.4 s to import: it is imported where rows are coded, not here.
 """
@@ -24,7 +24,7 @@ from kd_core.softlabels.targets import Targets, concatenate
 if TYPE_CHECKING:
     from kd_core.softlabels.codec_v2 import Model
 
-__all__ = ["decode_rows", "encode_rows", "parse_model"]
+__all__ = ["decode_mixed_rows", "decode_rows", "encode_rows", "parse_model"]
 
 
 def encode_rows(rows: Sequence[Targets], labels: Sequence[np.ndarray]) -> tuple[bytes, list[bytes]]:
@@ -65,10 +65,30 @@ def decode_rows(model: "Model | None", blobs: Sequence[bytes], labels: Sequence[
     Raises:
         SoftLabelError: a damaged blob, one of an unknown version, or one that belongs to other labels or another model.
     """
-    if model is not None:
+    return decode_mixed_rows([model], np.zeros(len(blobs), np.int64), blobs, labels)
+
+
+def decode_mixed_rows(
+    models: Sequence["Model | None"], model_R: np.ndarray, blobs: Sequence[bytes], labels: Sequence[np.ndarray]
+) -> Targets:
+    """Targets of rows of several shards, in the order given, their positions one after the other.
+
+    Args:
+        models: of the shards; the same policy and vocabulary.
+        model_R: whose each row is, int64.
+        blobs: see ``decode_rows``.
+        labels: see ``decode_rows``.
+
+    Raises:
+        SoftLabelError: see ``decode_rows``; or shards of different kinds.
+    """
+    known = [model for model in models if model is not None]
+    if len(known) == len(models):
         from kd_core.softlabels import codec_v2
 
-        return codec_v2.decode_rows(model, blobs, labels)
+        return codec_v2.decode_rows(known, model_R, blobs, labels)
+    if known:
+        return concatenate([decode_rows(models[m], [blob], [gold]) for m, blob, gold in zip(model_R, blobs, labels, strict=True)])
     rows = [codec_v1.decode(blob) for blob in blobs]
     lengths = [len(row.common.gold_logprob_N) for row in rows]
     if lengths != [len(gold) for gold in labels]:

@@ -9,6 +9,7 @@ C contexts of the coder.
 Everything numeric that both sides must agree on goes through whole numbers: rounded once, far from a tie.
 """
 
+import functools
 import itertools
 import struct
 import zlib
@@ -61,6 +62,11 @@ class Header(NamedTuple):
     lowest: float = 0.0
     temperatures: tuple[float, ...] = ()
 
+    @property
+    def policy(self) -> tuple[int, int, int, tuple[float, ...]]:
+        """What rows of one batch have in common: kind, columns, size, temperatures."""
+        return self.kind, self.num_columns, self.size, self.temperatures
+
 
 @dataclass(frozen=True)
 class Model:
@@ -69,7 +75,7 @@ class Model:
     Attributes:
         header: policy and its numbers.
         crc: the checksum at the model's end (with it the checksum of any model is the same number).
-        id_of_rank_V: int64.
+        id_of_rank_V: int32.
         tables: of the entropy coder.
     """
 
@@ -111,7 +117,7 @@ def parse_model(data: bytes) -> Model:
     class_V = unpack_classes(data[at : at + map_size], num_columns)
     codes_CA = np.frombuffer(zlib.decompress(data[at + map_size : -4]), np.uint8).reshape(-1, ALPHABET)
     header = Header(kind, num_columns, size, num_levels, lowest, temperatures)
-    return Model(header, crc, ranks_of_classes(class_V)[1], make_tables(_own_or_family(codes_CA)))
+    return Model(header, crc, ranks_of_classes(class_V)[1].astype(np.int32), make_tables(_own_or_family(codes_CA)))
 
 
 def _pack_model(header: Header, class_map: bytes, codes_CA: np.ndarray) -> bytes:
@@ -159,7 +165,7 @@ def _encode_events(events: Callable[[int, np.ndarray], int], rooms_R: np.ndarray
 
 
 def _checksum(crc: int, labels: np.ndarray, body: bytes) -> int:
-    return zlib.crc32(body, zlib.crc32(labels.astype("<i8").tobytes(), crc))
+    return zlib.crc32(body, zlib.crc32(np.ascontiguousarray(labels, "<i8"), crc))
 
 
 def _check_labels(labels: Sequence[np.ndarray], lengths: np.ndarray, num_columns: int) -> np.ndarray:
@@ -200,6 +206,7 @@ def _gold_logprob(quantised_N: np.ndarray) -> Tensor:
     return torch.from_numpy(np.where(quantised_N == _GOLD_LOST, -np.inf, logprob_N).astype(np.float32))
 
 
+@functools.lru_cache(maxsize=8)
 def _draws(num_draws: int, temperature: float) -> Draws:
     counts = np.arange(num_draws + 1)
     entropy = np.rint(16 * _ENTROPY_STEPS * counts * np.log(np.maximum(counts, 1))).astype(np.int64)
@@ -338,24 +345,27 @@ def _dense_body(targets: DenseTargets, first: int, end: int) -> bytes:
     return zlib.compress(values.view(np.uint8).reshape(-1, 4).T.tobytes(), 6)
 
 
-def decode_rows(model: Model, blobs: Sequence[bytes], labels: Sequence[np.ndarray]) -> Targets:
-    """``codec.decode_rows`` of version 2."""
-    header = model.header
+def decode_rows(models: Sequence[Model], model_R: np.ndarray, blobs: Sequence[bytes], labels: Sequence[np.ndarray]) -> Targets:
+    """``codec.decode_mixed_rows`` of version 2."""
+    header = models[0].header
+    if any(model.header.policy != header.policy for model in models):
+        raise SoftLabelError(f"soft labels of different kinds in one batch: {sorted({str(model.header.policy) for model in models})}")
     for i, (blob, gold) in enumerate(zip(blobs, labels, strict=True)):
         if len(blob) < _BLOB.size or blob[0] != VERSION:
             raise SoftLabelError(f"row {i}: not soft labels of version {VERSION}: {len(blob)} bytes, beginning {blob[:5]!r}")
-        if _checksum(model.crc, gold, blob[_BLOB.size :]) != _BLOB.unpack_from(blob)[1]:
+        if _checksum(models[model_R[i]].crc, gold, blob[_BLOB.size :]) != _BLOB.unpack_from(blob)[1]:
             raise SoftLabelError(
                 f"row {i}: the checksum of its soft labels differs: they are damaged, or belong to other tokens or another shard's model; "
                 "the row must be scored again"
             )
-    gold_N = _check_labels(labels, np.array([len(gold) for gold in labels], np.int64), header.num_columns)
-    position_R1 = np.concatenate([[0], np.cumsum([len(gold) for gold in labels])]).astype(np.int64)
+    lengths = np.array([len(gold) for gold in labels], np.int64)
+    gold_N = _check_labels(labels, lengths, header.num_columns)
+    rows_of = [(model, np.flatnonzero(model_R == i)) for i, model in enumerate(models)]
     if header.kind == _SAMPLED:
-        return _decode_sampled(model, blobs, gold_N, position_R1)
+        return _decode_sampled(rows_of, blobs, gold_N, _offsets(lengths))
     if header.kind == _TOPK:
-        return _decode_topk(model, blobs, position_R1)
-    return _decode_dense(model, blobs, len(gold_N))
+        return _decode_topk(rows_of, blobs, _offsets(lengths))
+    return _decode_dense(models[0], blobs, len(gold_N))
 
 
 def _stream(parts: Sequence[memoryview], position_R1: np.ndarray, ids_R: np.ndarray) -> Stream:
@@ -372,16 +382,19 @@ def _refuse(row: int) -> None:
         raise SoftLabelError(f"row {row}: its soft labels end early or late although their checksum holds; the row must be scored again")
 
 
-def _decode_sampled(model: Model, blobs: Sequence[bytes], gold_N: np.ndarray, position_R1: np.ndarray) -> SampledTargets:
-    header, num = model.header, len(gold_N)
+_RowsOf = list[tuple[Model, np.ndarray]]
+"""Each model and the numbers of its rows, int64."""
+
+
+def _decode_sampled(rows_of: _RowsOf, blobs: Sequence[bytes], gold_N: np.ndarray, position_R1: np.ndarray) -> SampledTargets:
+    header, num = rows_of[0][0].header, len(gold_N)
     ids_R = np.array([struct.unpack_from("<I", blob, _BLOB.size)[0] for blob in blobs], np.int64)
     stream = _stream([memoryview(blob)[_BLOB.size + 4 :] for blob in blobs], position_R1, ids_R)
     ids_E, counts_E = np.empty(int(ids_R.sum()), np.int64), np.empty(int(ids_R.sum()), np.int64)
-    rank_of_id_V = np.empty_like(model.id_of_rank_V)
-    rank_of_id_V[model.id_of_rank_V] = np.arange(header.num_columns)
-    out = SampledRow(np.zeros(num + 1, np.int64), ids_E, counts_E, rank_of_id_V[gold_N], *(np.empty(num, np.int64) for _ in range(3)))
+    out = SampledRow(np.zeros(num + 1, np.int64), ids_E, counts_E, gold_N, *(np.empty(num, np.int64) for _ in range(3)))
     draws = _draws(header.size, header.temperatures[0])
-    _refuse(decode_sampled(stream, model.tables, draws, model.id_of_rank_V, out))
+    for model, rows in rows_of:
+        _refuse(decode_sampled(stream, rows, model.tables, draws, model.id_of_rank_V, out))
     common = Common(_gold_logprob(out.gold_q_N), _entropy(out.entropy_q_N), header.num_columns)
     return SampledTargets(
         common,
@@ -394,8 +407,8 @@ def _decode_sampled(model: Model, blobs: Sequence[bytes], gold_N: np.ndarray, po
     )
 
 
-def _decode_topk(model: Model, blobs: Sequence[bytes], position_R1: np.ndarray) -> TopKTargets:
-    header, num = model.header, int(position_R1[-1])
+def _decode_topk(rows_of: _RowsOf, blobs: Sequence[bytes], position_R1: np.ndarray) -> TopKTargets:
+    header, num = rows_of[0][0].header, int(position_R1[-1])
     grid = header.temperatures
     widths = (len(grid) if header.size < header.num_columns else 0, sum(temperature != 1.0 for temperature in grid))
     exact: list[list[np.ndarray]] = [[], []]
@@ -409,16 +422,21 @@ def _decode_topk(model: Model, blobs: Sequence[bytes], position_R1: np.ndarray) 
     out = TopKRow(
         np.empty((num, header.size), np.int64), np.empty((num, header.size), np.int64), np.empty(num, np.int64), np.empty(num, np.int64)
     )
-    _refuse(decode_topk(_stream(parts, position_R1, np.zeros(len(blobs))), model.tables, model.id_of_rank_V, out))
+    stream, logprobs_NK = _stream(parts, position_R1, np.zeros(len(blobs))), np.empty((num, header.size), np.float32)
+    for model, rows in rows_of:
+        _refuse(decode_topk(stream, rows, model.tables, model.id_of_rank_V, out))
+        logprob_L = _logprob_of_level(model.header.num_levels, model.header.lowest, grid).astype(np.float32)
+        for row in rows:
+            at = slice(position_R1[row], position_R1[row + 1])
+            logprobs_NK[at] = logprob_L[out.levels_NK[at]]
     norm_NG, tail_NG = np.zeros((num, len(grid)), np.float32), np.full((num, len(grid)), -np.inf, np.float32)
     tail_NG[:, : widths[0]] = np.concatenate([np.zeros((0, widths[0])), *exact[0]])
     norm_NG[:, [temperature != 1.0 for temperature in grid]] = np.concatenate([np.zeros((0, widths[1])), *exact[1]])
-    logprob_L = _logprob_of_level(header.num_levels, header.lowest, grid).astype(np.float32)
     return TopKTargets(
         Common(_gold_logprob(out.gold_q_N), _entropy(out.entropy_q_N), header.num_columns),
         grid,
         torch.from_numpy(out.ranks_NK),
-        torch.from_numpy(logprob_L[out.levels_NK]),
+        torch.from_numpy(logprobs_NK),
         torch.from_numpy(norm_NG),
         torch.from_numpy(tail_NG),
     )

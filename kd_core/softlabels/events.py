@@ -92,7 +92,7 @@ class Draws(NamedTuple):
 
 
 class SampledRow(NamedTuple):
-    """Sampled targets in whole numbers; ``gold_N`` is the rank of the token that stands there."""
+    """Sampled targets in whole numbers; ``gold_N`` is the rank (decoding: the id) of the token that stands there."""
 
     offsets_N1: np.ndarray
     ranks_E: np.ndarray
@@ -207,30 +207,22 @@ def _pop_residual(stream: Stream, tables: Tables, context: int, low_bits: int, s
 
 
 @compiled
-def _sort_pair(keys: np.ndarray, values: np.ndarray, low: int, high: int) -> None:
-    """Sort keys[low:high] in place, and their values: Shell's sort, which is insertion sort where there are few."""
-    step = 1
-    while step * 16 < high - low:
-        step = 3 * step + 1
-    while step > 0:
-        for i in range(low + step, high):
-            key, value, j = keys[i], values[i], i - step
-            while j >= low and keys[j] > key:
-                keys[j + step], values[j + step] = keys[j], values[j]
-                j -= step
-            keys[j + step], values[j + step] = key, value
-        step //= 3
+def decode_sampled(stream: Stream, rows: np.ndarray, tables: Tables, draws: Draws, id_of_rank_V: np.ndarray, out: SampledRow) -> int:
+    """Fill ``out`` (ids, not ranks, in ``ranks_E``) from some rows of a stream; a position's ids come as they were coded, gold last.
 
-
-@compiled
-def decode_sampled(stream: Stream, tables: Tables, draws: Draws, id_of_rank_V: np.ndarray, out: SampledRow) -> int:
-    """Fill ``out`` (ids, not ranks, in ``ranks_E``; a position's ids rise) from every row of a stream.
+    Args:
+        stream: of all rows that ``out`` has room for.
+        rows: those with these tables, int64.
+        tables: of the shard's model.
+        draws: the same for all.
+        id_of_rank_V: of the shard's model.
+        out: filled where these rows are.
 
     Returns:
         -1, or the first row whose stream does not say what its header says.
     """
     num_columns = len(id_of_rank_V)
-    for row in range(len(stream.words_R1) - 1):
+    for row in rows:
         state, at = open_row(stream, row)
         end = stream.words_R1[row + 1]
         e = stream.ids_R1[row]
@@ -248,7 +240,7 @@ def decode_sampled(stream: Stream, tables: Tables, draws: Draws, id_of_rank_V: n
                     gold_count, state, at = pop_value(stream, tables, _GOLD_COUNT + min(num, 16) - 1, state, at)
                     gold_count += 1
                 left, todo_draws = num - 1, draws.num_draws - gold_count
-                out.ranks_E[low + left] = id_of_rank_V[out.gold_N[n]]
+                out.ranks_E[low + left] = out.gold_N[n]
                 out.counts_E[low + left] = gold_count
             draws_entropy = draws.count_entropy[draws.num_draws] - draws.count_entropy[gold_count]
             for i in range(left):
@@ -276,7 +268,6 @@ def decode_sampled(stream: Stream, tables: Tables, draws: Draws, id_of_rank_V: n
                             return row
                         out.ranks_E[j] = id_of_rank_V[last]
                     first = i
-            _sort_pair(out.ranks_E, out.counts_E, low, high)
             residual, state, at = _pop_residual(stream, tables, _ENTROPY + min(bucket(draws_entropy)[0], 23), 2, state, at)
             entropy = draws_entropy + residual
             out.offset_q_N[n] = entropy
@@ -294,10 +285,10 @@ def decode_sampled(stream: Stream, tables: Tables, draws: Draws, id_of_rank_V: n
 
 
 @compiled
-def decode_topk(stream: Stream, tables: Tables, id_of_rank_V: np.ndarray, out: TopKRow) -> int:
-    """Fill ``out`` (ids, not ranks, in ``ranks_NK``, by falling level) from every row of a stream; returns as ``decode_sampled``."""
+def decode_topk(stream: Stream, rows: np.ndarray, tables: Tables, id_of_rank_V: np.ndarray, out: TopKRow) -> int:
+    """Fill ``out`` (ids, not ranks, in ``ranks_NK``, by falling level) from some rows of a stream: see ``decode_sampled``."""
     num_columns, k = len(id_of_rank_V), out.ranks_NK.shape[1]
-    for row in range(len(stream.words_R1) - 1):
+    for row in rows:
         state, at = open_row(stream, row)
         end = stream.words_R1[row + 1]
         for n in range(stream.positions_R1[row], stream.positions_R1[row + 1]):

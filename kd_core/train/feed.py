@@ -122,12 +122,11 @@ class Feed:
 
     def plan(self, step: int, *, soft: bool) -> StepPlan:
         """What a step (0-based) reads; rows of a later step, with ``soft`` their soft labels too, begin to be fetched."""
+        for batch in self._cut(self._dealt(step + _PREFETCH_STEPS)[self._rank]):
+            self._rows.prefetch(batch, soft=soft)
         dealt = self._dealt(step)
-        self._rows.prefetch(self._dealt(step + _PREFETCH_STEPS)[self._rank].tolist(), soft=soft)
-        cuts = [self._layout.cut(self._lengths[numbers].tolist()) for numbers in dealt]
-        mine = dealt[self._rank]
-        batches = tuple(tuple(mine[part].tolist()) for part in cuts[self._rank])
-        return StepPlan(int(sum(self._supervised[numbers].sum() for numbers in dealt)), batches, max(len(cut) for cut in cuts))
+        cuts = [self._cut(numbers) for numbers in dealt]
+        return StepPlan(int(sum(self._supervised[numbers].sum() for numbers in dealt)), cuts[self._rank], max(map(len, cuts)))
 
     def read(self, plan: StepPlan, number: int, *, soft: bool) -> MicroBatch:
         """The batch of a pass (0-based) of a step.
@@ -139,6 +138,10 @@ class Feed:
         numbers = plan.batches[number if own else 0]
         targets = self._rows.targets(numbers) if soft else None
         return self._layout.batch(self._rows.read(numbers), targets, share=1.0 if own else 0.0)
+
+    def _cut(self, numbers: np.ndarray) -> tuple[tuple[int, ...], ...]:
+        """Row numbers of each batch."""
+        return tuple(tuple(numbers[part].tolist()) for part in self._layout.cut(self._lengths[numbers].tolist()))
 
     def _dealt(self, step: int) -> list[np.ndarray]:
         """Row numbers of each rank."""

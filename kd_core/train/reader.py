@@ -22,8 +22,8 @@ import torch
 from kd_core.errors import SoftLabelError
 from kd_core.row_schemas import CODEC_MODEL
 from kd_core.shards import RowCache, Shard, Snapshot
-from kd_core.softlabels.codec import decode_rows, parse_model
-from kd_core.softlabels.targets import Common, DenseTargets, SampledTargets, Targets, TopKTargets, concatenate
+from kd_core.softlabels.codec import decode_mixed_rows, parse_model
+from kd_core.softlabels.targets import Targets
 from kd_core.store.range_cache import RangeCache
 from kd_core.train.data import BUFFER_BLOCKS, TokenRow
 
@@ -33,8 +33,6 @@ _HELD_GROUPS = 5 * BUFFER_BLOCKS // 2
 """Row groups in memory: the shuffle buffer's, the next one's, and some for buffers that do not begin with a group."""
 _FETCHERS = 4
 _DECODERS = 2
-_STEPS_AHEAD = 8
-"""Steps whose decoded soft labels are held."""
 
 
 @dataclass(frozen=True)
@@ -147,19 +145,17 @@ class StoredRows:
         self._groups, self._group, self._row = groups, group, row
         self.num_tokens, self.first_supervised = num_tokens, first_supervised
         self._held: OrderedDict[int, Future[Group]] = OrderedDict()
-        self._ahead: OrderedDict[tuple[int, ...], Future[Targets]] = OrderedDict()
+        self._ahead: dict[tuple[int, ...], Future[Targets]] = {}
         self._lock = threading.Lock()
         self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetch-rows")
         self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode-rows")
 
     def prefetch(self, numbers: Sequence[int], *, soft: bool) -> None:
-        """Start to fetch the groups of these rows and, with ``soft``, to decode their soft labels."""
+        """Start to fetch the groups of a batch and, with ``soft``, to decode its soft labels, for one call of ``targets``."""
         self._ask(np.unique(self._group[list(numbers)]))
         wanted = tuple(numbers)
         if soft and wanted not in self._ahead:
             self._ahead[wanted] = self._decoders.submit(self._decode, wanted)
-            while len(self._ahead) > _STEPS_AHEAD:
-                self._ahead.popitem(last=False)
 
     def _ask(self, groups: np.ndarray) -> dict[int, Future[Group]]:
         """Groups that are at hand or on their way."""
@@ -184,33 +180,20 @@ class StoredRows:
         return [group.tokens(row) for group, row in self._find(numbers)]
 
     def targets(self, numbers: Sequence[int]) -> Targets:
-        """Soft labels of rows, in the order asked for: those of a prefetched step, or of a part of it, are decoded already."""
-        for ahead, future in self._ahead.items():
-            if set(numbers) <= set(ahead):
-                place = {number: i for i, number in enumerate(ahead)}
-                return _reordered(future.result(), self._lengths(ahead), np.array([place[number] for number in numbers]))
-        return self._decode(numbers)
-
-    def _lengths(self, numbers: Sequence[int]) -> np.ndarray:
-        chosen = list(numbers)
-        lengths: np.ndarray = self.num_tokens[chosen] - self.first_supervised[chosen]
-        return lengths
+        """Soft labels of rows, in the order asked for; those of a prefetched batch are decoded already."""
+        ahead = self._ahead.pop(tuple(numbers), None)
+        return self._decode(numbers) if ahead is None else ahead.result()
 
     def _decode(self, numbers: Sequence[int]) -> Targets:
-        """One compiled call a shard; it runs beside Python."""
-        of_model: dict[int, list[int]] = {}
+        """Compiled; it runs beside Python."""
         found = self._find(numbers)
-        for place, (group, _) in enumerate(found):
-            of_model.setdefault(id(group.model), []).append(place)
-        parts, order = [], []
-        for places in of_model.values():
-            blobs = [group.targets[row] for group, row in (found[place] for place in places) if group.targets is not None]
-            if len(blobs) < len(places):
-                raise SoftLabelError("the objective has a soft part and these rows have no soft labels")
-            labels = [group.labels(row) for group, row in (found[place] for place in places)]
-            parts.append(decode_rows(found[places[0]][0].model, blobs, labels))
-            order += places
-        return _reordered(concatenate(parts), self._lengths([numbers[place] for place in order]), np.argsort(order))
+        blobs = [group.targets[row] for group, row in found if group.targets is not None]
+        if len(blobs) < len(found):
+            raise SoftLabelError("the objective has a soft part and these rows have no soft labels")
+        models = {id(group.model): group.model for group, _ in found}
+        index = {name: i for i, name in enumerate(models)}
+        model_R = np.array([index[id(group.model)] for group, _ in found])
+        return decode_mixed_rows(list(models.values()), model_R, blobs, [group.labels(row) for group, row in found])
 
 
 def file_rows(path: Path, numbers: np.ndarray | None) -> StoredRows:
@@ -232,43 +215,3 @@ def file_rows(path: Path, numbers: np.ndarray | None) -> StoredRows:
         num_tokens=np.concatenate(tokens)[chosen],
         first_supervised=np.concatenate(first)[chosen],
     )
-
-
-def _reordered(targets: Targets, lengths: np.ndarray, order: np.ndarray) -> Targets:
-    """The same targets with their rows in another order.
-
-    Args:
-        targets: of all rows, one after the other.
-        lengths: positions of each row.
-        order: the row that shall stand at each place; rows may be left out.
-    """
-    if np.array_equal(order, np.arange(len(lengths))):
-        return targets
-    at_N = torch.from_numpy(_ranges(np.cumsum(lengths) - lengths, lengths, order))
-    common = Common(targets.common.gold_logprob_N[at_N], targets.common.entropy_N[at_N], targets.common.num_columns)
-    match targets:
-        case DenseTargets():
-            return DenseTargets(common, targets.logprobs_NV[at_N])
-        case TopKTargets():
-            tensors = (targets.ids_NK, targets.logprobs_NK, targets.log_normalizer_NG, targets.log_tail_NG)
-            return TopKTargets(common, targets.temperatures, *(tensor[at_N] for tensor in tensors))
-        case SampledTargets():
-            starts, counts = targets.offsets_N1[:-1].numpy(), targets.offsets_N1.diff().numpy()
-            at_E = torch.from_numpy(_ranges(starts, counts, at_N.numpy()))
-            offsets_N1 = torch.from_numpy(np.concatenate([[0], np.cumsum(counts[at_N.numpy()])]))
-            return SampledTargets(
-                common,
-                targets.temperature,
-                targets.num_draws,
-                targets.cross_entropy_offset_N[at_N],
-                offsets_N1,
-                targets.ids_E[at_E],
-                targets.counts_E[at_E],
-            )
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """The numbers of ranges [start, start + length) one after the other, in an order."""
-    lengths = lengths[order]
-    total = np.cumsum(lengths)
-    return np.repeat(starts[order] - (total - lengths), lengths) + np.arange(total[-1] if len(total) else 0)
