@@ -1,10 +1,11 @@
 """What a recipe says of a training run: optimiser, learning rate, validations, guards."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, WrapSerializer, model_validator
 
 from kd_core.recipe.fields import Fraction, Frozen
+from kd_core.recipe.objective import Constant, Schedule
 
 __all__ = ["Decay", "LearningRateSchedule", "ReduceOnPlateau", "Training", "WarmupStableDecay"]
 
@@ -36,6 +37,11 @@ class ReduceOnPlateau(Frozen):
 LearningRateSchedule = Annotated[Decay | WarmupStableDecay | ReduceOnPlateau, Field(discriminator="kind")]
 
 
+def _constant_as_number(schedule: Schedule, dump: SerializerFunctionWrapHandler) -> Any:
+    """A constant is written as its number: how it is spelt in a recipe is no part of what it means."""
+    return schedule.value if isinstance(schedule, Constant) else dump(schedule)
+
+
 class Training(Frozen):
     """One training run: AdamW with decoupled weight decay, linear warm-up, then a schedule."""
 
@@ -51,8 +57,8 @@ class Training(Frozen):
     """What follows the warm-up: cosine, linear, constant, warmup_stable_decay or plateau."""
     final_learning_rate: Fraction = 0.1
     """Learning rate at the last step, as a share of the peak; constant has no use for it."""
-    weight_decay: float = Field(default=0.01, ge=0.0)
-    """Decoupled weight decay on matrices (not on norms and biases)."""
+    weight_decay: Annotated[Schedule, WrapSerializer(_constant_as_number)] = Constant(kind="constant", value=0.01)
+    """Decoupled weight decay on matrices (not on norms and biases), times the learning rate a step: a number, or a schedule over steps."""
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """AdamW's two decay rates."""
     clip_norm: float | None = Field(default=1.0, gt=0.0)

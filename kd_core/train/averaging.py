@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from kd_core.train.sharding import slice_of
+
 __all__ = ["Average"]
 
 
@@ -21,15 +23,16 @@ class Average:
     def update(self, step: int) -> None:
         """Take in the weights after a step (0-based)."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._average, [p.detach() for p in self._parameters], 1.0 - decay)
+        torch._foreach_lerp_([slice_of(a) for a in self._average], [slice_of(p.detach()) for p in self._parameters], 1.0 - decay)
 
     @torch.no_grad()
     def exchange(self) -> None:
         """Swap weights and average; twice is as before, bit for bit."""
         for parameter, average in zip(self._parameters, self._average, strict=True):
-            kept = parameter.detach().clone()
-            parameter.copy_(average)
-            average.copy_(kept)
+            mine, other = slice_of(parameter.detach()), slice_of(average)
+            kept = mine.clone()
+            mine.copy_(other)
+            other.copy_(kept)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -41,11 +44,11 @@ class Average:
             self.exchange()
 
     def state(self) -> list[Tensor]:
-        """For a checkpoint."""
+        """For a checkpoint; sliced over ranks as the weights are."""
         return self._average
 
     @torch.no_grad()
     def load(self, state: Sequence[Tensor]) -> None:
-        """From a checkpoint."""
+        """From a checkpoint: this rank's slices."""
         for average, saved in zip(self._average, state, strict=True):
-            average.copy_(saved)
+            slice_of(average).copy_(saved)

@@ -21,7 +21,7 @@ from kd_core.softlabels.targets import Targets, move
 from kd_core.tokens import collate
 from kd_core.train.data import Rows, TokenRow, padded_batches, step_rows
 
-__all__ = ["Feed", "Layout", "MicroBatch", "StepPlan"]
+__all__ = ["Feed", "Layout", "MicroBatch", "StepPlan", "dealt_batches"]
 
 _PREFETCH_STEPS = 4
 
@@ -86,11 +86,13 @@ class StepPlan:
         num_supervised: supervised tokens of the whole step, all ranks together: what the loss is divided by.
         batches: row numbers of this rank's batches, at least one.
         num_passes: forward passes of every rank; above ``len(batches)`` the first batch is run again with share 0.
+        seed: of the step's random numbers.
     """
 
     num_supervised: int
     batches: tuple[tuple[int, ...], ...]
     num_passes: int
+    seed: int
 
 
 class Feed:
@@ -126,7 +128,8 @@ class Feed:
             self._rows.prefetch(batch, soft=soft)
         dealt = self._dealt(step)
         cuts = [self._cut(numbers) for numbers in dealt]
-        return StepPlan(int(sum(self._supervised[numbers].sum() for numbers in dealt)), cuts[self._rank], max(map(len, cuts)))
+        num_supervised = int(sum(self._supervised[numbers].sum() for numbers in dealt))
+        return StepPlan(num_supervised, cuts[self._rank], max(map(len, cuts)), (self._seed << 32) + step)
 
     def read(self, plan: StepPlan, number: int, *, soft: bool) -> MicroBatch:
         """The batch of a pass (0-based) of a step.
@@ -139,11 +142,26 @@ class Feed:
         targets = self._rows.targets(numbers) if soft else None
         return self._layout.batch(self._rows.read(numbers), targets, share=1.0 if own else 0.0)
 
+    def first_rows(self, step: int, num_rows: int) -> list[TokenRow]:
+        """Rows with which a step begins; the same on every rank."""
+        return self._rows.read(self._picked(step)[:num_rows].tolist())
+
     def _cut(self, numbers: np.ndarray) -> tuple[tuple[int, ...], ...]:
         """Row numbers of each batch."""
         return tuple(tuple(numbers[part].tolist()) for part in self._layout.cut(self._lengths[numbers].tolist()))
 
     def _dealt(self, step: int) -> list[np.ndarray]:
         """Row numbers of each rank."""
-        picked = self._kept[step_rows(len(self._kept), self._batch_rows, seed=self._seed, step=step)]
+        picked = self._picked(step)
         return [picked[rank :: self._num_ranks] for rank in range(self._num_ranks)]
+
+    def _picked(self, step: int) -> np.ndarray:
+        return self._kept[step_rows(len(self._kept), self._batch_rows, seed=self._seed, step=step)]
+
+
+def dealt_batches(rows: Sequence[TokenRow], layout: Layout, *, rank: int, num_ranks: int) -> list[tuple[list[TokenRow], float]]:
+    """A rank's batches of rows that are dealt out in turn, and 1, or 0 for one that is there for an equal number of passes only."""
+    shares = [rows[first::num_ranks] for first in range(num_ranks)]
+    cuts = [layout.cut([len(row.ids) for row in share]) for share in shares]
+    mine = [([shares[rank][i] for i in part], 1.0) for part in cuts[rank]]
+    return mine + [(list(rows[:1]), 0.0)] * (max(len(cut) for cut in cuts) - len(mine))

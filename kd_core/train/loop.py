@@ -4,7 +4,8 @@ The loss is normalised by the supervised tokens of the whole optimiser step, ove
 ``run.micro_batch_tokens``, packing and the number of devices change speed only. Everything that varies (rows, learning rate,
 weights, random numbers) is a function of the seed, the step and the validations so far: a resumed run is the unbroken one.
 
-Ranks (``torchrun``, ``accelerate launch``) hold whole copies of the weights and share the rows of a step.
+Ranks (``kd_core.stages.ranks``, ``torchrun``, ``accelerate launch``) share the rows of a step; each holds whole copies of the weights, or
+slices (``run.shard_weights``).
 """
 
 import time
@@ -24,8 +25,8 @@ from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.data import TrainingData
 from kd_core.train.feed import Feed, Layout
 from kd_core.train.meter import Meter
-from kd_core.train.objective_model import check_logits
-from kd_core.train.schedules import Validations, learning_rate, without_a_best
+from kd_core.train.schedules import Validations, learning_rate, weight_decay, without_a_best
+from kd_core.train.sharding import shall_shard
 from kd_core.train.state import TrainingState, as_trained, refuse_unsupported
 
 __all__ = ["TrainingResult", "train"]
@@ -101,45 +102,40 @@ def train(
         SoftLabelError: missing or invalid soft labels.
     """
     began = time.perf_counter()
-    accelerator = Accelerator(cpu=pick_device(run.device).type == "cpu")
-    rank, num_ranks = accelerator.process_index, accelerator.num_processes
+    accelerator = Accelerator(cpu=pick_device(run.device).type == "cpu", mixed_precision="no")
+    num_ranks = accelerator.num_processes
     refuse_unsupported(accelerator, training, data)
     packed = unpackable(model) is None and not run.compile
     layout = Layout(packed, run.micro_batch_tokens, accelerator.device)
-    feed = Feed(data.rows, training, layout, seed=seed, rank=rank, num_ranks=num_ranks)
-    validation = list(data.validation[rank::num_ranks])
-    state = TrainingState(model, num_columns=num_columns, training=training, objective=objective, accelerator=accelerator)
+    feed = Feed(data.rows, training, layout, seed=seed, rank=accelerator.process_index, num_ranks=num_ranks)
+    sharded = shall_shard(run, num_ranks)
+    state = TrainingState(model, num_columns=num_columns, training=training, objective=objective, accelerator=accelerator, sharded=sharded)
     start = state.resume(checkpoints)
-    check_logits(state.objective_model.eval(), data.rows.read(feed.plan(start, soft=False).batches[0][:2]), layout)
+    state.check(feed.first_rows(start, 2), layout)
     products = torch.bfloat16 if training.dtype == "bfloat16" else torch.float32
     meter = Meter(model, num_columns=num_columns, device=accelerator.device, dtype=products)
     history, done = state.history, start
     tick(Tick(start, training.steps, "steps"))
-    with as_trained(model, packed=packed, run=run):
+    with as_trained(state.model, packed=packed, run=run):
         for step in range(start, training.steps):
             weights = step_weights(objective, step=step, steps=training.steps)
-            rate = learning_rate(training, step, history.validation)
+            rate, decay = learning_rate(training, step, history.validation), weight_decay(training, step)
             plan = feed.plan(step, soft=weights.soft > 0.0)
-            torch.manual_seed((seed << 32) + step)
             norms = state.part_norms(feed, plan, weights) if step % _PART_NORMS_EVERY == 0 else {}
-            torch.manual_seed((seed << 32) + step)
             means = state.gradients(feed, plan, weights, meter)
-            norm = state.step(step, rate)
-            done = step + 1
-            history.supervised_tokens += plan.num_supervised
+            norms["gradient_norm"] = state.step(step, learning_rate=rate, weight_decay=decay)
+            done, history.supervised_tokens = step + 1, history.supervised_tokens + plan.num_supervised
             spike = history.is_spike(done, means["loss"])
-            last = done == training.steps
             due = training.validate_every_steps is not None and done % training.validate_every_steps == 0
-            validated = state.validate(done, validation, layout) if due or last else {}
-            last = last or _shall_stop(training, history.validation)
-            if step % _LOG_EVERY == 0 or last or spike or due or done in history.skipped:
+            validated = state.validate(done, data.validation, layout) if due or done == training.steps else {}
+            last = done == training.steps or _shall_stop(training, history.validation)
+            if last or due or spike or step % _LOG_EVERY == 0 or done in history.skipped:
                 acting = {"hard_weight": weights.hard, "soft_weight": weights.soft, "temperature": weights.temperature}
-                acting |= {"gradient_norm": norm, "learning_rate": rate, "weight_decay": training.weight_decay}
-                history.log(done, {**means, **norms, **acting, **validated})
+                history.log(done, {**means, **norms, **acting, "learning_rate": rate, "weight_decay": decay, **validated})
                 tick(Tick(done, training.steps, "steps", f"loss {means['loss']:.4f}"))
             if last or done % max(_LOG_EVERY, training.steps // _SPEED_READINGS) == 0:
                 history.speed.append({"step": done, **meter.read()})
-            if done % run.checkpoint_every_steps == 0 and not last:
+            if not last and done % run.checkpoint_every_steps == 0:
                 state.save(checkpoints, done)
             reach("train.step")
             if last:

@@ -9,6 +9,8 @@ that is not known here, or documents that see each other, end the run and not th
 """
 
 import contextlib
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,8 @@ from kd_core.train.data import TokenRow
 from kd_core.train.feed import Layout, MicroBatch
 
 __all__ = ["ObjectiveModel", "check_logits", "validation_sums"]
+
+_Result = TypeVar("_Result")
 
 _TOLERANCE = 1e-3
 """Largest distance to the model's own logits, relative to their spread over the vocabulary, in float32."""
@@ -47,6 +51,10 @@ class ObjectiveModel(nn.Module):
         if type(self.model.get_output_embeddings()) is nn.Linear:
             return fused_loss(hidden_NH, self.projection(), batch.labels_N, batch.targets, weights, self._divergence)
         return supervised_loss(self.logits(hidden_NH), batch.labels_N, batch.targets, weights, self._divergence)
+
+    def within(self, function: Callable[["ObjectiveModel"], _Result]) -> _Result:
+        """A function of this module, with weights that a sharding wrapper has gathered as it does for ``forward``."""
+        return function(self)
 
     def hidden(self, batch: MicroBatch, *, bf16: bool = False) -> Tensor:
         """The backbone's output where it predicts a supervised token, shape (N, H); bfloat16 products and result under ``bf16``."""
@@ -102,17 +110,26 @@ def check_logits(model: ObjectiveModel, rows: list[TokenRow], layout: Layout) ->
 
 
 @torch.no_grad()
-def validation_sums(model: ObjectiveModel, rows: list[TokenRow], layout: Layout) -> Tensor:
-    """(negative log-likelihood in nats, number) of the supervised tokens of rows, float64, shape (2,). Leaves the model in its mode."""
+def validation_sums(model: ObjectiveModel, batches: Sequence[tuple[Sequence[TokenRow], float]], layout: Layout) -> Tensor:
+    """Sums over the supervised tokens of rows. Leaves the model in its mode.
+
+    Args:
+        model: to measure.
+        batches: rows of each forward pass, and 1, or 0 where they do not count.
+        layout: of a batch.
+
+    Returns:
+        (negative log-likelihood in nats, number of tokens), float64, shape (2,).
+    """
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
-    for part in layout.cut([len(row.ids) for row in rows]):
-        batch = layout.batch([rows[i] for i in part])
+    total, count = 0.0, 0.0
+    for rows, share in batches:
+        batch = layout.batch(rows)
         hidden_NH = model.hidden(batch)
         for start in range(0, len(hidden_NH), _VALIDATION_POSITIONS):
             at = slice(start, start + _VALIDATION_POSITIONS)
-            total += float(nn.functional.cross_entropy(model.logits(hidden_NH[at]), batch.labels_N[at], reduction="sum"))
-        count += len(batch.labels_N)
+            total += share * float(nn.functional.cross_entropy(model.logits(hidden_NH[at]), batch.labels_N[at], reduction="sum"))
+        count += share * len(batch.labels_N)
     model.train(was_training)
     return torch.tensor([total, count], dtype=torch.float64, device=layout.device)

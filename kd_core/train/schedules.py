@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from kd_core.recipe import Constant, Decay, Piecewise, Ramp, ReduceOnPlateau, Training, WarmupStableDecay
 
-__all__ = ["Validations", "best_validation", "learning_rate", "reductions", "value_at", "without_a_best"]
+__all__ = ["Validations", "best_validation", "learning_rate", "reductions", "value_at", "weight_decay", "without_a_best"]
 
 Validations = Sequence[tuple[int, float]]
 
@@ -57,6 +57,16 @@ def learning_rate(training: Training, step: int, validation: Validations = ()) -
         case ReduceOnPlateau():
             return training.learning_rate * max(low, schedule.factor ** reductions(validation, schedule.patience))
     return training.learning_rate * (low + (1.0 - low) * height)
+
+
+def weight_decay(training: Training, step: int) -> float:
+    """Weight decay at a step (0-based): its schedule runs over all steps, warm-up included.
+
+    >>> training = Training(steps=3, batch_rows=1, learning_rate=1.0, weight_decay={"kind": "linear", "start": 0.0, "end": 0.2})
+    >>> [weight_decay(training, step) for step in range(3)]
+    [0.0, 0.1, 0.2]
+    """
+    return value_at(training.weight_decay, step / max(1, training.steps - 1))
 
 
 def best_validation(validation: Validations) -> tuple[int, float] | None:

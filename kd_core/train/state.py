@@ -1,13 +1,15 @@
 """What changes while a model is trained, and the few things that are done with it: gradients, a step, a validation, a checkpoint.
 
-Sums over ranks are made here and nowhere else. All ranks decide alike, because all see the same reduced numbers.
+Sums over ranks are made here and nowhere else. All ranks decide alike, because all see the same reduced numbers. Ranks hold whole
+copies of the weights, or slices of a second copy (``run.shard_weights``), from which the model given gets its weights at the end.
 """
 
 import contextlib
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -22,27 +24,31 @@ from kd_core.recipe import Objective, Run, Training
 from kd_core.train.averaging import Average
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.data import TokenRow, TrainingData
-from kd_core.train.feed import Feed, Layout, StepPlan
+from kd_core.train.feed import Feed, Layout, StepPlan, dealt_batches
 from kd_core.train.history import History
 from kd_core.train.meter import Meter
-from kd_core.train.objective_model import ObjectiveModel, validation_sums
+from kd_core.train.objective_model import ObjectiveModel, check_logits, validation_sums
 from kd_core.train.schedules import best_validation
+from kd_core.train.sharding import part_of, shard, slice_of, whole
 
 __all__ = ["TrainingState", "as_trained", "refuse_unsupported"]
+
+_Result = TypeVar("_Result")
 
 
 def refuse_unsupported(accelerator: Accelerator, training: Training, data: TrainingData) -> None:
     """Refuse what this machine, this launch or these rows cannot do.
 
     Raises:
-        TrainingError: no bfloat16 here, sharded weights, or validations without rows.
+        TrainingError: no bfloat16 here, a launcher that does more than start ranks, or validations without rows.
     """
     if training.dtype == "bfloat16" and accelerator.device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise TrainingError("training.dtype: bfloat16, and this device has no bfloat16; use float32")
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+    if accelerator.distributed_type not in known:
         raise TrainingError(
-            f"launched with {accelerator.distributed_type.value}: ranks hold whole copies of the weights here; launch with torchrun, or "
-            "accelerate launch without sharding"
+            f"launched with {accelerator.distributed_type.value}: ranks hold whole copies of the weights here, or slices with "
+            "run.shard_weights: true; launch with torchrun, or accelerate launch with --multi_gpu, --multi_cpu or --use_fsdp"
         )
     if training.validate_every_steps is not None and not data.validation:
         raise TrainingError("training.validate_every_steps: there are no validation rows; raise prompts.split.validation, or leave it out")
@@ -72,28 +78,45 @@ class TrainingState:
     """Weights, optimiser, their average, the best ones so far, and the history."""
 
     def __init__(
-        self, model: PreTrainedModel, *, num_columns: int, training: Training, objective: Objective, accelerator: Accelerator
+        self,
+        model: PreTrainedModel,
+        *,
+        num_columns: int,
+        training: Training,
+        objective: Objective,
+        accelerator: Accelerator,
+        sharded: bool = False,
     ) -> None:
         self.history = History()
+        self._accelerator, self._training, self._sharded, self._given = accelerator, training, sharded, model
+        self.model = copy.deepcopy(model) if sharded else model
         self.objective_model = ObjectiveModel(
-            model, num_columns=num_columns, divergence=objective.divergence, bf16=training.dtype == "bfloat16"
+            self.model, num_columns=num_columns, divergence=objective.divergence, bf16=training.dtype == "bfloat16"
         )
-        optimiser = torch.optim.AdamW(_parameter_groups(model, training.weight_decay), lr=0.0, betas=training.adam_betas, fused=True)
-        self._accelerator, self._training, self._model = accelerator, training, model
-        self._wrapped, self._optimiser = accelerator.prepare(self.objective_model, optimiser)
-        self._average = None if training.ema_decay is None else Average(model.parameters(), training.ema_decay)
+        self._wrapped = self._prepared()
+        self._optimiser = torch.optim.AdamW(_parameter_groups(self.model), lr=0.0, betas=training.adam_betas, fused=True)
+        self._average = None if training.ema_decay is None else Average(self.model.parameters(), training.ema_decay)
         self._best: dict[str, Tensor] | None = None
+
+    def _prepared(self) -> Any:
+        if not self._sharded:
+            return self._accelerator.prepare(self.objective_model)
+        ranks = self._accelerator.num_processes
+        blocks = list(self.model._no_split_modules or ())
+        return shard(self.objective_model, blocks, device=self._accelerator.device, num_ranks=ranks, methods=("within",))
 
     # ------------------------------------------------------------------------------------------ one step
 
     def gradients(self, feed: Feed, plan: StepPlan, weights: StepWeights, meter: Meter | None = None) -> dict[str, float]:
         """Add up the gradient of a step's mean loss; the loss and its parts, means over the step's supervised tokens."""
+        torch.manual_seed(plan.seed)
         factor = self._accelerator.num_processes / plan.num_supervised  # data-parallel gradients are means over ranks
         sums: dict[str, Tensor] = {}
         for number in range(plan.num_passes):
             batch = feed.read(plan, number, soft=weights.soft > 0.0)
             last = number + 1 == plan.num_passes
-            with contextlib.nullcontext() if last else self._accelerator.no_sync(self._wrapped):
+            whole_copies_wait = not self._sharded and not last  # slices are summed after each pass: a whole gradient may not fit
+            with self._accelerator.no_sync(self._wrapped) if whole_copies_wait else contextlib.nullcontext():
                 loss, parts = self._wrapped(batch, weights)
                 self._accelerator.backward(loss * (batch.share * factor))
             for name, value in {"loss": loss.detach(), **parts}.items():
@@ -110,21 +133,22 @@ class TrainingState:
         found = {}
         for name, alone in (("hard", replace(weights, hard=1.0, soft=0.0)), ("soft", replace(weights, hard=0.0, soft=1.0))):
             self.gradients(feed, plan, alone)
-            found[f"gradient_norm_{name}"] = float(self._accelerator.clip_grad_norm_(self._wrapped.parameters(), math.inf))
+            found[f"gradient_norm_{name}"] = self._clip(math.inf)
             self._optimiser.zero_grad(set_to_none=True)
         return found
 
-    def step(self, step: int, learning_rate: float) -> float:
+    def step(self, step: int, *, learning_rate: float, weight_decay: float) -> float:
         """Clip, and move the weights (step is 0-based), or skip a step whose gradients are not finite; the gradient's norm.
 
         Raises:
             TrainingError: one such step more than training.max_skipped_steps.
         """
         limit = math.inf if self._training.clip_norm is None else self._training.clip_norm
-        norm = float(self._accelerator.clip_grad_norm_(self._wrapped.parameters(), limit))
+        norm = self._clip(limit)
         if math.isfinite(norm):
             for group in self._optimiser.param_groups:
                 group["lr"] = learning_rate
+            self._optimiser.param_groups[0]["weight_decay"] = weight_decay
             self._optimiser.step()
             if self._average is not None:
                 self._average.update(step)
@@ -139,46 +163,87 @@ class TrainingState:
         self._optimiser.zero_grad(set_to_none=True)
         return norm
 
+    def _clip(self, limit: float) -> float:
+        """Norm of the whole gradient, which is scaled to the limit where it is above."""
+        return float(whole(nn.utils.clip_grad_norm_(self._wrapped.parameters(), limit)))
+
     # ------------------------------------------------------------------------------------------ validation
 
-    def validate(self, step: int, rows: list[TokenRow], layout: Layout) -> dict[str, float]:
+    def check(self, rows: list[TokenRow], layout: Layout) -> None:
+        """``check_logits`` of the model; all ranks with the same rows."""
+        self.objective_model.eval()
+        self._within(lambda model: check_logits(model, rows, layout))
+
+    def validate(self, step: int, rows: Sequence[TokenRow], layout: Layout) -> dict[str, float]:
         """Loss of the weights that would be kept after ``step`` steps; noted, and its weights held if they are the best.
 
         Args:
             step: optimiser steps done.
-            rows: this rank's share of the validation rows.
+            rows: all validation rows; ranks deal them out.
             layout: of their batches.
         """
+        batches = dealt_batches(rows, layout, rank=self._accelerator.process_index, num_ranks=self._accelerator.num_processes)
         with contextlib.nullcontext() if self._average is None else self._average.in_place():
-            total, count = self._over_ranks(validation_sums(self.objective_model, rows, layout)).tolist()
+            sums = self._within(lambda model: validation_sums(model, batches, layout))
+            total, count = self._over_ranks(sums).tolist()
             if count == 0:
                 return {}
             nll = total / count if math.isfinite(total) else math.inf
             self.history.validation.append((step, nll))
             if self._training.keep == "best" and best_validation(self.history.validation) == (step, nll):
-                self._best = {name: value.detach().cpu().clone() for name, value in self._model.state_dict().items()}
+                self._best = {name: slice_of(value).detach().cpu().clone() for name, value in self.model.state_dict().items()}
         return {"validation_nll": nll}
 
     def keep(self, step: int) -> tuple[int, float | None]:
-        """Leave the model with the weights that are kept: (steps after which they stood, their validation loss)."""
+        """Leave the model given with the weights that are kept: (steps after which they stood, their validation loss)."""
         if self._best is not None:
-            self._model.load_state_dict(self._best)
             best = best_validation(self.history.validation)
             assert best is not None, "weights are held at validations only"
-            return best
-        if self._average is not None:
-            self._average.exchange()
-        measured = self.history.validation[-1:]
-        return step, measured[0][1] if measured and measured[0][0] == step else None
+            self._put(self._best)
+            kept: tuple[int, float | None] = best
+        else:
+            if self._average is not None:
+                self._average.exchange()
+            kept = step, dict(self.history.validation).get(step)
+        if self._sharded:
+            given = self._given.state_dict()
+            for name, value in self.model.state_dict().items():
+                given[name].copy_(whole(value))
+        return kept
+
+    def _within(self, function: Callable[[ObjectiveModel], _Result]) -> _Result:
+        found = self.objective_model.within(function)
+        if self._sharded:
+            self._wrapped.reshard()  # what lies outside of blocks stays gathered until a backward pass, and there is none
+        return found
+
+    @torch.no_grad()
+    def _put(self, slices: Mapping[str, Tensor]) -> None:
+        for name, value in self.model.state_dict().items():
+            slice_of(value).copy_(slices[name])
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
     def save(self, checkpoints: Checkpoints, step: int) -> None:
-        """Write all of it after ``step`` steps; one rank writes for all."""
-        if self._accelerator.is_main_process:
-            state: dict[str, Any] = {"model": self._model.state_dict(), "optimiser": self._optimiser.state_dict()}
-            state |= {"history": self.history.dump(), "average": None if self._average is None else self._average.state()}
-            checkpoints.save(step, {**state, "best": self._best})
+        """Write all of it after ``step`` steps; one rank writes for all, and slices are gathered for it."""
+        main = self._accelerator.is_main_process
+        if not main and not self._sharded:
+            return
+
+        def kept(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+            full = whole(tensor, like)
+            return full if main else full.new_empty(0)
+
+        weights, optimiser = self.model.state_dict(), self._optimiser.state_dict()
+        state = {
+            "model": {name: kept(value) for name, value in weights.items()},
+            "optimiser": {**optimiser, "state": {i: {n: kept(v) for n, v in one.items()} for i, one in optimiser["state"].items()}},
+            "history": self.history.dump(),
+            "average": None if self._average is None else [kept(value) for value in self._average.state()],
+            "best": None if self._best is None else {name: kept(value, weights[name]) for name, value in self._best.items()},
+        }
+        if main:
+            checkpoints.save(step, state)
 
     def resume(self, checkpoints: Checkpoints) -> int:
         """Take up the newest checkpoint; the steps that are done, 0 without one.
@@ -195,21 +260,31 @@ class TrainingState:
         if found is None:
             return 0
         step, state = found
-        self._model.load_state_dict(state["model"])
-        self._optimiser.load_state_dict(state["optimiser"])
+        weights = self.model.state_dict()
+        parameters = [parameter for group in self._optimiser.param_groups for parameter in group["params"]]
+        moments = {
+            i: {name: part_of(value, parameters[i]) if value.ndim else value for name, value in one.items()}
+            for i, one in state["optimiser"]["state"].items()
+        }
+        self._put(_slices(state["model"], weights))
+        self._optimiser.load_state_dict({**state["optimiser"], "state": moments})
         self.history = History.load(state["history"])
         if self._average is not None:
-            self._average.load(state["average"])
-        self._best = None if state["best"] is None else {name: value.cpu() for name, value in state["best"].items()}
+            self._average.load([slice_of(part_of(v, p)) for v, p in zip(state["average"], self._average.state(), strict=True)])
+        self._best = None if state["best"] is None else _slices(state["best"], weights)
         return step
 
     def _over_ranks(self, sums: Tensor) -> Tensor:
         return sums if self._accelerator.num_processes == 1 else self._accelerator.reduce(sums, reduction="sum")
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay on matrices only: norms and biases have one axis. Frozen parameters are not the optimiser's."""
+def _slices(full: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: slice_of(part_of(value, like[name])).cpu() for name, value in full.items()}
+
+
+def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Matrices, which decay, and the rest: norms and biases have one axis. Frozen parameters are not the optimiser's."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.ndim >= 2]
     plain = [p for p in parameters if p.ndim < 2]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]

@@ -20,7 +20,7 @@ from kd_core.tokens import collate
 from kd_core.train import feed
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.data import MemoryRows, TokenRow, TrainingData
-from kd_core.train.feed import Layout
+from kd_core.train.feed import Layout, dealt_batches
 from kd_core.train.loop import TrainingResult, train
 from kd_core.train.objective_model import ObjectiveModel, validation_sums
 
@@ -41,6 +41,7 @@ COMPILED = (
 )
 NONE, ONE = (Constant(kind="constant", value=value) for value in (0.0, 1.0))
 TRAINING = Training(steps=6, batch_rows=3, learning_rate=0.01, warmup_steps=2)
+LAYOUT = Layout(packed=False, budget_tokens=16, device=torch.device("cpu"))
 SAMPLED = Sampled(kind="sampled", num_draws=9, temperature=2.0)
 
 
@@ -305,9 +306,26 @@ def test_the_log_names_the_parts_of_the_objective(student, data, tmp_path) -> No
     assert last["validation_nll"] > 0.0
 
 
+def test_weight_decay_acts_on_matrices_as_its_schedule_says(student, data, monkeypatch, tmp_path) -> None:
+    seen: list[list[float]] = []
+
+    class Spy(torch.optim.AdamW):
+        def step(self, closure=None):
+            seen.append([group["weight_decay"] for group in self.param_groups if group["params"]])
+            assert all((p.ndim >= 2) == (group is self.param_groups[0]) for group in self.param_groups for p in group["params"])
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    schedule = {"kind": "linear", "start": 0.0, "end": 0.5}
+    training = Training(steps=6, batch_rows=3, learning_rate=0.01, weight_decay=schedule)
+    metrics = fit(student, tmp_path, data=data, training=training).metrics
+    assert seen == [[pytest.approx(decay), 0.0] for decay in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)]
+    assert (metrics[0]["weight_decay"], metrics[-1]["weight_decay"]) == (0.0, 0.5)
+
+
 def test_validation_is_the_mean_over_supervised_tokens(student) -> None:
     model = ObjectiveModel(student, num_columns=17, divergence=FORWARD_KL)
-    sums, count = validation_sums(model.train(), ROWS, Layout(packed=False, budget_tokens=16, device=torch.device("cpu"))).tolist()
+    sums, count = validation_sums(model.train(), dealt_batches(ROWS, LAYOUT, rank=0, num_ranks=1), LAYOUT).tolist()
     total = 0.0
     with torch.inference_mode():
         for row in ROWS:
@@ -371,7 +389,8 @@ def test_the_average_is_the_one_of_the_trajectory(student, data, monkeypatch, tm
 
 def nll_of(model: Any, rows: Any) -> float:
     layout = Layout(packed=False, budget_tokens=64, device=torch.device("cpu"))
-    total, count = validation_sums(ObjectiveModel(model, num_columns=17, divergence=FORWARD_KL), list(rows), layout).tolist()
+    batches = dealt_batches(rows, layout, rank=0, num_ranks=1)
+    total, count = validation_sums(ObjectiveModel(model, num_columns=17, divergence=FORWARD_KL), batches, layout).tolist()
     return total / count
 
 

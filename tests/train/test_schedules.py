@@ -3,7 +3,7 @@ import math
 import pytest
 
 from kd_core.recipe import Constant, Piecewise, Ramp, Training
-from kd_core.train.schedules import best_validation, learning_rate, value_at, without_a_best
+from kd_core.train.schedules import best_validation, learning_rate, value_at, weight_decay, without_a_best
 
 
 def test_values_by_hand() -> None:
@@ -74,3 +74,28 @@ def test_what_goes_by_validations_needs_some(field: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="goes by validations while training; set validate_every_steps"):
         Training(steps=9, batch_rows=1, learning_rate=0.1, **field)
     Training(steps=9, batch_rows=1, learning_rate=0.1, validate_every_steps=3, **field)
+
+
+def test_weight_decay_is_a_number_or_a_schedule_over_all_steps() -> None:
+    steady = Training(steps=5, batch_rows=1, learning_rate=0.1, weight_decay=0.1)
+    assert [weight_decay(steady, step) for step in range(5)] == [0.1] * 5
+    pieces = {"kind": "piecewise", "values": [0.0, 0.2], "at": [0.5]}
+    stepped = Training(steps=5, batch_rows=1, learning_rate=0.1, warmup_steps=1, weight_decay=pieces)
+    assert [weight_decay(stepped, step) for step in range(5)] == [0.0, 0.0, 0.2, 0.2, 0.2]
+
+
+def test_a_constant_weight_decay_is_written_as_its_number() -> None:
+    """Recipes of before the schedules keep their fingerprints."""
+    spelt = {"kind": "constant", "value": 0.1}
+    for value in (0.1, spelt):
+        dumped = Training(steps=5, batch_rows=1, learning_rate=0.1, weight_decay=value).model_dump(mode="json")
+        assert dumped["weight_decay"] == 0.1
+        assert Training.model_validate(dumped).weight_decay == Constant(**spelt)
+    ramp = {"kind": "linear", "start": 0.0, "end": 0.2}
+    dumped = Training(steps=5, batch_rows=1, learning_rate=0.1, weight_decay=ramp).model_dump(mode="json")
+    assert dumped["weight_decay"] == ramp
+
+
+def test_a_negative_weight_decay_is_refused() -> None:
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        Training(steps=5, batch_rows=1, learning_rate=0.1, weight_decay=-0.1)
