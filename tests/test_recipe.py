@@ -19,6 +19,7 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 QUICKSTART = next(path for path in RECIPES if path.stem == "quickstart")
 SERVER = "teacher={kind: server, model: m, revision: r}"
 NO_LABELS = "soft_labels=null"
+LIVE = "objective.features={kind: hidden_states, source: live}"
 
 
 def load(*overrides: str) -> Recipe:
@@ -108,7 +109,32 @@ WRONG = [
         "objective.soft_weight={kind: piecewise, values: [1, 2], at: []}",
         "objective.soft_weight: at must hold 1 rising shares, one fewer than values",
     ),
+    (
+        "objective.features={kind: relations, num_heads: 2, blocks: [{student: 1, teacher: 2}, {student: 1, teacher: 3}]}",
+        "objective.features: blocks: the student's blocks must rise, each once, found [1, 1]",
+    ),
+    (
+        "objective.features={kind: relations, num_heads: 2, between: [keys, keys]}",
+        "objective.features: between: each may stand once, found ['keys', 'keys']",
+    ),
+    ("objective.features={kind: hidden_states}", "objective.features.source: this field is required and is not there"),
     # combinations across parts
+    (
+        "objective.features={kind: hidden_states, source: cached}",
+        "objective.features.source: cached reads what hidden_states keeps, and there is none; add hidden_states, or set source: live",
+    ),
+    (
+        "objective.features={kind: hidden_states, source: live, weight: 0}",
+        "objective.features.weight: 0 at every step teaches nothing; give it a weight, or leave features out",
+    ),
+    (
+        "objective.features={kind: relations, num_heads: 2, blocks: [{student: 3, teacher: 3}]}",
+        "objective.features.blocks: the student has no block 3; its blocks are 0 to 2",
+    ),
+    (
+        "objective.features={kind: relations, num_heads: 2, blocks: [{student: 2, teacher: 4}]}",
+        "objective.features.blocks: the teacher has no block 4; its blocks are 0 to 3",
+    ),
     ("seeds=[0, 0]", "seeds: a seed stands twice; each may stand once"),
     (NO_LABELS, "soft_labels: objective.supervision: soft needs them; choose sampled, topk or dense, or set supervision: hard"),
     ("objective.temperature=1", "objective.temperature: 1 is not among the temperatures stored by soft_labels.sampled: 2"),
@@ -162,6 +188,18 @@ def test_a_mistake_is_one_line(override: str, line: str) -> None:
         (
             (SERVER, NO_LABELS, "objective.supervision=hard", "student={kind: pretrained, model: m}", "evaluation.compare=[teacher]"),
             "evaluation.compare: teacher cannot be measured here",
+        ),
+        (
+            (LIVE, "objective.supervision=hard", "evaluation.compare=[baseline]"),
+            "objective.features: supervision: hard is cross-entropy alone; set supervision: soft, or leave features out",
+        ),
+        ((LIVE, "run.compile=true"), "run.compile: objective.features reads inside the student's blocks"),
+        (
+            (
+                "hidden_states={blocks: [1]}",
+                "objective.features={kind: hidden_states, source: cached, blocks: [{student: 0, teacher: 1}, {student: 2, teacher: 3}]}",
+            ),
+            "objective.features.blocks: the teacher's blocks [3] are not among hidden_states.blocks [1]; add them there",
         ),
         (("answers=null", "curate.gold_rows=0"), "curate.gold_rows: 0 with answers: null leaves no rows to learn from"),
         (

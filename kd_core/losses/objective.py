@@ -1,9 +1,9 @@
 """The weighted objective of one optimiser step, and its parts for the log.
 
-    L = hard_weight * CE(student, label) + soft_weight * T^2 * D(teacher_T || student_T)
+    L = hard_weight * CE(student, label) + soft_weight * T^2 * D(teacher_T || student_T) + feature_weight * F(inner states)
 
 a mean over the supervised tokens of the whole step. Callers pass sums of micro-batches divided by the step's token
-count, so splits of the batch cannot change it.
+count, so splits of the batch cannot change it. F is in ``features``; the two other terms need logits only and are here.
 """
 
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ class StepWeights:
     hard: float
     soft: float
     temperature: float
+    feature: float = 0.0
 
 
 def step_weights(objective: Objective, *, step: int, steps: int) -> StepWeights:
@@ -35,14 +36,17 @@ def step_weights(objective: Objective, *, step: int, steps: int) -> StepWeights:
         return StepWeights(hard=1.0, soft=0.0, temperature=1.0)
     share = step / max(1, steps - 1)
     return StepWeights(
-        value_at(objective.hard_weight, share), value_at(objective.soft_weight, share), value_at(objective.temperature, share)
+        value_at(objective.hard_weight, share),
+        value_at(objective.soft_weight, share),
+        value_at(objective.temperature, share),
+        0.0 if objective.features is None else value_at(objective.features.weight, share),
     )
 
 
 def supervised_loss(
     logits_NV: Tensor, labels_N: Tensor, targets: Targets | None, weights: StepWeights, divergence: Divergence = FORWARD_KL
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective summed over positions, and its parts.
+    """The objective's first two terms summed over positions, and their parts.
 
     Args:
         logits_NV: student logits at supervised positions, cut to the shared columns.

@@ -1,4 +1,4 @@
-"""What a recipe says of the objective: weights and temperature over steps, and the divergence."""
+"""What a recipe says of the objective: weights and temperature over steps, the divergence, features of inner states."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -7,13 +7,17 @@ from pydantic import BeforeValidator, Field, model_validator
 from kd_core.recipe.fields import Fraction, Frozen
 
 __all__ = [
+    "BlockPair",
     "Constant",
     "Divergence",
+    "Features",
     "ForwardKL",
+    "HiddenStateFeatures",
     "JensenShannon",
     "Objective",
     "Piecewise",
     "Ramp",
+    "RelationFeatures",
     "ReverseKL",
     "Schedule",
     "SkewKL",
@@ -119,8 +123,62 @@ Divergence = Annotated[
 ]
 
 
+class BlockPair(Frozen):
+    """A block of the student that learns from a block of the teacher; block 0 is the first one above the embedding."""
+
+    student: int = Field(ge=0)
+    """Number of the student's block."""
+    teacher: int = Field(ge=0)
+    """Number of the teacher's block."""
+
+
+class _Matched(Frozen):
+    blocks: tuple[BlockPair, ...] | None = Field(default=None, min_length=1)
+    """Which block learns from which, rising on both sides; None spaces them evenly, last to last (the plan shows the pairs)."""
+    weight: Schedule = Constant(kind="constant", value=1.0)
+    """Weight of the feature loss."""
+
+    @model_validator(mode="after")
+    def _pairs_rise(self) -> Self:
+        for side in ("student", "teacher"):
+            numbers = [getattr(pair, side) for pair in self.blocks or ()]
+            if numbers != sorted(set(numbers)):
+                raise ValueError(f"blocks: the {side}'s blocks must rise, each once, found {numbers}")
+        return self
+
+
+class HiddenStateFeatures(_Matched):
+    """Outputs of the student's blocks, through a projection that is learned and then dropped, against those of the teacher's blocks."""
+
+    kind: Literal["hidden_states"]
+    source: Literal["cached", "live"]
+    """cached: the int8 states that the recipe's hidden_states keeps. live: the teacher runs beside the student in every step."""
+    loss: Literal["mse", "cosine", "normalised_mse"] = "normalised_mse"
+    """mse: mean over columns of the squared difference. cosine: 1 - cosine. normalised_mse: squared distance over the teacher's squared
+    norm."""
+
+
+class RelationFeatures(_Matched):
+    """Scaled dot products between positions, among queries, keys or values (MiniLM): any widths and head counts. The teacher runs live."""
+
+    kind: Literal["relations"]
+    between: tuple[Literal["queries", "keys", "values"], ...] = Field(default=("queries", "keys", "values"), min_length=1)
+    """Whose products are compared, each with its own kind."""
+    num_heads: int = Field(ge=1)
+    """Relation heads: queries, keys and values of all heads are cut into so many, on both sides."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if len(set(self.between)) != len(self.between):
+            raise ValueError(f"between: each may stand once, found {list(self.between)}")
+        return self
+
+
+Features = Annotated[HiddenStateFeatures | RelationFeatures, Field(discriminator="kind")]
+
+
 class Objective(Frozen):
-    """L = hard_weight * CE + soft_weight * T^2 * D(teacher_T || student_T), a mean over supervised tokens of the step."""
+    """L = hard_weight * CE + soft_weight * T^2 * D(teacher_T || student_T) + features.weight * F, a mean over a step's tokens."""
 
     supervision: Literal["soft", "hard", "gold"]
     """soft: the full objective. hard: the same rows, CE alone. gold: gold rows only, CE alone."""
@@ -132,3 +190,5 @@ class Objective(Frozen):
     """T of the soft loss; it must be among the temperatures at which soft labels are stored."""
     divergence: Divergence = ForwardKL(kind="forward_kl")
     """D: forward_kl, reverse_kl, jsd, skew_kl or total_variation."""
+    features: Features | None = Field(default=None, exclude_if=lambda value: value is None)
+    """F: what else the student learns from the teacher's inner states under supervision soft; None: nothing."""

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from kd_core.recipe.evaluation import BetterThan, Ceiling, Evaluation, Floor, Gate, HeldOutSuite
 from kd_core.recipe.fields import Frozen, Slug
 from kd_core.recipe.models import ServerTeacher, Student, StudentFromConfig, StudentFromTeacher, Teacher, TrainedTeacher
-from kd_core.recipe.objective import ForwardKL, Objective, Ramp, schedule_values
+from kd_core.recipe.objective import ForwardKL, HiddenStateFeatures, Objective, Ramp, schedule_values
 from kd_core.recipe.prompts import Prompts, Task
 from kd_core.recipe.run import Run
 from kd_core.recipe.teaching import Answers, Curate, Dense, HiddenStates, Sampled, SoftLabels, TopK
@@ -84,6 +84,7 @@ class Recipe(Frozen):
 def _unsupported(recipe: Recipe) -> Iterator[str]:
     """Every combination that would be meaningless or silently wrong, as 'path: what is wrong; what is allowed'."""
     yield from _unsupported_targets(recipe)
+    yield from _unsupported_features(recipe)
     yield from _unsupported_validations(recipe)
     if len(set(recipe.seeds)) != len(recipe.seeds):
         yield "seeds: a seed stands twice; each may stand once"
@@ -164,3 +165,30 @@ def _unsupported_targets(recipe: Recipe) -> Iterator[str]:
         found = "a ramp" if used is None else "/".join(f"{t:g}" for t in used)
         stored = ", ".join(f"{t:g}" for t in allowed)
         yield f"objective.temperature: {found} is not among the temperatures stored by soft_labels.{labels.kind}: {stored}"
+
+
+def _unsupported_features(recipe: Recipe) -> Iterator[str]:
+    features = recipe.objective.features
+    if features is None:
+        return
+    where = "objective.features"
+    if recipe.objective.supervision != "soft":
+        yield f"{where}: supervision: {recipe.objective.supervision} is cross-entropy alone; set supervision: soft, or leave features out"
+    if schedule_values(features.weight) == (0.0,):
+        yield f"{where}.weight: 0 at every step teaches nothing; give it a weight, or leave features out"
+    if recipe.run.compile:
+        yield f"run.compile: {where} reads inside the student's blocks, which compiled code does not show; set it to false"
+    if isinstance(features, HiddenStateFeatures) and features.source == "cached":
+        if recipe.hidden_states is None:
+            yield f"{where}.source: cached reads what hidden_states keeps, and there is none; add hidden_states, or set source: live"
+        elif missing := sorted({pair.teacher for pair in features.blocks or ()} - set(recipe.hidden_states.blocks)):
+            kept = list(recipe.hidden_states.blocks)
+            yield f"{where}.blocks: the teacher's blocks {missing} are not among hidden_states.blocks {kept}; add them there"
+    sizes = {
+        "student": recipe.student.architecture.num_layers if isinstance(recipe.student, StudentFromConfig) else None,
+        "teacher": recipe.teacher.architecture.num_layers if isinstance(recipe.teacher, TrainedTeacher) else None,
+    }
+    for side, num_blocks in sizes.items():
+        highest = max((getattr(pair, side) for pair in features.blocks or ()), default=0)
+        if num_blocks is not None and highest >= num_blocks:
+            yield f"{where}.blocks: the {side} has no block {highest}; its blocks are 0 to {num_blocks - 1}"

@@ -138,12 +138,12 @@ def _own_or_family(codes_CA: np.ndarray) -> np.ndarray:
 def _choose_tables(histogram_CA: np.ndarray) -> np.ndarray:
     """Codes as ``_own_or_family`` reads them: a context gets a table of its own where that saves more than it takes."""
     own_CA = quantise_tables(histogram_CA)
-    own_bits_C = code_bits(histogram_CA, make_tables(own_CA))
+    own_bits_C = code_bits(histogram_CA, make_tables(own_CA).freq_CA)
     family_FA = np.zeros((len(FAMILIES) - 1, ALPHABET), np.uint8)
     for f, (first, end) in enumerate(itertools.pairwise(FAMILIES)):
         part_CA = histogram_CA[first:end]
-        shared_CA = np.repeat(quantise_tables(part_CA.sum(0, keepdims=True)), len(part_CA), axis=0)
-        worth_C = code_bits(part_CA, make_tables(shared_CA)) - own_bits_C[first:end] > 8 + 6 * (part_CA > 0).sum(1)  # bits in the model, compressed
+        shared_A = make_tables(quantise_tables(part_CA.sum(0, keepdims=True))).freq_CA
+        worth_C = code_bits(part_CA, shared_A) - own_bits_C[first:end] > 8 + 6 * (part_CA > 0).sum(1)  # bits in the model, compressed
         own_CA[first:end][~worth_C] = 0
         family_FA[f] = quantise_tables(part_CA[~worth_C].sum(0, keepdims=True))[0]
     return np.concatenate([family_FA, own_CA])

@@ -24,7 +24,17 @@ from kd_core.teacher.models import LoadedModel
 from kd_core.tokens import collate
 from kd_core.train.data import TokenRow
 
-__all__ = ["Forwarded", "Head", "Parity", "check_teacher", "decoder_blocks", "logit_scale", "refused_rows", "teacher_forward"]
+__all__ = [
+    "Forwarded",
+    "Head",
+    "Parity",
+    "check_teacher",
+    "decoder_blocks",
+    "logit_scale",
+    "module_outputs",
+    "refused_rows",
+    "teacher_forward",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -119,7 +129,7 @@ def teacher_forward(
     batches = list((pack_batches if reason is None else equal_length_batches)(lengths, micro_batch_tokens))
     if parity is not None and batches:
         parity.note(rows, batches)
-    with isolated_documents(model) if reason is None else contextlib.nullcontext(), _outputs(watched) as outputs:
+    with isolated_documents(model) if reason is None else contextlib.nullcontext(), module_outputs(watched) as outputs:
         for indices in batches:
             picked = [(rows[i].ids, rows[i].first_supervised) for i in indices]
             if reason is None:
@@ -150,7 +160,7 @@ def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 
 @contextlib.contextmanager
-def _outputs(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
+def module_outputs(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
     """Within: the last output of each module, as it ran."""
     last: dict[nn.Module, Tensor] = {}
 

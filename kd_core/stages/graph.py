@@ -16,7 +16,16 @@ from kd_core.errors import ArtifactError
 from kd_core.fingerprint import fingerprint
 from kd_core.ledger import Entry, champion_before, current
 from kd_core.prompts.sources import source_identity
-from kd_core.recipe import Arm, PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, SourceSuite, TrainedTeacher
+from kd_core.recipe import (
+    Arm,
+    HiddenStateFeatures,
+    PretrainedStudent,
+    PretrainedTeacher,
+    Recipe,
+    ServerTeacher,
+    SourceSuite,
+    TrainedTeacher,
+)
 from kd_core.store import Store
 from kd_core.teacher.reference import reference_identity
 
@@ -101,6 +110,7 @@ def build_graph(recipe: Recipe, store: Store) -> dict[str, Node]:
 
 
 def _add_training(build: _Builder, recipe: Recipe, arm: Arm, seed: int) -> None:
+    features = recipe.objective.features
     objective = recipe.arm(arm).objective.model_dump(mode="json")
     soft = objective["supervision"] == "soft"
     identity = {
@@ -112,6 +122,8 @@ def _add_training(build: _Builder, recipe: Recipe, arm: Arm, seed: int) -> None:
     upstream = {"curate": "curate", "teacher": "teacher"}
     if soft or (arm == "ablation_hard" and recipe.soft_labels is not None and recipe.soft_labels.max_refused_rows > 0):
         upstream["soft_labels"] = "soft_labels"  # the ablation learns from the same rows: those the teacher did not fail on
+    if soft and isinstance(features, HiddenStateFeatures) and features.source == "cached":
+        upstream["hidden_states"] = "hidden_states"
     build.add(f"{arm}.{seed}", "train", identity, upstream)
 
 

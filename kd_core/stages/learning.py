@@ -1,5 +1,6 @@
 """The stage in which a model learns: the student, and the compared models that differ from it in one field."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,24 +11,30 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kd_core.errors import TrainingError
-from kd_core.recipe import Arm, PretrainedStudent, Recipe, ServerTeacher, StudentFromConfig, StudentFromTeacher
+from kd_core.block_map import block_pairs
+from kd_core.errors import SoftLabelError, TrainingError
+from kd_core.recipe import Arm, HiddenStateFeatures, PretrainedStudent, Recipe, ServerTeacher, StudentFromConfig, StudentFromTeacher
+from kd_core.softlabels.forward import decoder_blocks
 from kd_core.stages.job import Job
 from kd_core.stages.scoring import token_rows
 from kd_core.stages.teaching import frozen_rows, load_teacher
 from kd_core.store.range_cache import RangeCache
 from kd_core.student.activations import sample_rows
 from kd_core.student.adapters import add_adapters, merge_adapters
+from kd_core.student.describe import teacher_config
 from kd_core.student.make import new_model, student_from_teacher, trainable
 from kd_core.teacher.models import LoadedModel, load_model, load_tokenizer, pick_device, save_model
 from kd_core.tokens import num_columns, tokenizer_identity
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.data import Rows, TokenRow, TrainingData
+from kd_core.train.features import CachedStates, FeatureTask, LiveTeacher
 from kd_core.train.history import to_jsonl
 from kd_core.train.loop import train
 from kd_core.train.reader import ShardGroups, StoredRows, file_rows
 
 __all__ = ["train_stage"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def train_stage(job: Job) -> dict[str, Any]:
@@ -37,6 +44,7 @@ def train_stage(job: Job) -> dict[str, Any]:
     seed = int(job.node.name.rpartition(".")[2])
     validation = token_rows(job.read_table("curate", "validation.parquet"))
     student = _make_student(job, seed)
+    features = _feature_task(job, recipe, student)
     with _training_rows(job, recipe) as rows:
         result = train(
             student.model,
@@ -48,6 +56,7 @@ def train_stage(job: Job) -> dict[str, Any]:
             run=recipe.run,
             checkpoints=Checkpoints(job.store, job.node.fingerprint, recipe.run.keep_checkpoints),
             tick=job.tick,
+            features=features,
         )
         num_rows = len(rows.num_tokens)
     merge_adapters(student.model)
@@ -68,6 +77,7 @@ def train_stage(job: Job) -> dict[str, Any]:
         "skipped_steps": result.skipped,
         "loss_spikes": result.spikes,
         "packed": result.packed,
+        **({} if features is None else {"feature_blocks": [[pair.student, pair.teacher] for pair in features.pairs]}),
         "speed": result.speed,
         "resumed_from": result.resumed_from,
         "training_seconds": result.seconds,
@@ -113,7 +123,7 @@ def _training_rows(job: Job, recipe: Recipe) -> Iterator[Rows]:
     keys = job.read_table("soft_labels", "keys.parquet") if "soft_labels" in job.inputs else None
     if recipe.objective.supervision == "soft":
         assert keys is not None, "a soft objective has soft labels upstream"
-        yield _soft_rows(job, keys)
+        yield _stored_rows(job, "soft_labels", keys)
         return
     with job.files(job.inputs["curate"]) as files:
         numbers = None if keys is None else keys["row"].to_numpy()
@@ -128,10 +138,43 @@ def _training_rows(job: Job, recipe: Recipe) -> Iterator[Rows]:
         yield file_rows(files / "rows.parquet", numbers)
 
 
-def _soft_rows(job: Job, keys: pa.Table) -> Rows:
-    cache, snapshot = frozen_rows(job, "soft_labels")
+def _stored_rows(job: Job, role: str, keys: pa.Table) -> StoredRows:
+    """Rows of an upstream node's shards, in the order of their keys."""
+    cache, snapshot = frozen_rows(job, role)
     run = job.recipe.run
     groups = ShardGroups(cache, snapshot, RangeCache(job.store, Path(run.disk_cache), run.disk_cache_bytes))
     group, row = groups.locate(keys["key"].to_pylist())
     sizes = {name: keys[name].to_numpy() for name in ("num_tokens", "first_supervised")}
     return StoredRows(groups, group, row, **sizes)
+
+
+def _feature_task(job: Job, recipe: Recipe, student: LoadedModel) -> FeatureTask | None:
+    """Block pairs and the teacher's side of the arm's features; None if it has none."""
+    features = recipe.objective.features
+    if features is None or recipe.objective.supervision != "soft":
+        return None
+    student_blocks = len(decoder_blocks(student.model))
+    if isinstance(features, HiddenStateFeatures) and features.source == "cached":
+        assert recipe.hidden_states is not None, "the recipe allows no cached features without hidden states"
+        config = teacher_config(recipe)
+        assert config is not None, "the recipe allows no features of a server teacher"
+        pairs = block_pairs(
+            features, student_blocks=student_blocks, teacher_blocks=config.num_hidden_layers, captured=recipe.hidden_states.blocks
+        )
+        task = FeatureTask(features, pairs, CachedStates(_state_rows(job), pairs))
+    else:
+        teacher = load_teacher(job)
+        teacher_blocks = len(decoder_blocks(teacher.model))
+        pairs = block_pairs(features, student_blocks=student_blocks, teacher_blocks=teacher_blocks, captured=None)
+        task = FeatureTask(features, pairs, LiveTeacher(teacher, features, pairs))
+    _LOG.info("features: the student's blocks learn from the teacher's: %s", ", ".join(f"{p.student} from {p.teacher}" for p in pairs))
+    return task
+
+
+def _state_rows(job: Job) -> StoredRows:
+    """Captured states, numbered as the rows with soft labels are."""
+    labels, states = (job.read_table(role, "keys.parquet") for role in ("soft_labels", "hidden_states"))
+    place = {row: i for i, row in enumerate(states["row"].to_pylist())}
+    if missing := [row for row in labels["row"].to_pylist() if row not in place]:
+        raise SoftLabelError(f"{len(missing)} curated rows have soft labels and no hidden states, the first is row {missing[0]}; run again")
+    return _stored_rows(job, "hidden_states", states.take([place[row] for row in labels["row"].to_pylist()]))

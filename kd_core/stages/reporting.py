@@ -21,7 +21,7 @@ __all__ = ["report_stage"]
 
 _ORDER = ("teacher", *ARMS, "champion")
 _NUM_SAMPLES = 8
-_CURVES = {"loss": "train loss", "hard": "hard (CE)", "soft": "soft (KL)"}
+_CURVES = {"loss": "train loss", "hard": "hard (CE)", "soft": "soft (KL)", "feature": "features"}
 
 
 def report_stage(job: Job) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from kd_core.teacher.models import load_tokenizer
 from kd_core.teacher.reference import locate
 from kd_core.tokens import num_columns
 
-__all__ = ["Description", "Figures", "describe", "model_figures"]
+__all__ = ["Description", "Figures", "describe", "model_figures", "teacher_config"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def describe(recipe: Recipe) -> Description:
         RecipeError: the teacher cannot give such a student.
         TeacherError: a model's config cannot be read.
     """
-    teacher = _teacher_config(recipe)
+    teacher = teacher_config(recipe)
     spec, dtype = recipe.student, torch.float32
     if isinstance(recipe.teacher, PretrainedTeacher):
         dtype = getattr(torch, recipe.teacher.dtype)
@@ -84,7 +84,12 @@ def describe(recipe: Recipe) -> Description:
     return Description(model_figures(student, torch.float32, adapter), None if teacher is None else model_figures(teacher, dtype))
 
 
-def _teacher_config(recipe: Recipe) -> PretrainedConfig | None:
+def teacher_config(recipe: Recipe) -> PretrainedConfig | None:
+    """The teacher's text config; None for a server teacher.
+
+    Raises:
+        TeacherError: it cannot be read.
+    """
     match recipe.teacher:
         case TrainedTeacher():
             return new_config(recipe.teacher.architecture, _num_columns(recipe))

@@ -7,21 +7,22 @@ passes of a sharded model talk to each other.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kd_core.errors import TrainingError
+from kd_core.errors import SoftLabelError, TrainingError
+from kd_core.losses.features import TeacherFeatures
 from kd_core.packing import pack_batches, pack_rows
 from kd_core.recipe import Training
 from kd_core.softlabels.targets import Targets, move
 from kd_core.tokens import collate
 from kd_core.train.data import Rows, TokenRow, padded_batches, step_rows
 
-__all__ = ["Feed", "Layout", "MicroBatch", "StepPlan", "dealt_batches"]
+__all__ = ["FeatureSource", "Feed", "Layout", "MicroBatch", "StepPlan", "dealt_batches"]
 
 _PREFETCH_STEPS = 4
 
@@ -37,6 +38,7 @@ class MicroBatch:
         num_tokens: tokens that are run, padding included.
         targets: soft labels of the same positions; None without soft supervision.
         share: 1, or 0 for a batch that is repeated so that all ranks make as many passes.
+        features: the teacher's inner states at those positions; None without feature distillation.
     """
 
     inputs: dict[str, Any]
@@ -45,6 +47,33 @@ class MicroBatch:
     num_tokens: int
     targets: Targets | None = None
     share: float = 1.0
+    features: TeacherFeatures | None = None
+
+
+class FeatureSource(Protocol):
+    """Where the teacher's inner states come from (``train.features``)."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of each place."""
+        ...
+
+    @property
+    def packable(self) -> bool:
+        """Whether batches of packed documents can be answered."""
+        ...
+
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """Start to fetch what these rows will need soon; returns at once."""
+        ...
+
+    def read(self, numbers: Sequence[int], rows: Sequence[TokenRow], batch: MicroBatch) -> TeacherFeatures:
+        """The teacher's features of a batch, on its device; ``numbers`` and ``rows`` say what it holds.
+
+        Raises:
+            SoftLabelError: a row has none.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -98,7 +127,17 @@ class StepPlan:
 class Feed:
     """The batches of a training run."""
 
-    def __init__(self, rows: Rows, training: Training, layout: Layout, *, seed: int, rank: int = 0, num_ranks: int = 1) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        training: Training,
+        layout: Layout,
+        *,
+        seed: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+        features: FeatureSource | None = None,
+    ) -> None:
         """Leave out rows that are too long.
 
         Raises:
@@ -106,7 +145,7 @@ class Feed:
         """
         lengths = rows.num_tokens
         self._rows, self._layout, self._seed, self._batch_rows = rows, layout, seed, training.batch_rows
-        self._rank, self._num_ranks = rank, num_ranks
+        self._rank, self._num_ranks, self._features = rank, num_ranks, features
         self._lengths, self._supervised = lengths, lengths - rows.first_supervised
         self._kept = np.flatnonzero(lengths <= training.max_tokens)
         if not len(self._kept):
@@ -122,25 +161,33 @@ class Feed:
         """Rows left out."""
         return len(self._lengths) - len(self._kept)
 
-    def plan(self, step: int, *, soft: bool) -> StepPlan:
-        """What a step (0-based) reads; rows of a later step, with ``soft`` their soft labels too, begin to be fetched."""
+    def plan(self, step: int, *, soft: bool, features: bool = False) -> StepPlan:
+        """What a step (0-based) reads; rows of a later step begin to be fetched, as asked with their soft labels and features."""
         for batch in self._cut(self._dealt(step + _PREFETCH_STEPS)[self._rank]):
             self._rows.prefetch(batch, soft=soft)
+            if features and self._features is not None:
+                self._features.prefetch(batch)
         dealt = self._dealt(step)
         cuts = [self._cut(numbers) for numbers in dealt]
         num_supervised = int(sum(self._supervised[numbers].sum() for numbers in dealt))
         return StepPlan(num_supervised, cuts[self._rank], max(map(len, cuts)), (self._seed << 32) + step)
 
-    def read(self, plan: StepPlan, number: int, *, soft: bool) -> MicroBatch:
+    def read(self, plan: StepPlan, number: int, *, soft: bool, features: bool = False) -> MicroBatch:
         """The batch of a pass (0-based) of a step.
 
         Raises:
-            SoftLabelError: ``soft``, and these rows have no soft labels.
+            SoftLabelError: soft labels or features are asked for, and these rows have none.
         """
         own = number < len(plan.batches)
         numbers = plan.batches[number if own else 0]
         targets = self._rows.targets(numbers) if soft else None
-        return self._layout.batch(self._rows.read(numbers), targets, share=1.0 if own else 0.0)
+        rows = self._rows.read(numbers)
+        batch = self._layout.batch(rows, targets, share=1.0 if own else 0.0)
+        if not features:
+            return batch
+        if self._features is None:
+            raise SoftLabelError("the objective has features and there is no teacher to take them from")
+        return replace(batch, features=self._features.read(numbers, rows, batch))
 
     def first_rows(self, step: int, num_rows: int) -> list[TokenRow]:
         """Rows with which a step begins; the same on every rank."""

@@ -23,6 +23,7 @@ from kd_core.recipe import Objective, Run, Training
 from kd_core.teacher.models import pick_device
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.data import TrainingData
+from kd_core.train.features import FeatureTask
 from kd_core.train.feed import Feed, Layout
 from kd_core.train.meter import Meter
 from kd_core.train.schedules import Validations, learning_rate, weight_decay, without_a_best
@@ -41,7 +42,7 @@ class TrainingResult:
     """What a run reports beside its weights.
 
     Attributes:
-        metrics: one dict a logged step: step, the objective's parts (loss, hard, soft), gradient_norm, learning_rate,
+        metrics: one dict a logged step: step, the objective's parts (loss, hard, soft, feature), gradient_norm, learning_rate,
             weight_decay, temperature, the weights, loss_spikes and skipped_steps so far; some carry validation_nll, or the gradient norm
             of each part before its weight. Losses are means over supervised tokens, nats.
         speed: at most about 100 dicts: step, tokens_per_second and supervised_tokens_per_second of this rank, gemm_share,
@@ -83,6 +84,7 @@ def train(
     run: Run,
     checkpoints: Checkpoints,
     tick: Ticker,
+    features: FeatureTask | None = None,
 ) -> TrainingResult:
     """Train ``model`` in place.
 
@@ -96,6 +98,7 @@ def train(
         run: micro-batch size, checkpoint interval, device.
         checkpoints: where the state is kept.
         tick: progress.
+        features: what the objective's features need: block pairs and the teacher's side; None where it has none.
 
     Raises:
         TrainingError: no rows, more non-finite gradients than allowed, or a model whose logits cannot be made here.
@@ -105,11 +108,20 @@ def train(
     accelerator = Accelerator(cpu=pick_device(run.device).type == "cpu", mixed_precision="no")
     num_ranks = accelerator.num_processes
     refuse_unsupported(accelerator, training, data)
-    packed = unpackable(model) is None and not run.compile
+    packed = unpackable(model) is None and not run.compile and (features is None or features.source.packable)
     layout = Layout(packed, run.micro_batch_tokens, accelerator.device)
-    feed = Feed(data.rows, training, layout, seed=seed, rank=accelerator.process_index, num_ranks=num_ranks)
-    sharded = shall_shard(run, num_ranks)
-    state = TrainingState(model, num_columns=num_columns, training=training, objective=objective, accelerator=accelerator, sharded=sharded)
+    source, rank = None if features is None else features.source, accelerator.process_index
+    feed = Feed(data.rows, training, layout, seed=seed, rank=rank, num_ranks=num_ranks, features=source)
+    state = TrainingState(
+        model,
+        num_columns=num_columns,
+        training=training,
+        objective=objective,
+        accelerator=accelerator,
+        sharded=shall_shard(run, num_ranks),
+        features=features,
+        seed=seed,
+    )
     start = state.resume(checkpoints)
     state.check(feed.first_rows(start, 2), layout)
     products = torch.bfloat16 if training.dtype == "bfloat16" else torch.float32
@@ -120,7 +132,7 @@ def train(
         for step in range(start, training.steps):
             weights = step_weights(objective, step=step, steps=training.steps)
             rate, decay = learning_rate(training, step, history.validation), weight_decay(training, step)
-            plan = feed.plan(step, soft=weights.soft > 0.0)
+            plan = feed.plan(step, soft=weights.soft > 0.0, features=weights.feature > 0.0)
             norms = state.part_norms(feed, plan, weights) if step % _PART_NORMS_EVERY == 0 else {}
             means = state.gradients(feed, plan, weights, meter)
             norms["gradient_norm"] = state.step(step, learning_rate=rate, weight_decay=decay)
@@ -131,6 +143,7 @@ def train(
             last = done == training.steps or _shall_stop(training, history.validation)
             if last or due or spike or step % _LOG_EVERY == 0 or done in history.skipped:
                 acting = {"hard_weight": weights.hard, "soft_weight": weights.soft, "temperature": weights.temperature}
+                acting |= {} if features is None else {"feature_weight": weights.feature}
                 history.log(done, {**means, **norms, **acting, "learning_rate": rate, "weight_decay": decay, **validated})
                 tick(Tick(done, training.steps, "steps", f"loss {means['loss']:.4f}"))
             if last or done % max(_LOG_EVERY, training.steps // _SPEED_READINGS) == 0:

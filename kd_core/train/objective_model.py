@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kd_core.errors import TrainingError
+from kd_core.losses.features import FeatureLoss
 from kd_core.losses.fused import Projection, fused_loss
 from kd_core.losses.objective import StepWeights, supervised_loss
 from kd_core.packing import isolated_documents
 from kd_core.recipe import Divergence
-from kd_core.softlabels.forward import logit_scale
+from kd_core.softlabels.forward import logit_scale, module_outputs
 from kd_core.train.data import TokenRow
 from kd_core.train.feed import Layout, MicroBatch
 
@@ -37,17 +38,47 @@ _VALIDATION_POSITIONS = 1024
 
 
 class ObjectiveModel(nn.Module):
-    """A causal language model with the loss on top."""
+    """A causal language model with the loss on top, and what the loss learns for itself: the projections of features."""
 
-    def __init__(self, model: PreTrainedModel, *, num_columns: int, divergence: Divergence, bf16: bool = False) -> None:
-        """Wrap ``model``; ``num_columns`` logit columns count, ``bf16`` trains with bfloat16 products over float32 weights."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        num_columns: int,
+        divergence: Divergence,
+        bf16: bool = False,
+        feature_loss: FeatureLoss | None = None,
+        places: tuple[nn.Module, ...] = (),
+    ) -> None:
+        """Wrap ``model``.
+
+        Args:
+            model: the student.
+            num_columns: logit columns that count.
+            divergence: D.
+            bf16: train with bfloat16 products over float32 weights.
+            feature_loss: F; None without features.
+            places: the student's modules whose outputs F compares.
+        """
         super().__init__()
-        self.model = model
-        self._num_columns, self._divergence, self._bf16 = num_columns, divergence, bf16
+        self.model, self.feature_loss = model, feature_loss
+        self._num_columns, self._divergence, self._bf16, self._places = num_columns, divergence, bf16, places
 
     def forward(self, batch: MicroBatch, weights: StepWeights) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective summed over the batch's supervised positions, in nats, and its detached parts."""
-        hidden_NH = self.hidden(batch, bf16=self._bf16)
+        """The objective summed over the batch's supervised positions, and its detached parts."""
+        acts = self.feature_loss is not None and weights.feature > 0.0
+        with module_outputs(self._places if acts else ()) as outputs:
+            hidden_NH = self.hidden(batch, bf16=self._bf16)
+        loss, parts = self._of_logits(hidden_NH, batch, weights)
+        if self.feature_loss is None:
+            return loss, parts
+        if not acts:  # ranks wait for a gradient of every parameter, of idle ones too
+            return loss + sum(0.0 * parameter.sum() for parameter in self.feature_loss.parameters()), parts
+        assert batch.features is not None, "a feed without features raises before"
+        feature = self.feature_loss([outputs[place][batch.predict_BT] for place in self._places], batch.features)
+        return loss + weights.feature * feature, {**parts, "feature": feature.detach()}
+
+    def _of_logits(self, hidden_NH: Tensor, batch: MicroBatch, weights: StepWeights) -> tuple[Tensor, dict[str, Tensor]]:
         if type(self.model.get_output_embeddings()) is nn.Linear:
             return fused_loss(hidden_NH, self.projection(), batch.labels_N, batch.targets, weights, self._divergence)
         return supervised_loss(self.logits(hidden_NH), batch.labels_N, batch.targets, weights, self._divergence)

@@ -1,7 +1,7 @@
 """Training rows from storage: row groups fetched ahead, verified, held up to a limit, decoded straight into arrays.
 
-The same for soft-label shards in a store (local or S3) and for a Parquet file on this disk. What is in memory is a few
-bytes a row (where it is, how long) and the row groups of the shuffle buffer, whatever the number of rows.
+The same for shards of soft labels and of hidden states in a store (local or S3) and for a Parquet file on this disk. What is in
+memory is a few bytes a row (where it is, how long) and the row groups of the shuffle buffer, whatever the number of rows.
 """
 
 import threading
@@ -17,12 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 
 from kd_core.errors import SoftLabelError
 from kd_core.row_schemas import CODEC_MODEL
 from kd_core.shards import RowCache, Shard, Snapshot
 from kd_core.softlabels.codec import decode_mixed_rows, parse_model
+from kd_core.softlabels.hidden import RowStates, decode_states
 from kd_core.softlabels.targets import Targets
 from kd_core.store.range_cache import RangeCache
 from kd_core.train.data import BUFFER_BLOCKS, TokenRow
@@ -45,6 +45,7 @@ class Group:
         first_supervised: index of each row's first answer token, int32.
         targets: packed soft labels of each row; None where there are none.
         model: what decodes them.
+        states: packed hidden states of each row; None where there are none.
     """
 
     ids: np.ndarray
@@ -52,14 +53,15 @@ class Group:
     first_supervised: np.ndarray
     targets: list[bytes] | None
     model: Any
+    states: list[bytes] | None = None
 
     @classmethod
     def of(cls, table: pa.Table, model: Any) -> "Group":
-        """From columns ids, first_supervised and perhaps targets."""
+        """From columns ids, first_supervised and perhaps targets or states."""
         lists = table["ids"].combine_chunks()
         offsets = lists.offsets.to_numpy().astype(np.int64)
-        packed = table["targets"].to_pylist() if "targets" in table.column_names else None
-        return cls(lists.flatten().to_numpy(), offsets - offsets[0], table["first_supervised"].to_numpy(), packed, model)
+        targets, states = (table[name].to_pylist() if name in table.column_names else None for name in ("targets", "states"))
+        return cls(lists.flatten().to_numpy(), offsets - offsets[0], table["first_supervised"].to_numpy(), targets, model, states)
 
     def tokens(self, row: int) -> TokenRow:
         """One row."""
@@ -183,6 +185,17 @@ class StoredRows:
         """Soft labels of rows, in the order asked for; those of a prefetched batch are decoded already."""
         ahead = self._ahead.pop(tuple(numbers), None)
         return self._decode(numbers) if ahead is None else ahead.result()
+
+    def states(self, numbers: Sequence[int]) -> list[RowStates]:
+        """Hidden states of rows, in the order asked for.
+
+        Raises:
+            SoftLabelError: these rows have none.
+        """
+        blobs = [group.states[row] for group, row in self._find(numbers) if group.states is not None]
+        if len(blobs) < len(numbers):
+            raise SoftLabelError("the objective has features and these rows have no hidden states")
+        return [decode_states(blob) for blob in blobs]
 
     def _decode(self, numbers: Sequence[int]) -> Targets:
         """Compiled; it runs beside Python."""

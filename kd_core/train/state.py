@@ -24,6 +24,7 @@ from kd_core.recipe import Objective, Run, Training
 from kd_core.train.averaging import Average
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.data import TokenRow, TrainingData
+from kd_core.train.features import FeatureTask
 from kd_core.train.feed import Feed, Layout, StepPlan, dealt_batches
 from kd_core.train.history import History
 from kd_core.train.meter import Meter
@@ -33,6 +34,7 @@ from kd_core.train.sharding import part_of, shard, slice_of, whole
 
 __all__ = ["TrainingState", "as_trained", "refuse_unsupported"]
 
+_PARTS = ("hard", "soft", "feature")
 _Result = TypeVar("_Result")
 
 
@@ -86,15 +88,26 @@ class TrainingState:
         objective: Objective,
         accelerator: Accelerator,
         sharded: bool = False,
+        features: FeatureTask | None = None,
+        seed: int = 0,
     ) -> None:
         self.history = History()
         self._accelerator, self._training, self._sharded, self._given = accelerator, training, sharded, model
         self.model = copy.deepcopy(model) if sharded else model
+        self.feature_loss = None if features is None else features.loss(self.model, seed=seed)
         self.objective_model = ObjectiveModel(
-            self.model, num_columns=num_columns, divergence=objective.divergence, bf16=training.dtype == "bfloat16"
+            self.model,
+            num_columns=num_columns,
+            divergence=objective.divergence,
+            bf16=training.dtype == "bfloat16",
+            feature_loss=self.feature_loss,
+            places=() if features is None else features.student_places(self.model),
         )
         self._wrapped = self._prepared()
-        self._optimiser = torch.optim.AdamW(_parameter_groups(self.model), lr=0.0, betas=training.adam_betas, fused=True)
+        groups = _parameter_groups(self.model)
+        if self.feature_loss is not None:
+            groups.append({"params": list(self.feature_loss.parameters()), "weight_decay": 0.0})
+        self._optimiser = torch.optim.AdamW(groups, lr=0.0, betas=training.adam_betas, fused=True)
         self._average = None if training.ema_decay is None else Average(self.model.parameters(), training.ema_decay)
         self._best: dict[str, Tensor] | None = None
 
@@ -113,7 +126,7 @@ class TrainingState:
         factor = self._accelerator.num_processes / plan.num_supervised  # data-parallel gradients are means over ranks
         sums: dict[str, Tensor] = {}
         for number in range(plan.num_passes):
-            batch = feed.read(plan, number, soft=weights.soft > 0.0)
+            batch = feed.read(plan, number, soft=weights.soft > 0.0, features=weights.feature > 0.0)
             last = number + 1 == plan.num_passes
             whole_copies_wait = not self._sharded and not last  # slices are summed after each pass: a whole gradient may not fit
             with self._accelerator.no_sync(self._wrapped) if whole_copies_wait else contextlib.nullcontext():
@@ -127,12 +140,13 @@ class TrainingState:
         return dict(zip(sums, values.tolist(), strict=True))
 
     def part_norms(self, feed: Feed, plan: StepPlan, weights: StepWeights) -> dict[str, float]:
-        """Norm of the gradient of each part of the objective, before its weight; nothing where there is one part only."""
-        if weights.hard == 0.0 or weights.soft == 0.0:
-            return {}
-        found = {}
-        for name, alone in (("hard", replace(weights, hard=1.0, soft=0.0)), ("soft", replace(weights, hard=0.0, soft=1.0))):
-            self.gradients(feed, plan, alone)
+        """Norm of the student's gradient of each part of the objective, before its weight; nothing where there is one part only."""
+        acting = [name for name in _PARTS if getattr(weights, name) > 0.0]
+        found: dict[str, float] = {}
+        for name in acting if len(acting) > 1 else ():
+            self.gradients(feed, plan, replace(weights, **{part: float(part == name) for part in _PARTS}))
+            if self.feature_loss is not None:
+                self.feature_loss.zero_grad(set_to_none=True)
             found[f"gradient_norm_{name}"] = self._clip(math.inf)
             self._optimiser.zero_grad(set_to_none=True)
         return found
@@ -199,7 +213,7 @@ class TrainingState:
         if self._best is not None:
             best = best_validation(self.history.validation)
             assert best is not None, "weights are held at validations only"
-            self._put(self._best)
+            self._put(self._best, self.model.state_dict())
             kept: tuple[int, float | None] = best
         else:
             if self._average is not None:
@@ -217,9 +231,10 @@ class TrainingState:
             self._wrapped.reshard()  # what lies outside of blocks stays gathered until a backward pass, and there is none
         return found
 
+    @staticmethod
     @torch.no_grad()
-    def _put(self, slices: Mapping[str, Tensor]) -> None:
-        for name, value in self.model.state_dict().items():
+    def _put(slices: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+        for name, value in into.items():
             slice_of(value).copy_(slices[name])
 
     # ------------------------------------------------------------------------------------------ checkpoints
@@ -242,6 +257,8 @@ class TrainingState:
             "average": None if self._average is None else [kept(value) for value in self._average.state()],
             "best": None if self._best is None else {name: kept(value, weights[name]) for name, value in self._best.items()},
         }
+        if self.feature_loss is not None:
+            state["feature_loss"] = {name: kept(value) for name, value in self.feature_loss.state_dict().items()}
         if main:
             checkpoints.save(step, state)
 
@@ -266,7 +283,10 @@ class TrainingState:
             i: {name: part_of(value, parameters[i]) if value.ndim else value for name, value in one.items()}
             for i, one in state["optimiser"]["state"].items()
         }
-        self._put(_slices(state["model"], weights))
+        self._put(_slices(state["model"], weights), weights)
+        if self.feature_loss is not None:
+            learned = self.feature_loss.state_dict()
+            self._put(_slices(state["feature_loss"], learned), learned)
         self._optimiser.load_state_dict({**state["optimiser"], "state": moments})
         self.history = History.load(state["history"])
         if self._average is not None:

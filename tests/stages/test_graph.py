@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from kd_core.artifacts import Artifact, Record, find, publish
 from kd_core.errors import ArtifactError
 from kd_core.ledger import Entry, append, current
-from kd_core.recipe import HiddenStates, Recipe
+from kd_core.recipe import HiddenStates, Recipe, RelationFeatures
 from kd_core.recipe_io import dump_recipe, load_recipe, parse_recipe
 from kd_core.stages.graph import build_graph, open_node, selected_student, walk
 from kd_core.store import LocalStore
@@ -52,7 +52,7 @@ COMMON = {
     "answers": FROM_ANSWERS,
     "curate": FROM_CURATE,
     "soft_labels": {"soft_labels"} | STUDENT,
-    "hidden_states": {"hidden_states"} | RECORDED,  # no objective reads them yet
+    "hidden_states": {"hidden_states"} | RECORDED,  # where no objective reads them
     "student": LEARNT,
     "objective": STUDENT,
     "objective.supervision": {"soft_labels"} | STUDENT,
@@ -69,6 +69,7 @@ TABLES = {
         "task": FROM_TEACHER,  # the teacher is trained on these tokens,
         "task.answer_marker": ALL,
         "prompts.split": ALL,  # and not on what is held out
+        "hidden_states": {"hidden_states"} | STUDENT,  # cached features read them
         "prompts.max_characters": ALL,
         **{f"evaluation.suites.{i}.name": ALL for i in (1, 2, 3)},  # a benchmark is kept apart from all training
         **{f"evaluation.suites.{i}.source": ALL for i in (1, 2, 3)},
@@ -134,7 +135,15 @@ def _recipes(folder: Path) -> dict[str, Recipe]:
         "soft_labels": {"kind": "sampled", "num_draws": 5, "temperature": 1.0},
         "hidden_states": {"blocks": [0, 1], "width": 8, "reduce": "project"},
         "student": {"kind": "config", "architecture": architecture},
-        "objective": {"supervision": "soft", "soft_weight": 1.0},
+        "objective": {
+            "supervision": "soft",
+            "soft_weight": 1.0,
+            "features": {
+                "kind": "hidden_states",
+                "source": "cached",
+                "blocks": [{"student": 0, "teacher": 0}, {"student": 1, "teacher": 1}],
+            },
+        },
         "training": training,
         "evaluation": {
             "suites": [held_out, *({"kind": "source", "name": f"suite{i}", "source": source} for i, source in enumerate(sources))],
@@ -164,6 +173,7 @@ def _recipes(folder: Path) -> dict[str, Recipe]:
             "soft_weight": {"kind": "cosine", "start": 0.5, "end": 1.0},
             "temperature": {"kind": "piecewise", "values": [2.0, 1.0], "at": [0.5]},
             "divergence": {"kind": "jsd", "beta": 0.3},
+            "features": {"kind": "relations", "num_heads": 2, "blocks": [{"student": 0, "teacher": 1}], "weight": 0.5},
         },
         "evaluation": {"suites": [held_out], "generate": generate, "compare": ["teacher"]},
         "gate": {"rules": [{"kind": "floor", "metric": "pass_at_1", "minimum": 0.1}]},
@@ -191,6 +201,7 @@ _ADDED: dict[tuple[str, str], Any] = {  # values for fields whose type alone doe
     ("PretrainedTeacher", "revision"): REVISION[::-1],
     ("ReasoningGymSource", "config"): {"max_terms": 3},
     ("Recipe", "hidden_states"): HiddenStates(blocks=(0,)),
+    ("Objective", "features"): RelationFeatures(kind="relations", num_heads=2),
     ("Recipe", "seeds"): (0, 1, 2),
     ("StudentFromTeacher", "blocks"): (0, 1),
     ("Task", "system"): "be brief",
@@ -332,7 +343,7 @@ def test_the_three_recipes_hold_every_field_of_identity(recipes: dict[str, Recip
     changed = {(type(holder).__name__, str(path[-1])) for path, holder in leaves}
     every = {found for name, field in Recipe.model_fields.items() if name != "run" for found in _reachable(field.annotation)}
     every |= {("Recipe", name) for name, field in Recipe.model_fields.items() if not list(_reachable(field.annotation))}
-    every.add(("Recipe", "hidden_states"))  # absent in one of them: having some at all is a change of its own
+    every |= {("Recipe", "hidden_states"), ("Objective", "features")}  # absent in one of them: having some at all is a change of its own
     assert every == changed
     assert len(every) >= 90
 
