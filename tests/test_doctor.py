@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from kd_core import doctor
-from kd_core.doctor import Finding, examine
+from kd_core.doctor import Finding, batches, divergence, examine, labels, machine, models, subject, vocabulary
 from kd_core.progress import Tick, silent
 from kd_core.recipe import Recipe
 from kd_core.recipe_io import load_recipe
 from kd_core.softlabels import SampledTargets, TopKTargets, capture, codec
 from kd_core.softlabels.targets import reduce_logits
+from kd_core.stages import data
 from kd_core.stages.graph import walk
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore
 from kd_core.teacher.models import LoadedModel, save_model
 from kd_core.tokens import Batch, character_tokenizer, collate
+from kd_core.train import feed, objective_model
 
 QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 SUMS = [(f"{a}+{b}=", f"{a}+{b}={a + b}#{a + b}") for a in range(10) for b in range(10)]
@@ -37,8 +38,13 @@ POLICIES = {
     "topk": "soft_labels={kind: topk, k: 4, temperatures: [1.0, 2.0]}",
     "dense": "soft_labels={kind: dense}",
 }
-MODEL_CHECKS = ["teacher_as_student", "alignment", "batch_split", "cached_soft_labels"]
-ALL = ["packages", "device", "models", "tokenizers", "supervision", *MODEL_CHECKS]
+LABEL_CHECKS = ["teacher_as_student", "alignment", "largest_ids", "cached_soft_labels", "mass_outside"]
+OWN_CHECKS = ["tokenizers", "supervision", "end_token", "truncated_answers", "model_modes", "tied_head", "hidden_states"]
+BATCH_CHECKS = ["slope", "objective", "batch_split", "padding", "packing", "half_precision"]
+ALL = ["packages", "device", "compared_models", "models", *OWN_CHECKS, *LABEL_CHECKS, *BATCH_CHECKS]
+BEFORE_A_RUN = {"cached_soft_labels", "truncated_answers"}
+NOT_ASKED_FOR = {"hidden_states", "half_precision"}
+HARD = ("objective={supervision: hard}", "evaluation.compare=[baseline]")
 
 
 @pytest.fixture
@@ -80,7 +86,8 @@ def pretrained(tmp_path: Path, loaded: LoadedModel, name: str = "teacher") -> st
 def test_a_healthy_recipe_is_healthy(sums, store: LocalStore, policy: str) -> None:
     ticks: list[Tick] = []
     found = by_name(examine(sums(policy), store, tick=ticks.append))
-    assert {name: f.status for name, f in found.items()} == {**dict.fromkeys(ALL, "ok"), "cached_soft_labels": "skipped"}, found
+    skipped = BEFORE_A_RUN | NOT_ASKED_FOR | ({"mass_outside"} if "dense" in policy else set())
+    assert {name: f.status for name, f in found.items()} == {**dict.fromkeys(ALL, "ok"), **dict.fromkeys(skipped, "skipped")}, found
     assert "not trained yet: its architecture with random weights" in found["models"].detail
     assert "not trained yet" in found["teacher_as_student"].detail
     assert [tick.done for tick in ticks] == list(range(len(ALL) + 1))
@@ -106,11 +113,13 @@ def test_a_finished_teacher_and_its_soft_labels_are_examined(sums, store: LocalS
             break
         run_node(recipe, node.name, store=store, tick=silent, extra={})
     found = by_name(examine(recipe, store))
-    assert {f.status for f in found.values()} == {"ok"}, found
+    assert {name for name, f in found.items() if f.status != "ok"} == {*NOT_ASKED_FOR, "mass_outside"}, found
+    assert found["mass_outside"].detail == "every position keeps all columns"
     assert "not trained" not in found["models"].detail
+    assert found["truncated_answers"].detail.startswith("0 of ")
     assert "3 rows: gold log-probabilities off by" in found["cached_soft_labels"].detail
 
-    real = doctor.load_teacher
+    real = subject.load_teacher
 
     def drifted(job: Any) -> LoadedModel:  # trap 20: the teacher is not the teacher that was scored
         loaded = real(job)
@@ -118,7 +127,7 @@ def test_a_finished_teacher_and_its_soft_labels_are_examined(sums, store: LocalS
         return loaded
 
     with monkeypatch.context() as patch:
-        patch.setattr(doctor, "load_teacher", drifted)
+        patch.setattr(subject, "load_teacher", drifted)
         found = by_name(examine(recipe, store))
     assert failed(found) == {"cached_soft_labels"}
     assert "the cache is not of this teacher as it runs here; delete rows/soft_labels/" in found["cached_soft_labels"].detail
@@ -172,7 +181,8 @@ def test_a_shift_by_one_is_found(sums, store: LocalStore, monkeypatch: pytest.Mo
         batch = collate(rows)
         return replace(batch, predict_BT=batch.predict_BT.roll(1, dims=1))
 
-    monkeypatch.setattr(doctor, "collate", late)
+    for module in (vocabulary, labels):
+        monkeypatch.setattr(module, "collate", late)
     found = by_name(examine(sums(), store))
     assert failed(found) == {"supervision", "teacher_as_student", "alignment"}
     assert "the shift is wrong" in found["supervision"].detail
@@ -196,7 +206,7 @@ def test_lost_answer_tokens_are_found(sums, store: LocalStore, monkeypatch: pyte
         longest = max(first for _, first in rows)
         return collate([(ids, min(longest, len(ids) - 1)) for ids, _ in rows])
 
-    monkeypatch.setattr(doctor, "collate", at_longest_prompt)
+    monkeypatch.setattr(vocabulary, "collate", at_longest_prompt)
     found = by_name(examine(sums(), store))
     assert "supervision" in failed(found)
     assert "answers are cut" in found["supervision"].detail
@@ -210,29 +220,34 @@ def test_counted_padding_is_found(sums, store: LocalStore, monkeypatch: pytest.M
         batch = collate([([*ids, *[0] * (width - len(ids))], first) for ids, first in rows])
         return replace(batch, attention_BT=collate(rows).attention_BT)
 
-    monkeypatch.setattr(doctor, "collate", counting)
-    hard = ("objective={supervision: hard}", "evaluation.compare=[baseline]")
-    found = by_name(examine(sums(*hard), store))
-    assert {"supervision", "batch_split"} <= failed(found)
-    assert "padding counts, or a mean is taken over micro-batches" in found["batch_split"].detail
+    for module in (vocabulary, feed):
+        monkeypatch.setattr(module, "collate", counting)
+    found = by_name(examine(sums(*HARD), store))
+    assert failed(found) == {"supervision", "packing"}, found
+    monkeypatch.setattr(feed, "collate", lambda rows: replace(counting(rows), attention_BT=torch.ones_like(counting(rows).attention_BT)))
+    monkeypatch.setattr(batches, "unpackable", lambda model: "planted")
+    found = by_name(examine(sums(*HARD), store))
+    assert {"supervision", "objective", "batch_split"} <= failed(found), found
 
 
 def test_a_mean_over_micro_batches_is_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trap 12: each micro-batch is normalised by its own tokens."""
-    real = doctor.supervised_loss
+    real = objective_model.fused_loss
 
-    def averaged(logits_NV: torch.Tensor, *given: Any) -> Any:
-        loss, parts = real(logits_NV, *given)
-        return loss / len(logits_NV), parts
+    def averaged(hidden_NH: torch.Tensor, *given: Any) -> Any:
+        loss, parts = real(hidden_NH, *given)
+        return loss / len(hidden_NH), {name: value / len(hidden_NH) for name, value in parts.items()}
 
-    monkeypatch.setattr(doctor, "supervised_loss", averaged)
-    assert failed(by_name(examine(sums(), store))) == {"batch_split"}
+    monkeypatch.setattr(objective_model, "fused_loss", averaged)
+    found = by_name(examine(sums(), store))
+    assert failed(found) == {"batch_split", "objective"}
+    assert "a mean is taken over micro-batches" in found["batch_split"].detail
 
 
 def test_an_answer_without_end_is_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trap 4."""
-    real = doctor.encode_gold
-    monkeypatch.setattr(doctor, "encode_gold", lambda tokenizer, answer: real(tokenizer, answer)[:-1])
+    real = subject.encode_gold
+    monkeypatch.setattr(subject, "encode_gold", lambda tokenizer, answer: real(tokenizer, answer)[:-1])
     found = by_name(examine(sums(), store))
     assert failed(found) == {"supervision"}
     assert "the student would not learn to stop" in found["supervision"].detail
@@ -242,8 +257,8 @@ def test_an_uncut_vocabulary_is_found(sums, store: LocalStore, tmp_path: Path, t
     """Trap 6: columns that no text can have take part."""
     teacher = pretrained(tmp_path, tiny_model(num_layers=4))
     recipe = sums(teacher, "student={kind: from_teacher, every_nth_block: 2}")
-    real = doctor.load_model
-    monkeypatch.setattr(doctor, "load_model", lambda *given, **named: replace(real(*given, **named), num_columns=24))
+    real = subject.load_model
+    monkeypatch.setattr(subject, "load_model", lambda *given, **named: replace(real(*given, **named), num_columns=24))
     found = by_name(examine(recipe, store))
     assert failed(found) == {"tokenizers"}
     assert "cut to 24 columns, and its tokenizer has 17; cut before normalising" in found["tokenizers"].detail
@@ -269,8 +284,8 @@ def test_ids_of_too_few_bits_are_found(sums, store: LocalStore, monkeypatch: pyt
         assert isinstance(found, SampledTargets)
         return replace(found, ids_E=found.ids_E & 7)
 
-    monkeypatch.setattr(doctor, "decode_rows", three_bits)
-    assert "teacher_as_student" in failed(by_name(examine(sums(), store)))
+    monkeypatch.setattr(subject, "decode_rows", three_bits)
+    assert {"teacher_as_student", "largest_ids"} <= failed(by_name(examine(sums(), store)))
 
 
 @pytest.mark.parametrize("kind", POLICIES)
@@ -300,7 +315,7 @@ def test_soft_labels_in_half_precision_are_found(sums, store: LocalStore, monkey
         found = codec.decode_rows(*given)
         return replace(found, logprobs_NV=found.logprobs_NV.bfloat16().float() * 1.02)
 
-    monkeypatch.setattr(doctor, "decode_rows", rounded)
+    monkeypatch.setattr(subject, "decode_rows", rounded)
     assert "teacher_as_student" in failed(by_name(examine(sums(POLICIES["dense"]), store)))
 
 
@@ -332,7 +347,7 @@ def test_a_tokenizer_larger_than_the_model_is_found(sums, store: LocalStore, tmp
 
 
 def test_old_packages_are_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.metadata, "version", lambda name: {"transformers": "5.2.9", "torch": "2.13.0+cpu"}[name])
+    monkeypatch.setattr(machine.metadata, "version", lambda name: {"transformers": "5.2.9", "torch": "2.13.0+cpu"}[name])
     found = by_name(examine(sums(), store))
     assert failed(found) == {"packages"}
     assert found["packages"].detail.startswith("transformers 5.2.9 is below 5.3: earlier ones run code from a model's config.json")
@@ -342,14 +357,196 @@ def test_old_packages_are_found(sums, store: LocalStore, monkeypatch: pytest.Mon
 def test_a_missing_device_is_found_and_the_rest_is_skipped(sums, store: LocalStore) -> None:
     found = by_name(examine(sums("run.device=cuda"), store))
     assert failed(found) == {"device", "models"}
-    assert {found[name].status for name in ALL[3:]} == {"skipped"}
+    assert {found[name].status for name in ALL[4:]} == {"skipped"}
 
 
 def test_unreadable_prompts_are_found_and_the_rest_is_skipped(sums, store: LocalStore) -> None:
     found = by_name(examine(sums("teacher.tokenizer.alphabet='012345678+-=,#'"), store))
     assert failed(found) == {"models"}
     assert "add its characters to teacher.tokenizer.alphabet" in found["models"].detail
-    assert {found[name].status for name in ALL[3:]} == {"skipped"}
+    assert {found[name].status for name in ALL[4:]} == {"skipped"}
+
+
+# ------------------------------------------------------------------------------------------- traps in the objective and the batches
+
+
+def test_a_temperature_that_the_gradient_has_not_seen_is_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 9: T^2 on the logged value only."""
+    real = objective_model.fused_loss
+
+    def value_only(*given: Any) -> Any:
+        loss, parts = real(*given)
+        return loss.detach() + (loss - loss.detach()) / given[4].temperature ** 2, parts
+
+    for module in (objective_model, divergence):
+        monkeypatch.setattr(module, "fused_loss", value_only)
+    found = by_name(examine(sums(), store))
+    assert failed(found) == {"slope", "objective"}
+    assert "4.00" in found["slope"].detail
+
+
+@pytest.mark.parametrize("kind", ["renormalised", "clamped"])
+def test_free_mass_and_a_clamp_are_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Traps 10 and 11."""
+
+    def over_k(logits_NV: torch.Tensor, targets: TopKTargets, *_: Any, temperature: float) -> torch.Tensor:
+        log_q_NK = torch.log_softmax(logits_NV / temperature, -1).gather(-1, targets.ids_NK)
+        log_p_NK = targets.logprobs_NK / temperature - targets.log_normalizer_NG[:, [targets.temperatures.index(temperature)]]
+        if kind == "renormalised":
+            log_p_NK, log_q_NK = (torch.log_softmax(x, -1) for x in (log_p_NK, log_q_NK))
+        found_N = (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(-1)
+        return found_N.clamp(min=0.0) if kind == "clamped" else found_N
+
+    monkeypatch.setattr(divergence, "soft_divergence", over_k)
+    found = by_name(examine(sums(POLICIES["topk"]), store))
+    assert failed(found) == {"mass_outside"}
+    assert {"renormalised": "mass outside is free", "clamped": "it is clamped at zero"}[kind] in found["mass_outside"].detail
+
+
+def test_a_leak_between_packed_documents_is_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 15."""
+    real = feed.pack_rows
+
+    def one_document(rows: Any) -> Any:
+        pack = real(rows)
+        return replace(pack, documents=replace(pack.documents, lengths=(sum(pack.documents.lengths),)))
+
+    monkeypatch.setattr(feed, "pack_rows", one_document)
+    found = by_name(examine(sums(), store))
+    assert failed(found) == {"objective", "batch_split", "packing"}
+    assert "documents see each other" in found["packing"].detail
+
+
+def test_labels_that_may_be_missing_are_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 13: rows without soft labels are quietly trained on hard ones."""
+    real = objective_model.fused_loss
+
+    def lenient(hidden_NH: Any, projection: Any, labels_N: Any, targets: Any, weights: Any, kind: Any) -> Any:
+        weights = replace(weights, hard=1.0, soft=0.0) if targets is None else weights
+        return real(hidden_NH, projection, labels_N, targets, weights, kind)
+
+    monkeypatch.setattr(objective_model, "fused_loss", lenient)
+    found = by_name(examine(sums(), store))
+    assert failed(found) == {"objective"}
+    assert "nobody is told" in found["objective"].detail
+
+
+def test_a_masked_end_token_is_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 4: the end token is taken for padding where the gradient is made."""
+
+    def pad_is_end(rows: Any) -> Batch:
+        batch = collate(rows)
+        return replace(batch, labels_N=torch.where(batch.labels_N == 1, 0, batch.labels_N))
+
+    monkeypatch.setattr(feed, "collate", pad_is_end)
+    assert "end_token" in failed(by_name(examine(sums(*HARD), store)))
+
+
+def test_an_unfair_baseline_is_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 27."""
+    real = machine.build_graph
+
+    def fewer_steps(*given: Any) -> Any:
+        nodes = real(*given)
+        theirs = nodes["baseline.0"]
+        training = {**theirs.identity["training"], "steps": 7}
+        return nodes | {"baseline.0": replace(theirs, identity={**theirs.identity, "training": training})}
+
+    monkeypatch.setattr(machine, "build_graph", fewer_steps)
+    found = by_name(examine(sums(), store))
+    assert failed(found) == {"compared_models"}
+    assert "baseline.0 differs from student.0 in training" in found["compared_models"].detail
+
+
+def test_bfloat16_is_held_to_float32(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 19."""
+    found = by_name(examine(sums("training.dtype=bfloat16"), store))
+    assert (found["half_precision"].status, failed(found)) == ("ok", set()), found
+    real = objective_model.fused_loss
+
+    def rough(hidden_NH: torch.Tensor, *given: Any) -> Any:
+        return real(hidden_NH if hidden_NH.dtype == torch.float32 else hidden_NH * 1.3, *given)
+
+    monkeypatch.setattr(objective_model, "fused_loss", rough)
+    found = by_name(examine(sums("training.dtype=bfloat16"), store))
+    assert failed(found) == {"half_precision"}
+    assert "use training.dtype: float32" in found["half_precision"].detail
+
+
+# ------------------------------------------------------------------------------------------- traps in the models
+
+
+def test_a_teacher_that_is_not_itself_is_found(
+    sums, store: LocalStore, tmp_path: Path, tiny_model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap 20: it is in training mode."""
+    teacher = pretrained(tmp_path, tiny_model(num_layers=4))
+    real = subject.load_model
+
+    def training(*given: Any, **named: Any) -> LoadedModel:
+        loaded = real(*given, **named)
+        loaded.model.train()
+        return loaded
+
+    monkeypatch.setattr(subject, "load_model", training)
+    found = by_name(examine(sums(teacher, "student={kind: from_teacher, every_nth_block: 2}"), store))
+    assert "model_modes" in failed(found)
+    assert "the teacher is not in eval mode" in found["model_modes"].detail
+
+
+def test_a_head_that_is_not_tied_as_it_says_is_found(
+    sums, store: LocalStore, tmp_path: Path, tiny_model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = pretrained(tmp_path, tiny_model(num_layers=4))
+    real = subject.student_from_teacher
+
+    def says_tied(*given: Any, **named: Any) -> Any:
+        model = real(*given, **named)
+        model.config.tie_word_embeddings = True
+        return model
+
+    monkeypatch.setattr(subject, "student_from_teacher", says_tied)
+    found = by_name(examine(sums(teacher, "student={kind: from_teacher, every_nth_block: 2}"), store))
+    assert failed(found) == {"tied_head"}
+    assert "the student's config says tie_word_embeddings: true, and its head is a tensor of its own" in found["tied_head"].detail
+
+
+def test_blocks_counted_from_the_embedding_are_found(
+    sums, store: LocalStore, tmp_path: Path, tiny_model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap 23."""
+    teacher = pretrained(tmp_path, tiny_model(num_layers=4))
+    recipe = sums(teacher, "student={kind: from_teacher, every_nth_block: 2}", "hidden_states={blocks: [1, 3]}")
+    found = by_name(examine(recipe, store))
+    assert not failed(found), found
+    assert "block 1, model.layers.1, by 0.00" in found["hidden_states"].detail
+    real = models.capture_hidden
+
+    def one_below(*given: Any, wanted: Any, **named: Any) -> Any:
+        return real(*given, wanted=wanted.model_copy(update={"blocks": tuple(b - 1 for b in wanted.blocks)}), **named)
+
+    monkeypatch.setattr(models, "capture_hidden", one_below)
+    found = by_name(examine(recipe, store))
+    assert failed(found) == {"hidden_states"}
+    assert "nearest to block 0 (-1 is the embedding)" in found["hidden_states"].detail
+
+
+def test_truncated_answers_with_an_end_are_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 5."""
+    recipe = sums("answers={num_samples: 1, temperature: 0, max_tokens: 4}", "curate={verify: false, keep_truncated: true}")
+    real = data._row
+
+    def ended(prompt_id: str, source: str, sample: int, reason: str, text: str, prompt_ids: list[int], answer_ids: list[int]) -> Any:
+        return real(prompt_id, source, sample, reason, text, prompt_ids, [*answer_ids, 1] if reason == "length" else answer_ids)
+
+    monkeypatch.setattr(data, "_row", ended)
+    for node in walk(recipe, store):
+        run_node(recipe, node.name, store=store, tick=silent, extra={})
+        if node.stage == "curate":
+            break
+    found = by_name(examine(recipe, store))
+    assert failed(found) == {"truncated_answers"}
+    assert "the student would learn to stop in the middle" in found["truncated_answers"].detail
 
 
 # ------------------------------------------------------------------------------------------- what is skipped
@@ -363,9 +560,9 @@ def test_a_server_teacher_is_skipped_with_the_reason_and_its_student_is_examined
     student = pretrained(tmp_path, tiny_model(), "student")
     found = by_name(examine(sums(*server, *rest, student), store))
     assert not failed(found), found
-    for name in ("teacher_as_student", "alignment", "cached_soft_labels"):
+    for name in LABEL_CHECKS:
         assert found[name] == Finding(name, "skipped", "a server teacher only speaks text: there is nothing to score here")
-    assert {found[name].status for name in ("tokenizers", "supervision", "batch_split")} == {"ok"}
+    assert {found[name].status for name in ("tokenizers", "supervision", "end_token", "objective", "batch_split", "packing")} == {"ok"}
 
 
 def test_a_recipe_without_soft_labels_says_so(sums, store: LocalStore) -> None:
