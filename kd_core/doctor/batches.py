@@ -20,7 +20,7 @@ from kd_core.train.feed import Layout
 __all__ = ["check_batch_split", "check_half_precision", "check_objective", "check_packing", "check_padding"]
 
 _TOLERANCE = 1e-4  # float32 sums in another order: 7e-6 seen with 64M parameters
-_HALF = (0.02, 0.2)  # of the loss and of the gradient, with bfloat16 products: 1e-3 and 0.05 seen
+_HALF = (0.02, 0.2)  # of the loss and of the gradient, with bfloat16 products: 1e-3 and 0.08 seen
 _MORE = 7  # padded positions
 
 
@@ -108,7 +108,8 @@ def check_objective(subject: Subject) -> str:
         raise TrainingError(
             f"{numbers}; its parts add up to {added:.4f}: what is minimised is not the recipe's objective; please report it"
         )
-    return f"{numbers}; {_parts(batch, layout, parts)}"
+    aside = "" if subject.recipe.objective.features is None else "; features are not examined here"
+    return f"{numbers}; {_parts(batch, layout, parts)}{aside}"
 
 
 def _parts(batch: _Batch, layout: Layout, parts: dict[str, float]) -> str:
