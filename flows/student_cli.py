@@ -28,6 +28,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard out
 
 _NAMES = {
     "dtype": "run in",
+    "vocabulary": "vocabulary",
     "parameters": "parameters",
     "trainable_parameters": "parameters that learn",
     "bytes": "bytes of weights",
@@ -46,19 +47,32 @@ def _group() -> None:
 def describe_command(recipe_file: RecipeFile, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
     """Show the student's size and cost beside the teacher's. Loads no weights, computes nothing."""
     from kd_core.recipe_io import load_recipe
-    from kd_core.student.describe import describe
+    from kd_core.store import open_store
+    from kd_core.student.describe import describe, trimmed_tokens
 
-    found = describe(load_recipe(recipe_file, overrides))
+    recipe = load_recipe(recipe_file, overrides)
+    kept = None if recipe.student.vocabulary is None else trimmed_tokens(recipe, open_store(recipe.run.store, recipe.run.s3))
+    found = describe(recipe, kept_tokens=kept)
     if as_json:
         teacher = None if found.teacher is None else asdict(found.teacher)
         ratios = found.ratios()
         print(
-            json.dumps({"student": asdict(found.student), "teacher": teacher, "ratios": None if ratios is None else dict(ratios)}, indent=1)
+            json.dumps(
+                {
+                    "student": asdict(found.student),
+                    "teacher": teacher,
+                    "ratios": None if ratios is None else dict(ratios),
+                    "untrimmed": found.untrimmed,
+                },
+                indent=1,
+            )
         )
         return
     from flows.tables import show
 
     show(_table(found))
+    if found.untrimmed:
+        print("student.vocabulary is trimmed when the rows are there (kd run): until then the student's figures are upper bounds")
 
 
 def _table(found: "Description") -> "Table":

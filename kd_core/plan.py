@@ -276,6 +276,14 @@ def _curate(known: Known, missing: Sequence[Node]) -> _Work:
     return _Work(rows, 0, None, _whole(_scaled(rows, size)), _scaled(rows, rate or _SECONDS_A_ROW))
 
 
+def _vocabulary(known: Known, missing: Sequence[Node]) -> _Work:
+    """Texts are read three times: once to see what occurs, twice to compare the tokenizers."""
+    rate = measured_seconds(known.finished("vocabulary"), lambda record: (record.summary["texts"], record.summary["seconds"]))
+    prompts, rows = known.prompts.rows, known.curated_rows
+    texts = None if prompts is None or rows is None else prompts + rows
+    return _Work(None, None, None, None, _scaled(texts, rate or _SECONDS_A_ROW))
+
+
 def _soft_labels(known: Known, missing: Sequence[Node]) -> _Work:
     policy = known.recipe.soft_labels
     assert policy is not None, "a recipe without soft labels has no such node"
@@ -369,6 +377,7 @@ _WORK: Mapping[str, Callable[[Known, Sequence[Node]], _Work]] = {
     "teacher": _teacher,
     "answers": _answers,
     "curate": _curate,
+    "vocabulary": _vocabulary,
     "soft_labels": _soft_labels,
     "hidden_states": _hidden_states,
     "train": _train,

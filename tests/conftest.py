@@ -23,6 +23,7 @@ from infra.stack import StackInfo, object_store
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerFast
 
     from kd_core.teacher.models import LoadedModel
 
@@ -112,6 +113,32 @@ def tiny_model() -> "Callable[..., LoadedModel]":
         return LoadedModel(model, tokenizer, num_columns(tokenizer))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def bpe_tokenizer() -> "PreTrainedTokenizerFast":
+    """A byte-level BPE of some hundred tokens, trained on sums in words, with a chat template and three special tokens."""
+    import random
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    rng = random.Random(0)
+    words = ["electromagnetic", "running", "together", "because", "therefore", "counting", "seven", "eight", "plus", "minus", "apples"]
+    texts = [" ".join([*rng.choices(words, k=8), f"{rng.randint(0, 99)}+{rng.randint(0, 99)}="]) for _ in range(400)]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    return tokenizer
 
 
 # ---------------------------------------------------------------------------------------------- the running product

@@ -5,11 +5,15 @@ Axes: B rows, T positions, V vocabulary columns, N supervised positions.
 Every model meets the same items, and the same random streams for its samples (a stream is named by suite, item and
 sample), so that differences between models are paired. KL and agreement are taken over the gold answers' tokens at T = 1,
 with teacher and student cut to the shared columns.
+
+A student with a trimmed vocabulary reads a gold answer in its own tokens, perhaps more of them; the teacher is then given
+the same pieces, and cut to the tokens that the student has. Sums are divided by the teacher's number of tokens for every
+model, so that a loss a token is the loss of the same text.
 """
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +27,7 @@ from kd_core.progress import Tick, Ticker
 from kd_core.recipe import Answers, Run, Task
 from kd_core.teacher.generate import generate
 from kd_core.teacher.models import LoadedModel
-from kd_core.tokens import Batch, collate, encode_gold, encode_prompt
+from kd_core.tokens import Batch, collate, encode_gold, encode_prompt, tokenizer_identity
 from kd_core.train.data import TokenRow, token_batches
 
 __all__ = ["Measured", "measure"]
@@ -125,23 +129,26 @@ def _score(
     """Fill nll_sum, kl_sum, agreement_sum and tokens for items with a worked gold answer; return the tokens scored."""
     picked = [i for i, item in enumerate(items) if item["gold"]]
     rows = [_gold_row(loaded, items[i], task) for i in picked]
-    comparable = teacher is not None and teacher.num_columns == loaded.num_columns
+    columns_S = None if teacher is None else _shared_columns(loaded, teacher)
     for part in token_batches(rows, budget_tokens):
         chosen = [rows[j] for j in part]
         batch = collate([(row.ids, row.first_supervised) for row in chosen]).to(loaded.device)
         log_q_NV = _logprobs(loaded, batch)
-        log_p_NV = (log_q_NV if teacher is loaded else _logprobs(teacher, batch)) if teacher is not None and comparable else None
+        log_p_NV = log_q_NV if teacher is loaded else None
+        if teacher is not None and teacher is not loaded and columns_S is not None:
+            log_p_NV = _logprobs(teacher, _as_read_by_teacher(batch, loaded), columns_S)
         start = 0
         for j, row in zip(part, chosen, strict=True):
             span = slice(start, start + row.num_supervised)
             start += row.num_supervised
             entry = found[picked[j]]
-            entry["tokens"] = row.num_supervised
+            counted = loaded if teacher is None else teacher
+            entry["tokens"] = len(encode_gold(counted.tokenizer, items[picked[j]]["gold"]))
             entry["nll_sum"] = -float(log_q_NV[span].gather(-1, batch.labels_N[span, None]).sum())
             if log_p_NV is not None:
                 p, q = log_p_NV[span], log_q_NV[span]
                 entry["kl_sum"] = float((p.exp() * (p - q)).sum())
-                entry["agreement_sum"] = float((p.argmax(-1) == q.argmax(-1)).sum())
+                entry["agreement_sum"] = float((p.argmax(-1) == q.argmax(-1)).sum()) * entry["tokens"] / row.num_supervised
     return sum(len(row.ids) for row in rows)
 
 
@@ -150,7 +157,24 @@ def _gold_row(loaded: LoadedModel, item: dict[str, Any], task: Task) -> TokenRow
     return TokenRow((*prompt_ids, *encode_gold(loaded.tokenizer, item["gold"])), len(prompt_ids))
 
 
-def _logprobs(loaded: LoadedModel, batch: Batch) -> Tensor:
-    """Log-probabilities at supervised positions, float32, (N, V)."""
+def _logprobs(loaded: LoadedModel, batch: Batch, columns_S: Tensor | None = None) -> Tensor:
+    """Log-probabilities at supervised positions, float32, (N, V); of some columns, given that it is one of them, (N, S)."""
     logits_BTV = loaded.model(input_ids=batch.ids_BT, attention_mask=batch.attention_BT, use_cache=False).logits
-    return torch.log_softmax(logits_BTV[batch.predict_BT][:, : loaded.num_columns].float(), -1)
+    logits_NV = logits_BTV[batch.predict_BT][:, : loaded.num_columns].float()
+    return torch.log_softmax(logits_NV if columns_S is None else logits_NV[:, columns_S], -1)
+
+
+def _shared_columns(loaded: LoadedModel, teacher: LoadedModel) -> Tensor | None:
+    """The teacher's columns that a model has too, in the model's order; None where the two have different tokenizers."""
+    if loaded.token_map is None:
+        return torch.arange(teacher.num_columns, device=teacher.device) if teacher.num_columns == loaded.num_columns else None
+    if loaded.token_map.source != tokenizer_identity(teacher.tokenizer)["vocabulary"]:
+        return None
+    return torch.from_numpy(loaded.token_map.full_ids).to(teacher.device)
+
+
+def _as_read_by_teacher(batch: Batch, loaded: LoadedModel) -> Batch:
+    """The same pieces of text in the teacher's ids; labels and masks stay."""
+    if loaded.token_map is None:
+        return batch
+    return replace(batch, ids_BT=torch.from_numpy(loaded.token_map.full_ids).to(batch.ids_BT.device)[batch.ids_BT])

@@ -119,7 +119,7 @@ class ReportData:
     command: str
     recipe_yaml: str
     versions: Mapping[str, str]
-    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    counts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     curves: tuple[Curve, ...] = ()
     samples: tuple[Sample, ...] = ()
     price_per_hour: float | None = None

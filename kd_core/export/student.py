@@ -16,6 +16,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def export_student(lineage: Lineage, store: Store, out: Path, *, quantize: Quant
         float_model = load_directory(directory, device=torch.device("cpu"), tokenizer=load_tokenizer(directory))
         generation = generation_config(lineage.recipe, float_model)
         generation.save_pretrained(directory)
-        rows = _parity_rows(store, lineage)
+        rows = _parity_rows(store, lineage, float_model)
         parity = (_onnx_form(directory, float_model, rows),) if onnx else ()
         if quantize is not None:
             parity = (*parity, _quantized_form(directory, float_model, rows, quantize))
@@ -148,13 +149,14 @@ def generation_config(recipe: Recipe, loaded: LoadedModel) -> GenerationConfig:
     )
 
 
-def _parity_rows(store: Store, lineage: Lineage) -> list[list[int]]:
-    """Token ids of a few texts: held-out gold answers where the recipe has them, else what was trained on."""
+def _parity_rows(store: Store, lineage: Lineage, loaded: LoadedModel) -> list[list[int]]:
+    """The model's token ids of a few texts: held-out gold answers where the recipe has them, else what was trained on."""
     for name in ("validation.parquet", "rows.parquet"):
         table = pq.read_table(BytesIO(read_bytes(store, lineage.records["curate"], name)), columns=["ids"])
         if table.num_rows:
             break
-    return [ids[:_PARITY_TOKENS] for ids in table["ids"].slice(0, _PARITY_ROWS).to_pylist()]
+    rows: list[list[int]] = [ids[:_PARITY_TOKENS] for ids in table["ids"].slice(0, _PARITY_ROWS).to_pylist()]
+    return rows if loaded.token_map is None else [loaded.token_map.trim(np.array(ids)).tolist() for ids in rows]
 
 
 def _onnx_form(directory: Path, loaded: LoadedModel, rows: list[list[int]]) -> Parity:

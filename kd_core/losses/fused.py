@@ -257,7 +257,11 @@ def _value_and_gradient(log_p_RB: Tensor, log_q_RB: Tensor, divergence: Divergen
 
 
 class _KeptDraws:
-    """Draws of sampled labels: forward KL is -H - sum (count / draws) log q, and its gradient q_v - count_v / draws."""
+    """Draws of sampled labels: forward KL is -H - sum (count / draws) log q, and its gradient q_v - count_v / draws.
+
+    Where a student has only some of the teacher's ids (``softlabels.kept``), a position's counts sum to a share of the draws, and
+    its gradient is share * q_v - count_v / draws.
+    """
 
     def __init__(self, targets: SampledTargets) -> None:
         self.temperature, self._targets = targets.temperature, targets
@@ -265,6 +269,8 @@ class _KeptDraws:
         self._share_E = targets.counts_E / targets.num_draws
         lengths_N = targets.offsets_N1.diff()
         self._row_E = torch.repeat_interleave(torch.arange(len(lengths_N), device=lengths_N.device), lengths_N)
+        counted_N = torch.zeros_like(lengths_N).index_add_(0, self._row_E, targets.counts_E)
+        self._share_N1 = (counted_N / targets.num_draws)[:, None]
 
     def _entries(self, positions: slice) -> tuple[slice, Tensor, Tensor]:
         entries = slice(self._starts[positions.start], self._starts[positions.stop])
@@ -280,7 +286,7 @@ class _KeptDraws:
         sum_R1 = mass_RV.sum(-1, keepdim=True)
         log_q_E = picked - sum_R1[row_E, 0].log()
         value = -self._targets.cross_entropy_offset_N[positions].sum() - (share_E * log_q_E).sum()
-        return _Part(value, sum_R1, 1.0 / sum_R1, row_E, ids_E, -share_E)
+        return _Part(value, sum_R1, self._share_N1[positions] / sum_R1, row_E, ids_E, -share_E)
 
 
 def _kept(targets: Targets, weights: StepWeights, divergence: Divergence) -> _Kept:

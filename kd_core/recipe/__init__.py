@@ -33,6 +33,7 @@ from kd_core.recipe.models import (
     StudentFromTeacher,
     Teacher,
     TrainedTeacher,
+    Vocabulary,
 )
 from kd_core.recipe.objective import (
     BlockPair,
@@ -120,6 +121,7 @@ __all__ = [
     "TotalVariation",
     "TrainedTeacher",
     "Training",
+    "Vocabulary",
     "WarmupStableDecay",
     "schedule_values",
 ]

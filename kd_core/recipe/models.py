@@ -22,6 +22,7 @@ __all__ = [
     "StudentFromTeacher",
     "Teacher",
     "TrainedTeacher",
+    "Vocabulary",
 ]
 
 
@@ -112,12 +113,29 @@ class ServerTeacher(Frozen):
 Teacher = Annotated[PretrainedTeacher | TrainedTeacher | ServerTeacher, Field(discriminator="kind")]
 
 
+class Vocabulary(Frozen):
+    """The student keeps the tokens that its data uses; rows and soft labels are mapped when they are read.
+
+    Kept are the tokens of training and validation rows and of all prompts, special and added ones, those that spell any
+    other text, and whatever these are merged from.
+    """
+
+    keep: Literal["data"]
+    """data: what occurs in the rows and prompts of this recipe."""
+    num_common: int = Field(default=0, ge=0)
+    """Also keep this many of the tokenizer's most common tokens: what its first merges make, or its most likely pieces."""
+    least_kept_mass: Fraction = 0.9
+    """Mean share of the teacher's probability on kept tokens, measured on soft labels; training with less is refused."""
+
+
 class StudentFromConfig(Frozen):
     """A new model with random weights and the teacher's tokenizer."""
 
     kind: Literal["config"]
     architecture: Architecture
     """Size of the student."""
+    vocabulary: Vocabulary | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Which tokens the student keeps; None keeps all."""
 
 
 class Adapter(Frozen):
@@ -184,6 +202,8 @@ class StudentFromTeacher(Frozen):
     """Use the input embeddings as the head too; where the teacher does so already, nothing changes."""
     adapter: Adapter | None = None
     """Train adapters in place of all weights; None trains all."""
+    vocabulary: Vocabulary | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Which tokens the student keeps; None keeps all."""
 
     @model_validator(mode="after")
     def _blocks_are_chosen_once(self) -> Self:
@@ -226,6 +246,8 @@ class PretrainedStudent(ModelRef):
     kind: Literal["pretrained"]
     adapter: Adapter | None = None
     """Train adapters in place of all weights; None trains all."""
+    vocabulary: Vocabulary | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Which tokens the student keeps; None keeps all."""
 
 
 Student = Annotated[StudentFromConfig | StudentFromTeacher | PretrainedStudent, Field(discriminator="kind")]

@@ -96,6 +96,11 @@ def _unsupported(recipe: Recipe) -> Iterator[str]:
         yield "student.kind: config takes the teacher's tokenizer, and a server teacher has none here; use pretrained"
     if recipe.answers is None and recipe.curate.gold_rows == 0:
         yield "curate.gold_rows: 0 with answers: null leaves no rows to learn from; allow gold rows or ask for answers"
+    if recipe.student.vocabulary is not None and isinstance(recipe.teacher, TrainedTeacher):
+        yield (
+            "student.vocabulary: a tokenizer of single characters has no token that others could spell; leave it out, and give "
+            "teacher.tokenizer.alphabet what the texts use"
+        )
     if "ablation_hard" in recipe.evaluation.compare and recipe.objective.supervision != "soft":
         yield "evaluation.compare: ablation_hard compares with objective.supervision: soft, and this recipe has none"
     if "baseline" in recipe.evaluation.compare and recipe.curate.gold_rows == 0:
@@ -141,6 +146,11 @@ def _unsupported_targets(recipe: Recipe) -> Iterator[str]:
     if labels is None:
         yield "soft_labels: objective.supervision: soft needs them; choose sampled, topk or dense, or set supervision: hard"
         return
+    if isinstance(labels, TopK) and recipe.student.vocabulary is not None:
+        yield (
+            "soft_labels.kind: topk keeps its tail as one number, and how much of it lies on the tokens of student.vocabulary is not "
+            "known; use sampled or dense"
+        )
     if schedule_values(objective.soft_weight) == (0.0,):
         yield "objective.soft_weight: 0 under supervision: soft trains on hard labels alone; give it a weight, or set supervision: hard"
     temperature = objective.temperature

@@ -57,7 +57,7 @@ class SampledTargets:
     Attributes:
         common: gold log-probability, entropy, columns.
         temperature: T0, the only one at which these are valid.
-        num_draws: draws a position; counts of a position sum to it.
+        num_draws: draws a position; counts of a position sum to it, or to less where removed ids were left out (``kept``).
         cross_entropy_offset_N: entropy of the teacher at T0, float32, nats: makes the loss a divergence.
         offsets_N1: int64, shape (N + 1,).
         ids_E: distinct ids, int64.

@@ -1,6 +1,6 @@
 """The stages of a recipe as a graph: their order, identities and fingerprints, written once.
 
-    prompts -> teacher -> answers -> curate -> soft_labels -> student/baseline/ablation_hard (one node a seed)
+    prompts -> teacher -> answers -> curate -> soft_labels, vocabulary -> student/baseline/ablation_hard (one node a seed)
             -> evaluate (one node a model) -> gate -> report -> publish
 
 Pure data about a recipe: no torch, nothing computed, nothing written. The plan, the local run and the flow all walk this
@@ -91,6 +91,10 @@ def build_graph(recipe: Recipe, store: Store) -> dict[str, Node]:
         build.add("answers", "answers", sampling, above)
     curate = {"curate": recipe.curate.model_dump(mode="json"), "task": task, "student": _student_identity(recipe, only_tokenizer=True)}
     build.add("curate", "curate", curate, {**above, "answers": "answers"} if recipe.answers is not None else above)
+    if recipe.student.vocabulary is not None:
+        own = reference_identity(recipe.student) if isinstance(recipe.student, PretrainedStudent) else None
+        kept = recipe.student.vocabulary.model_dump(mode="json", exclude={"least_kept_mass"})
+        build.add("vocabulary", "vocabulary", {"vocabulary": kept, "tokenizer": own}, {**above, "curate": "curate"})
     if recipe.soft_labels is not None and recipe.objective.supervision == "soft":
         build.add("soft_labels", "soft_labels", recipe.soft_labels.model_dump(mode="json"), {"curate": "curate", "teacher": "teacher"})
     if recipe.hidden_states is not None:
@@ -113,13 +117,17 @@ def _add_training(build: _Builder, recipe: Recipe, arm: Arm, seed: int) -> None:
     features = recipe.objective.features
     objective = recipe.arm(arm).objective.model_dump(mode="json")
     soft = objective["supervision"] == "soft"
-    identity = {
+    identity: dict[str, Any] = {
         "student": _student_identity(recipe),
         "objective": objective if soft else {"supervision": objective["supervision"]},
         "training": recipe.training.model_dump(mode="json"),
         "seed": seed,
     }
     upstream = {"curate": "curate", "teacher": "teacher"}
+    if recipe.student.vocabulary is not None:
+        upstream["vocabulary"] = "vocabulary"
+        if soft:
+            identity["least_kept_mass"] = recipe.student.vocabulary.least_kept_mass
     if soft or (arm == "ablation_hard" and recipe.soft_labels is not None and recipe.soft_labels.max_refused_rows > 0):
         upstream["soft_labels"] = "soft_labels"  # the ablation learns from the same rows: those the teacher did not fail on
     if soft and isinstance(features, HiddenStateFeatures) and features.source == "cached":
@@ -182,7 +190,7 @@ def _student_identity(recipe: Recipe, *, only_tokenizer: bool = False) -> dict[s
     if isinstance(student, PretrainedStudent):
         identity = {"kind": student.kind, "reference": reference_identity(student)}
         return identity if only_tokenizer else {**identity, "adapter": student.model_dump(mode="json")["adapter"]}
-    return student.model_dump(mode="json")
+    return student.model_dump(mode="json", exclude={"vocabulary"})  # that is a node of its own
 
 
 def selected_student(recipe: Recipe, store: Store, nodes: dict[str, Node]) -> artifacts.Record | None:

@@ -411,12 +411,21 @@ class Known:
             return None
         return stored_columns(teacher) if record is None else int(record.summary["teacher"]["num_columns"])
 
+    @property
+    def kept_tokens(self) -> int | None:
+        """Tokens of a trimmed vocabulary; None before there is one."""
+        record = self.records.get("vocabulary")
+        return None if record is None else int(record.summary["tokens"])
+
     @cached_property
     def student_parameters(self) -> int | None:
         """Of the student and the models it is compared with, which are of one size."""
         student = self.recipe.student
         if isinstance(student, StudentFromConfig):
-            return None if self.num_columns is None else llama_size(student.architecture, self.num_columns).parameters()
+            columns = self.num_columns if student.vocabulary is None else self.kept_tokens
+            return None if columns is None else llama_size(student.architecture, columns).parameters()
+        if student.vocabulary is not None:
+            return None  # kd student describe counts these, from the config
         if isinstance(student, PretrainedStudent):
             size = stored_size(student)
             return None if size is None else size.parameters()

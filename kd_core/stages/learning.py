@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
 
 from kd_core.block_map import block_pairs
 from kd_core.errors import SoftLabelError, TrainingError
 from kd_core.recipe import Arm, HiddenStateFeatures, PretrainedStudent, Recipe, ServerTeacher, StudentFromConfig, StudentFromTeacher
 from kd_core.softlabels.forward import decoder_blocks
+from kd_core.softlabels.kept import kept_mass
 from kd_core.stages.job import Job
 from kd_core.stages.scoring import token_rows
 from kd_core.stages.teaching import frozen_rows, load_teacher
@@ -23,7 +26,9 @@ from kd_core.student.activations import sample_rows
 from kd_core.student.adapters import add_adapters, merge_adapters
 from kd_core.student.describe import teacher_config
 from kd_core.student.make import new_model, student_from_teacher, trainable
+from kd_core.student.vocabulary import trim_model
 from kd_core.teacher.models import LoadedModel, load_model, load_tokenizer, pick_device, save_model
+from kd_core.token_map import TokenMap, read_token_map
 from kd_core.tokens import num_columns, tokenizer_identity
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.data import Rows, TokenRow, TrainingData
@@ -31,10 +36,14 @@ from kd_core.train.features import CachedStates, FeatureTask, LiveTeacher
 from kd_core.train.history import to_jsonl
 from kd_core.train.loop import train
 from kd_core.train.reader import ShardGroups, StoredRows, file_rows
+from kd_core.train.trimmed import FullFeatures, TrimmedRows, trimmed_row
 
 __all__ = ["train_stage"]
 
 _LOG = logging.getLogger(__name__)
+
+_MASS_ROWS = 512
+"""Training rows on which the kept tokens' share of the teacher's probability is measured."""
 
 
 def train_stage(job: Job) -> dict[str, Any]:
@@ -45,7 +54,15 @@ def train_stage(job: Job) -> dict[str, Any]:
     validation = token_rows(job.read_table("curate", "validation.parquet"))
     student = _make_student(job, seed)
     features = _feature_task(job, recipe, student)
+    vocabulary: dict[str, Any] | None = None
     with _training_rows(job, recipe) as rows:
+        if student.token_map is not None:
+            validation = [trimmed_row(row, student.token_map) for row in validation]
+            vocabulary = {"tokens": student.num_columns, "full_tokens": student.token_map.num_full}
+            if recipe.objective.supervision == "soft":
+                vocabulary["kept_mass"] = _kept_mass(recipe, rows, student.token_map, seed=seed)
+            rows = TrimmedRows(rows, student.token_map)
+            features = None if features is None else replace(features, source=FullFeatures(features.source, student.token_map))
         result = train(
             student.model,
             TrainingData(rows, validation),
@@ -78,6 +95,7 @@ def train_stage(job: Job) -> dict[str, Any]:
         "loss_spikes": result.spikes,
         "packed": result.packed,
         **({} if features is None else {"feature_blocks": [[pair.student, pair.teacher] for pair in features.pairs]}),
+        "vocabulary": vocabulary,
         "speed": result.speed,
         "resumed_from": result.resumed_from,
         "training_seconds": result.seconds,
@@ -96,14 +114,43 @@ def _make_student(job: Job, seed: int) -> LoadedModel:
 
         student = LoadedModel(student_from_teacher(teacher, spec, rows=rows), teacher.tokenizer, teacher.num_columns)
     elif isinstance(spec, StudentFromConfig):
-        with job.files(job.inputs["teacher"]) as files:
-            tokenizer = load_tokenizer(files / "model")
-        return LoadedModel(new_model(spec.architecture, tokenizer, seed=seed), tokenizer, num_columns(tokenizer))
+        tokenizer, token_map = _tokenizer(job)
+        return LoadedModel(new_model(spec.architecture, tokenizer, seed=seed), tokenizer, num_columns(tokenizer), token_map)
     else:
         student = _pretrained_student(job, spec)
+    if spec.vocabulary is not None:
+        tokenizer, token_map = _tokenizer(job)
+        assert token_map is not None, "the vocabulary stage writes one"
+        student = LoadedModel(trim_model(student.model, token_map), tokenizer, num_columns(tokenizer), token_map)
     if spec.adapter is not None:
         add_adapters(student.model, spec.adapter, seed=seed)
     return student
+
+
+def _tokenizer(job: Job) -> tuple[PreTrainedTokenizerBase, TokenMap | None]:
+    """The teacher's, or what the vocabulary stage kept."""
+    role, folder = ("vocabulary", "tokenizer") if "vocabulary" in job.inputs else ("teacher", "model")
+    with job.files(job.inputs[role]) as files:
+        return load_tokenizer(files / folder), read_token_map(files / folder)
+
+
+def _kept_mass(recipe: Recipe, rows: Rows, token_map: TokenMap, *, seed: int) -> float:
+    """The teacher's mean probability of kept tokens, over the positions of some training rows drawn by the seed.
+
+    Raises:
+        TrainingError: it is less than the recipe allows.
+    """
+    spec = recipe.student.vocabulary
+    assert spec is not None, "a student with a token map has one"
+    drawn = np.random.Generator(np.random.Philox(key=seed)).permutation(len(rows.num_tokens))[:_MASS_ROWS]
+    found = float(kept_mass(rows.targets(np.sort(drawn).tolist()), token_map).mean())
+    if found < spec.least_kept_mass:
+        raise TrainingError(
+            f"student.vocabulary keeps {len(token_map.kept):,} of {token_map.num_full:,} tokens, and they hold {found:.4f} of the "
+            f"teacher's probability on {len(drawn)} training rows, where least_kept_mass asks for {spec.least_kept_mass:g}; raise "
+            "num_common, give more rows, or lower least_kept_mass"
+        )
+    return found
 
 
 def _pretrained_student(job: Job, spec: PretrainedStudent) -> LoadedModel:

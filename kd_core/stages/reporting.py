@@ -106,10 +106,19 @@ def _stage_rows(job: Job) -> list[StageRow]:
     ]
 
 
-def _counts(job: Job) -> dict[str, dict[str, int]]:
-    found = {"Prompts": dict(job.summary("prompts")["counts"]), "Curation": dict(job.summary("curate")["counts"])}
+def _counts(job: Job) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {
+        "Prompts": dict(job.summary("prompts")["counts"]),
+        "Curation": dict(job.summary("curate")["counts"]),
+    }
     if "counts" in job.summary("teacher"):
         found["Teacher's gold data"] = dict(job.summary("teacher")["counts"])
+    if "vocabulary" in job.inputs:
+        kept = [job.summary(f"student.{seed}")["vocabulary"].get("kept_mass") for seed in job.recipe.seeds]
+        masses = [round(mass, 4) for mass in kept if mass is not None]
+        sizes = job.summary("vocabulary")
+        found["Vocabulary"] = {"tokens kept": sizes["tokens"], "tokens of the full tokenizer": sizes["full_tokens"]}
+        found["Vocabulary"] |= {"teacher's probability on kept tokens": min(masses)} if masses else {}
     return found
 
 

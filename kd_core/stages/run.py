@@ -32,6 +32,7 @@ STAGES: Mapping[str, str] = {
     "curate": "kd_core.stages.data:curate_stage",
     "soft_labels": "kd_core.stages.scoring:soft_labels_stage",
     "hidden_states": "kd_core.stages.scoring:hidden_states_stage",
+    "vocabulary": "kd_core.stages.vocabulary:vocabulary_stage",
     "train": "kd_core.stages.learning:train_stage",
     "evaluate": "kd_core.stages.evidence:evaluate_stage",
     "gate": "kd_core.stages.evidence:gate_stage",

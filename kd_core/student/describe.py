@@ -12,8 +12,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from kd_core.artifacts import find
 from kd_core.errors import TeacherError
 from kd_core.recipe import Adapter, ModelRef, PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, StudentFromConfig, TrainedTeacher
+from kd_core.stages.graph import build_graph
+from kd_core.store import Store
 from kd_core.student.adapters import adapter_parameters
 from kd_core.student.make import new_config
 from kd_core.student.shrink import head_size, shrunk_config
@@ -21,7 +24,7 @@ from kd_core.teacher.models import load_tokenizer
 from kd_core.teacher.reference import locate
 from kd_core.tokens import num_columns
 
-__all__ = ["Description", "Figures", "describe", "model_figures", "teacher_config"]
+__all__ = ["Description", "Figures", "describe", "model_figures", "teacher_config", "trimmed_tokens"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Figures:
 
     Attributes:
         dtype: number format in which the weights are run.
+        vocabulary: rows of the embeddings: tokens, and what pads them to a round number.
         parameters: distinct ones; tied ones count once.
         trainable_parameters: of them, or of adapters that are merged into them in the end.
         bytes: of the parameters, in that format.
@@ -39,6 +43,7 @@ class Figures:
     """
 
     dtype: str
+    vocabulary: int
     parameters: int
     trainable_parameters: int
     bytes: int
@@ -49,10 +54,16 @@ class Figures:
 
 @dataclass(frozen=True)
 class Description:
-    """The student, and the teacher unless it is behind a server."""
+    """The student, and the teacher unless it is behind a server.
+
+    Attributes:
+        student, teacher: their figures.
+        untrimmed: whether the student's vocabulary will be trimmed and has not been yet: its figures are then upper bounds.
+    """
 
     student: Figures
     teacher: Figures | None
+    untrimmed: bool = False
 
     def ratios(self) -> Mapping[str, float] | None:
         """Student / teacher of every number."""
@@ -62,8 +73,12 @@ class Description:
         return {name: value / theirs[name] for name, value in asdict(self.student).items() if name != "dtype"}
 
 
-def describe(recipe: Recipe) -> Description:
+def describe(recipe: Recipe, *, kept_tokens: int | None = None) -> Description:
     """Figures of the recipe's student and teacher.
+
+    Args:
+        recipe: the recipe.
+        kept_tokens: of a vocabulary that was trimmed; None: not yet, or not at all.
 
     Raises:
         RecipeError: the teacher cannot give such a student.
@@ -81,7 +96,18 @@ def describe(recipe: Recipe) -> Description:
         assert teacher is not None, "the recipe allows no from_teacher beside a server teacher"
         student = shrunk_config(teacher, spec)
     adapter = None if isinstance(spec, StudentFromConfig) else spec.adapter
-    return Description(model_figures(student, torch.float32, adapter), None if teacher is None else model_figures(teacher, dtype))
+    if kept_tokens is not None:
+        student.vocab_size = kept_tokens
+        student.bos_token_id = student.eos_token_id = student.pad_token_id = None  # ids of the full vocabulary; no weight depends on them
+    figures = None if teacher is None else model_figures(teacher, dtype)
+    return Description(model_figures(student, torch.float32, adapter), figures, spec.vocabulary is not None and kept_tokens is None)
+
+
+def trimmed_tokens(recipe: Recipe, store: Store) -> int | None:
+    """Tokens that the recipe's finished vocabulary keeps; None where there is none, or not yet."""
+    node = build_graph(recipe, store).get("vocabulary")
+    record = None if node is None else find(store, node.stage, node.fingerprint)
+    return None if record is None else int(record.summary["tokens"])
 
 
 def teacher_config(recipe: Recipe) -> PretrainedConfig | None:
@@ -128,6 +154,7 @@ def model_figures(config: PretrainedConfig, dtype: torch.dtype, adapter: Adapter
     columns = config.num_hidden_layers * head_size(config)
     return Figures(
         dtype=str(dtype).removeprefix("torch."),
+        vocabulary=config.vocab_size,
         parameters=parameters,
         trainable_parameters=parameters if adapter is None else adapter_parameters(model, adapter),
         bytes=parameters * dtype.itemsize,

@@ -8,7 +8,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from kd_core.errors import RecipeError, TeacherError
 from kd_core.recipe import ModelRef
 from kd_core.teacher.reference import locate
+from kd_core.token_map import TokenMap, read_token_map, write_token_map
 from kd_core.tokens import num_columns, tokenizer_identity
 
 __all__ = ["LoadedModel", "load_directory", "load_model", "load_tokenizer", "pick_device", "save_model", "teacher_identity"]
@@ -26,11 +27,19 @@ __all__ = ["LoadedModel", "load_directory", "load_model", "load_tokenizer", "pic
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run, its tokenizer, and the number of logit columns that mean something."""
+    """A model ready to run.
+
+    Attributes:
+        model: with a language-modelling head.
+        tokenizer: its own.
+        num_columns: logit columns that mean something.
+        token_map: its ids against the tokenizer that its own was trimmed from; None where nothing was trimmed.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     num_columns: int
+    token_map: TokenMap | None = None
 
     @property
     def device(self) -> torch.device:
@@ -100,8 +109,9 @@ def load_model(ref: ModelRef, *, device: torch.device, tokenizer: PreTrainedToke
 
 
 def load_directory(path: Path, *, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
-    """Load a model that this project wrote (Hugging Face layout, safetensors), in float32."""
-    return _load(str(path), {}, "float32", device=device, tokenizer=tokenizer, trust_remote_code=False)
+    """Load a model that this project wrote (Hugging Face layout, safetensors), in float32, with its token map if there is one."""
+    loaded = _load(str(path), {}, "float32", device=device, tokenizer=tokenizer, trust_remote_code=False)
+    return replace(loaded, token_map=read_token_map(path))
 
 
 def _load(
@@ -127,10 +137,12 @@ def _load(
 
 
 def save_model(loaded: LoadedModel, directory: Path) -> None:
-    """Write model/ below a directory: weights and tokenizer in the Hugging Face layout, safetensors."""
+    """Write model/ below a directory: weights and tokenizer in the Hugging Face layout, safetensors; and the token map."""
     with _quiet(str(directory)):
         loaded.model.save_pretrained(directory / "model")
         loaded.tokenizer.save_pretrained(directory / "model")
+    if loaded.token_map is not None:
+        write_token_map(loaded.token_map, directory / "model")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from kd_core.artifacts import Artifact, Record, find, publish
 from kd_core.errors import ArtifactError
 from kd_core.ledger import Entry, append, current
-from kd_core.recipe import HiddenStates, Recipe, RelationFeatures
+from kd_core.recipe import HiddenStates, Recipe, RelationFeatures, Vocabulary
 from kd_core.recipe_io import dump_recipe, load_recipe, parse_recipe
 from kd_core.stages.graph import build_graph, open_node, selected_student, walk
 from kd_core.store import LocalStore
@@ -34,7 +34,7 @@ VERDICT = {"gate"} | RECORDED
 STUDENT = {"student", "evaluate.student"} | VERDICT
 LEARNT = {"student", "baseline", "ablation_hard", "evaluate.student", "evaluate.baseline", "evaluate.ablation_hard"} | VERDICT
 EVALUATED = {"evaluate.teacher", "evaluate.student", "evaluate.baseline", "evaluate.ablation_hard"} | VERDICT
-FROM_CURATE = {"curate", "soft_labels", "hidden_states"} | LEARNT
+FROM_CURATE = {"curate", "vocabulary", "soft_labels", "hidden_states"} | LEARNT
 FROM_ANSWERS = {"answers"} | FROM_CURATE
 FROM_PROMPTS = {"prompts", "evaluate.teacher"} | FROM_ANSWERS
 FROM_TEACHER = {"teacher", "evaluate.teacher"} | FROM_ANSWERS
@@ -54,6 +54,7 @@ COMMON = {
     "soft_labels": {"soft_labels"} | STUDENT,
     "hidden_states": {"hidden_states"} | RECORDED,  # where no objective reads them
     "student": LEARNT,
+    "student.vocabulary": {"vocabulary"} | LEARNT,
     "objective": STUDENT,
     "objective.supervision": {"soft_labels"} | STUDENT,
     "training": LEARNT,
@@ -88,6 +89,8 @@ TABLES = {
         "objective": RECORDED,  # nor any weight
         "student": FROM_CURATE,  # its tokenizer counts the tokens of text
         "student.adapter": LEARNT,
+        "student.vocabulary": {"vocabulary"} | LEARNT,
+        "student.vocabulary.least_kept_mass": RECORDED,  # measured on soft labels, and there are none
         "evaluation.compare": {"baseline", "evaluate.baseline"} | VERDICT,
     },
 }
@@ -182,7 +185,7 @@ def _recipes(folder: Path) -> dict[str, Recipe]:
         **pretrained,
         "name": "server",
         "teacher": {"kind": "server", "model": "big", "revision": "2026-01"},
-        "student": {"kind": "pretrained", "model": "org/small", "revision": REVISION, "adapter": adapter},
+        "student": {"kind": "pretrained", "model": "org/small", "revision": REVISION, "adapter": adapter, "vocabulary": {"keep": "data"}},
         "soft_labels": {"kind": "dense"},
         "training": {**training, "learning_rate_schedule": {"kind": "plateau"}, "validate_every_steps": 5},
         "hidden_states": None,
@@ -203,7 +206,9 @@ _ADDED: dict[tuple[str, str], Any] = {  # values for fields whose type alone doe
     ("Recipe", "hidden_states"): HiddenStates(blocks=(0,)),
     ("Objective", "features"): RelationFeatures(kind="relations", num_heads=2),
     ("Recipe", "seeds"): (0, 1, 2),
+    ("StudentFromConfig", "vocabulary"): Vocabulary(keep="data"),
     ("StudentFromTeacher", "blocks"): (0, 1),
+    ("StudentFromTeacher", "vocabulary"): Vocabulary(keep="data"),
     ("Task", "system"): "be brief",
     ("TopK", "temperatures"): (1.0, 2.0, 4.0),
     ("Training", "adam_betas"): (0.8, 0.9),
@@ -343,7 +348,12 @@ def test_the_three_recipes_hold_every_field_of_identity(recipes: dict[str, Recip
     changed = {(type(holder).__name__, str(path[-1])) for path, holder in leaves}
     every = {found for name, field in Recipe.model_fields.items() if name != "run" for found in _reachable(field.annotation)}
     every |= {("Recipe", name) for name, field in Recipe.model_fields.items() if not list(_reachable(field.annotation))}
-    every |= {("Recipe", "hidden_states"), ("Objective", "features")}  # absent in one of them: having some at all is a change of its own
+    absent = {
+        ("Recipe", "hidden_states"),
+        ("Objective", "features"),
+        *((f"StudentFrom{kind}", "vocabulary") for kind in ("Config", "Teacher")),
+    }
+    every |= absent  # in some of them: having one at all is a change of its own
     assert every == changed
     assert len(every) >= 90
 
@@ -363,7 +373,7 @@ def test_run_is_no_part_of_identity(name: str, recipes: dict[str, Recipe], store
 
 def test_the_first_seed_is_the_teachers_and_its_answers_too(recipes: dict[str, Recipe], store: LocalStore) -> None:
     recipe = recipes["trained"]
-    assert _moved(recipe, recipe.model_copy(update={"seeds": (2, 1)}), store) == FROM_TEACHER
+    assert _moved(recipe, recipe.model_copy(update={"seeds": (2, 1)}), store) == FROM_TEACHER - {"vocabulary"}
     before, after = build_graph(recipe, store), build_graph(recipe.model_copy(update={"seeds": (0, 1, 2)}), store)
     assert all(before[f"{arm}.{seed}"] == after[f"{arm}.{seed}"] for arm in ("student", "baseline", "ablation_hard") for seed in (0, 1))
 
@@ -400,7 +410,7 @@ def test_files_are_their_content_wherever_they_are(
     monkeypatch.chdir(elsewhere.parent)
     assert _fingerprints(relative, store) == here
     (elsewhere / "a.jsonl").write_text(json.dumps({"q": "3+1=", "a": "#4"}) + "\n")
-    assert _differing(_fingerprints(relative, store), here) == ALL
+    assert _differing(_fingerprints(relative, store), here) == ALL - {"vocabulary"}
 
 
 def _recipes_relative(recipe: Recipe, root: Path) -> Recipe:
