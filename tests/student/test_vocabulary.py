@@ -27,24 +27,25 @@ def unigram(byte_fallback: bool) -> PreTrainedTokenizerFast:
     spelt = [f"<0x{byte:02X}>" for byte in range(256)] if byte_fallback else list("abcdefghijklmnopqrstuvwxyz0123456789+=")
     longer = ["\u2581running", "\u2581to", "gether", "\u2581together", "\u2581seven", "\u2581eight", "run", "ning", "et", "because"]
     letters = list("\u2581abcdefghijklmnopqrstuvwxyz") if byte_fallback else ["\u2581"]
-    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((piece, -9.0 - i / 100) for i, piece in enumerate([*spelt, *letters]))]
-    pieces += [(piece, -2.0 - i / 10) for i, piece in enumerate(longer)]
+    pieces = [("<unk>", 0.0), *((piece, -9.0 - i / 100) for i, piece in enumerate([*spelt, *letters]))]
+    pieces += [*((piece, -2.0 - i / 10) for i, piece in enumerate(longer)), ("</s>", -99.0)]
     backend = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=byte_fallback))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()] if byte_fallback else [decoders.Metaspace()])
-    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", len(pieces) - 1)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
 
 
 def spelt_in_bytes() -> PreTrainedTokenizerFast:
     """A BPE with bytes to fall back to, added tokens in front and behind, and merges that make one token in two ways."""
-    tokens = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581abcdefgz", "ab", "bc", "abc", "de", "def", "fg", "zz"]
+    longer = ["ab", "bc", "abc", "de", "def", "fg", "zz", "<s>"]
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581abcdefgz", *longer]
     merges = [("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc"), ("d", "e"), ("de", "f"), ("f", "g"), ("z", "z")]
     vocab = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.normalizer = normalizers.Replace(" ", "\u2581")
     backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-    backend.post_processor = processors.RobertaProcessing(("<s>", 1), ("<s>", 1), trim_offsets=False)
+    backend.post_processor = processors.RobertaProcessing(("<s>", vocab["<s>"]), ("<s>", vocab["<s>"]), trim_offsets=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<s>", unk_token="<unk>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
     return tokenizer
