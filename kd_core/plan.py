@@ -23,6 +23,7 @@ from kd_core.costs import (
     training_seconds,
     write_requests,
 )
+from kd_core.feature_plan import feature_notes, live_teacher_seconds, reads_states
 from kd_core.fingerprint import fingerprint
 from kd_core.recipe import Recipe, ServerTeacher, TrainedTeacher, Training
 from kd_core.soft_label_plan import SoftLabelOption, bytes_factor, estimate, scoring_rate, soft_label_options
@@ -159,6 +160,7 @@ def _notes(known: Known, stages: Sequence[StagePlan]) -> Iterator[str]:
     answers = known.recipe.answers
     if answers is not None and known.records["answers"] is None and known.answer_tokens(answers.max_tokens) == answers.max_tokens:
         yield f"answers: as long as answers.max_tokens allows, {answers.max_tokens:,} tokens each; shorter ones cost less"
+    yield from feature_notes(known)
     policy = known.recipe.soft_labels
     if policy is None or not any(stage.name == "soft_labels" and stage.status != "hit" for stage in stages):
         return
@@ -313,19 +315,29 @@ def _hidden_states(known: Known, missing: Sequence[Node]) -> _Work:
 
 
 def _train(known: Known, missing: Sequence[Node]) -> _Work:
-    parameters, supervision = known.student_parameters, missing[0].identity["objective"]["supervision"]
+    parameters, objective = known.student_parameters, missing[0].identity["objective"]
+    supervision = objective["supervision"]
 
     def measure(record: Record) -> tuple[float, float] | None:
-        soft = record.identity["objective"]["supervision"] == "soft"
-        comparable = record.summary["parameters"] == parameters and soft == (supervision == "soft")
+        comparable = record.summary["parameters"] == parameters and _work_a_step(record.identity["objective"]) == _work_a_step(objective)
         return _trained(record) if comparable else None
 
     rate = measured_seconds(known.finished("train"), measure)
     row_tokens = None if known.row_tokens is None else known.row_tokens[0]
     rows = known.gold_rows if supervision == "gold" else known.curated_rows
     one = _training(known, known.recipe.training, parameters, row_tokens, rate, rows=rows)
+    if rate is None and supervision == "soft" and one.tokens is not None:
+        one = replace(one, seconds=_add(one.seconds, live_teacher_seconds(known, tokens=one.tokens)))
     reads = _label_reads(known.recipe, rows) if supervision == "soft" else 0
+    if reads is not None and supervision == "soft" and reads_states(known):
+        reads *= 2  # hidden states lie in shards of as many rows
     return _total([replace(one, requests=reads)] * len(missing))
+
+
+def _work_a_step(objective: Mapping[str, Any]) -> tuple[bool, Any, Any]:
+    """What of an objective a step's seconds depend on most: soft labels, and where features come from."""
+    features = objective.get("features") or {}
+    return objective["supervision"] == "soft", features.get("kind"), features.get("source")
 
 
 def _label_reads(recipe: Recipe, rows: int | None) -> int | None:

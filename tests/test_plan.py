@@ -21,7 +21,7 @@ from kd_core.costs import (
     training_seconds,
     write_requests,
 )
-from kd_core.errors import SourceError
+from kd_core.errors import RecipeError, SourceError
 from kd_core.plan import Plan, StagePlan, make_plan, plan_json
 from kd_core.progress import silent
 from kd_core.recipe import Dense, Recipe, Run, Sampled, TopK
@@ -544,6 +544,29 @@ def test_hidden_states_are_planned_like_soft_labels(data: Path, empty: LocalStor
     assert hidden.tokens is not None
     whole = _lines(make_plan(_recipe(data, hidden_states={"blocks": [0, 1]}), empty))["hidden_states"]
     assert whole.bytes - hidden.bytes == 2 * 8 * hidden.tokens, "16 columns of the teacher against 8, in two blocks"  # type: ignore[operator]
+
+
+def test_features_are_planned_with_the_pairs_that_training_will_use(data: Path, empty: LocalStore) -> None:
+    states, objective = {"blocks": [1], "width": 8}, {"supervision": "soft", "soft_weight": 1.0}
+    plain = make_plan(_recipe(data, hidden_states=states, objective=objective), empty)
+    cached, live = ({"kind": "hidden_states", "source": source} for source in ("cached", "live"))
+    read = make_plan(_recipe(data, hidden_states=states, objective={**objective, "features": cached}), empty)
+    beside = make_plan(_recipe(data, objective={**objective, "features": live}), empty)
+    (note,) = [note for note in read.notes if note.startswith("features")]
+    assert note == (
+        "features (hidden_states), read from the store: the student's blocks learn from the teacher's: 0 from 1 (of 1 and 2 blocks, "
+        "evenly spaced)"
+    )
+    (note,) = [note for note in beside.notes if note.startswith("features")]
+    assert "with the teacher beside the student in every step: the student's blocks learn from the teacher's: 0 from 1" in note
+    assert not [note for note in plain.notes if note.startswith("features")]
+    without, reading, running = (_lines(plan)["student"] for plan in (plain, read, beside))
+    assert reading.requests == 2 * without.requests > 0  # type: ignore[operator]
+    assert reading.seconds == without.seconds < running.seconds  # type: ignore[operator]
+    assert _lines(beside)["ablation_hard"].seconds == without.seconds
+    wrong = {**objective, "features": {**cached, "blocks": [{"student": 0, "teacher": 0}]}}
+    with pytest.raises(RecipeError, match=r"the teacher's blocks \[0\] are not among hidden_states.blocks \[1\]"):
+        _recipe(data, hidden_states=states, objective=wrong)
 
 
 def test_people_see_the_options_and_where_figures_come_from(data: Path, empty: LocalStore, capsys: pytest.CaptureFixture[str]) -> None:
