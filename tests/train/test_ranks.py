@@ -111,6 +111,24 @@ def test_slices_know_tied_embeddings_adapters_schedules_and_recomputed_blocks(tm
     assert (decays[0], decays[-1]) == (0.0, 0.5)
 
 
+@pytest.mark.slow
+def test_features_and_their_projections_are_the_same_on_two_ranks(tmp_path: Path) -> None:
+    """Copies and slices; a weight that is zero for some steps leaves no rank waiting; one rank goes on from the slices of two."""
+    late = {"kind": "piecewise", "values": [0.0, 1.0], "at": [0.3]}
+    states = {"features": {"kind": "hidden_states", "source": "live", "weight": late}}
+    relations = {"features": {"kind": "relations", "num_heads": 4}}
+    runs = {"copies": states, "slices": states | RECOMPUTED, "relations": relations | SLICED, "begun": states | SLICED | {"breaks_at": 4}}
+    found = on_two_ranks(tmp_path, runs)
+    for name in ("copies", "slices", "relations"):
+        alone = train_one(tmp_path / f"{name}.alone", {"features": runs[name]["features"]})
+        assert alone["metrics"][-1]["feature"] > 0.0
+        for rank in found[name]:
+            assert_alike(rank, alone)
+    resumed = train_one(tmp_path / "begun", states)
+    assert resumed["resumed_from"] == 3
+    assert_alike(resumed, train_one(tmp_path / "whole", states))
+
+
 def test_a_launcher_may_ask_for_slices_and_what_is_not_done_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not shall_shard(Run(), 2)
     assert shall_shard(Run(shard_weights=True), 2)
