@@ -149,7 +149,11 @@ def run(
 ) -> None:
     """Run a recipe to its end. Whatever is done already is not done again."""
     from flows.console import display
+    from flows.launched import as_launched
 
+    if (found := as_launched(overrides)) is None:
+        return
+    overrides = found
     recipe, store = _open(recipe_file, overrides)
     with display(quiet=as_json) as shown:
         if local:

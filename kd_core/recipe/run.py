@@ -43,6 +43,8 @@ class Run(Frozen):
     """Processes that run this recipe at the same time and share the teacher's work, each with its own `worker`."""
     worker: int = Field(default=0, ge=0)
     """Which of them this is, 0-based. Any of them can finish the work alone."""
+    num_processes: int = Field(default=1, ge=1)
+    """Processes on this machine that train a student together, each on a GPU of its own where there are any."""
     shard_weights: bool = False
     """Ranks of a training run hold slices of weights, gradients and optimiser state (FSDP2): memory for traffic. False: whole copies."""
     disk_cache: str = ".kd/cache"

@@ -19,6 +19,7 @@ from kd_core.recipe import Arm, HiddenStateFeatures, PretrainedStudent, Recipe, 
 from kd_core.softlabels.forward import decoder_blocks
 from kd_core.softlabels.kept import kept_mass
 from kd_core.stages.job import Job
+from kd_core.stages.ranks import on_ranks
 from kd_core.stages.scoring import token_rows
 from kd_core.stages.teaching import frozen_rows, load_teacher
 from kd_core.store.range_cache import RangeCache
@@ -48,6 +49,10 @@ _MASS_ROWS = 512
 
 def train_stage(job: Job) -> dict[str, Any]:
     """Files: model/ (Hugging Face layout), metrics.jsonl. Summary: sizes, losses, tokens, seconds."""
+    return on_ranks(job, _learn) if job.recipe.run.num_processes > 1 else _learn(job, 0)
+
+
+def _learn(job: Job, rank: int) -> dict[str, Any]:
     arm: Arm = job.node.group  # type: ignore[assignment]  # a train node's group is its arm
     recipe = job.recipe.arm(arm)
     seed = int(job.node.name.rpartition(".")[2])
@@ -77,8 +82,9 @@ def train_stage(job: Job) -> dict[str, Any]:
         )
         num_rows = len(rows.num_tokens)
     merge_adapters(student.model)
-    save_model(student, job.directory)
-    (job.directory / "metrics.jsonl").write_text(to_jsonl(result.metrics))
+    if rank == 0:
+        save_model(student, job.directory)
+        (job.directory / "metrics.jsonl").write_text(to_jsonl(result.metrics))
     return {
         "arm": arm,
         "seed": seed,
