@@ -42,10 +42,12 @@ _BATCH = 32
 _CACHE_BYTES = 1 << 30
 
 
-def soft_label_table(keyed: list[tuple[str, TokenRow]], targets: Sequence[Targets]) -> tuple[pa.Table, dict[bytes, bytes]]:
-    """A shard's rows as capture writes them, and the footer's metadata."""
+def soft_label_table(
+    keyed: list[tuple[str, TokenRow]], targets: Sequence[Targets], known: bytes = b""
+) -> tuple[pa.Table, dict[bytes, bytes]]:
+    """A shard's rows as capture writes them after a shard with the model ``known``, and the footer's metadata."""
     labels = [np.array(row.ids[row.first_supervised :], np.int64) for _, row in keyed]
-    model, blobs = encode_rows(targets, labels)
+    model, blobs = encode_rows(targets, labels, known)
     rows = [
         {
             "key": key,
@@ -173,9 +175,11 @@ def _compare(content: _Content, place: Bucket, scratch: Path, *, shard_rows: int
     num_rows = len(content.rows)
     store = S3Store(place.bucket, "ours", options=S3Options(endpoint=place.endpoint))
     cache = RowCache(store, "soft_labels", "benchmark")
+    model = b""
     for start in range(0, num_rows, shard_rows):
         part = slice(start, start + shard_rows)
-        table, metadata = soft_label_table(content.keyed[part], content.targets[part])
+        table, metadata = soft_label_table(content.keyed[part], content.targets[part], model)
+        model = metadata[CODEC_MODEL]
         cache.commit(table, num_tokens=sum(row.num_supervised for row in content.rows[part]), metadata=metadata)
     samples = [to_arrays(row, targets) for row, targets in zip(content.rows, content.targets, strict=True)]
     raw_arrays.write_objects(place, samples[:object_rows])

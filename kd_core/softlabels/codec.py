@@ -22,17 +22,18 @@ from kd_core.softlabels import codec_v1
 from kd_core.softlabels.targets import Targets, concatenate
 
 if TYPE_CHECKING:
-    from kd_core.softlabels.codec_v2 import Model
+    from kd_core.softlabels.codec_model import Model
 
 __all__ = ["decode_mixed_rows", "decode_rows", "encode_rows", "parse_model"]
 
 
-def encode_rows(rows: Sequence[Targets], labels: Sequence[np.ndarray]) -> tuple[bytes, list[bytes]]:
+def encode_rows(rows: Sequence[Targets], labels: Sequence[np.ndarray], known: bytes = b"") -> tuple[bytes, list[bytes]]:
     """The rows of a shard as one model and a blob a row.
 
     Args:
         rows: at least one; all of one policy and vocabulary.
         labels: gold ids at each row's supervised positions, int64.
+        known: the model of another shard: it is this one's too if it serves these rows about as well as one of their own.
 
     Raises:
         SoftLabelError: rows of different kinds, labels that do not fit them, an id outside the vocabulary or twice at one
@@ -40,7 +41,7 @@ def encode_rows(rows: Sequence[Targets], labels: Sequence[np.ndarray]) -> tuple[
     """
     from kd_core.softlabels import codec_v2
 
-    return codec_v2.encode_rows(rows, labels)
+    return codec_v2.encode_rows(rows, labels, parse_model(known))
 
 
 def parse_model(data: bytes) -> "Model | None":
@@ -49,9 +50,9 @@ def parse_model(data: bytes) -> "Model | None":
     Raises:
         SoftLabelError: not a model, of another version, or damaged.
     """
-    from kd_core.softlabels import codec_v2
+    from kd_core.softlabels import codec_model
 
-    return codec_v2.parse_model(data) if data else None
+    return codec_model.parse_model(data) if data else None
 
 
 def decode_rows(model: "Model | None", blobs: Sequence[bytes], labels: Sequence[np.ndarray]) -> Targets:

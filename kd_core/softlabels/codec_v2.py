@@ -3,10 +3,10 @@
 Axes: N positions of all rows, R rows, E drawn ids, K ids of a top-k position, G temperatures, V columns, L levels,
 C contexts of the coder.
 
-    model  header, temperatures, class map of ids, tables of the entropy coder, crc32
     blob   version (1 byte), crc32 of model, labels and rest (4), [number of ids (4)], [exact float32 arrays], rANS words
 
-Everything numeric that both sides must agree on goes through whole numbers: rounded once, far from a tie.
+The model is ``codec_model.py``'s. Everything numeric that both sides must agree on goes through whole numbers: rounded
+once, far from a tie.
 """
 
 import functools
@@ -14,78 +14,32 @@ import itertools
 import struct
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kd_core.errors import SoftLabelError
-from kd_core.softlabels.entropy import ALPHABET, Stream, Tables, add_events, code_bits, encode_events, make_tables, quantise_tables
-from kd_core.softlabels.events import FAMILIES, Draws, SampledRow, TopKRow, decode_sampled, decode_topk, sampled_events, topk_events
-from kd_core.softlabels.ranking import classes_by_count, pack_classes, ranks_of_classes, unpack_classes
+from kd_core.softlabels.codec_model import SAMPLED, TOPK, Header, Model, code_rows, dense_model
+from kd_core.softlabels.entropy import Stream
+from kd_core.softlabels.events import Draws, SampledRow, TopKRow, decode_sampled, decode_topk, sampled_events, topk_events
 from kd_core.softlabels.targets import Common, DenseTargets, SampledTargets, Targets, TopKTargets, concatenate
 
-__all__ = ["VERSION", "Model", "decode_rows", "encode_rows", "parse_model"]
+__all__ = ["VERSION", "decode_rows", "encode_rows"]
 
 VERSION = 2
-_SAMPLED, _TOPK, _DENSE = 0, 1, 2
-_MAGIC = b"KDSM"
-_MODEL = struct.Struct("<4sBBIIIfII")  # magic, version, kind, V, size, levels, lowest, G, bytes of the class map
 _BLOB = struct.Struct("<BI")
 _ENTROPY_STEPS = 64  # a nat
 _GOLD_LOST = 4095  # quantised gold log-probability of -inf
 _MAX_COLUMNS = 1 << 20
 _RANK = _MAX_COLUMNS - 1
 _KL_BUDGET = 1e-4  # nats a position, mean: half of what is promised, as the choice looks at a sample
+_KL_KNOWN = 1.3e-4  # with the levels of a known model: those were chosen close to the budget on other rows
 _KL_SAMPLE = 1024  # positions
 _LEVEL_CHOICES = np.unique(np.rint(2.0 ** np.arange(2, 16.1, 0.125)).astype(np.int64))
 
 
-class Header(NamedTuple):
-    """What a model says before its tables.
-
-    Attributes:
-        kind: the rows' policy.
-        num_columns: V.
-        size: draws a position, k, or 0.
-        num_levels: levels of p^(1/2Tmax) between 0 and 1, topk only.
-        lowest: log-probability that level 0 stands for, topk only.
-        temperatures: T0, the grid, or nothing.
-    """
-
-    kind: int
-    num_columns: int
-    size: int = 0
-    num_levels: int = 0
-    lowest: float = 0.0
-    temperatures: tuple[float, ...] = ()
-
-    @property
-    def policy(self) -> tuple[int, int, int, tuple[float, ...]]:
-        """What rows of one batch have in common: kind, columns, size, temperatures."""
-        return self.kind, self.num_columns, self.size, self.temperatures
-
-
-@dataclass(frozen=True)
-class Model:
-    """What all rows of a shard share.
-
-    Attributes:
-        header: policy and its numbers.
-        crc: the checksum at the model's end (with it the checksum of any model is the same number).
-        id_of_rank_V: int32.
-        tables: of the entropy coder.
-    """
-
-    header: Header
-    crc: int
-    id_of_rank_V: np.ndarray
-    tables: Tables
-
-
-def encode_rows(rows: Sequence[Targets], labels: Sequence[np.ndarray]) -> tuple[bytes, list[bytes]]:
+def encode_rows(rows: Sequence[Targets], labels: Sequence[np.ndarray], known: Model | None = None) -> tuple[bytes, list[bytes]]:
     """``codec.encode_rows`` of version 2."""
     whole = concatenate(list(rows))
     position_R1 = np.concatenate([[0], np.cumsum([len(row.common.gold_logprob_N) for row in rows])]).astype(np.int64)
@@ -94,78 +48,19 @@ def encode_rows(rows: Sequence[Targets], labels: Sequence[np.ndarray]) -> tuple[
         raise SoftLabelError("soft labels hold NaN where an entropy or a gold log-probability should be; nothing was encoded")
     match whole:
         case SampledTargets():
-            model, bodies = _encode_sampled(whole, gold_N, position_R1)
+            model, bodies = _encode_sampled(whole, gold_N, position_R1, known)
         case TopKTargets():
-            model, bodies = _encode_topk(whole, position_R1)
+            model, bodies = _encode_topk(whole, position_R1, known)
         case DenseTargets():
-            model = _pack_model(Header(_DENSE, whole.common.num_columns), b"", np.zeros((0, ALPHABET), np.uint8))
+            model = dense_model(whole.common.num_columns)
             bodies = [_dense_body(whole, first, end) for first, end in itertools.pairwise(position_R1)]
-    crc = zlib.crc32(model[:-4])
-    return model, [_BLOB.pack(VERSION, _checksum(crc, gold, body)) + body for gold, body in zip(labels, bodies, strict=True)]
+    return model, [_BLOB.pack(VERSION, _checksum(model, gold, body)) + body for gold, body in zip(labels, bodies, strict=True)]
 
 
-def parse_model(data: bytes) -> Model:
-    """``codec.parse_model`` of version 2."""
-    if len(data) < _MODEL.size + 4 or data[: len(_MAGIC)] != _MAGIC or data[len(_MAGIC)] != VERSION:
-        raise SoftLabelError(f"not a soft-label model of version {VERSION}: {len(data)} bytes, beginning {data[:5]!r}")
-    crc = zlib.crc32(data[:-4])
-    if crc != int.from_bytes(data[-4:], "little"):
-        raise SoftLabelError("the soft labels' model is damaged: its checksum differs; the shard must be scored again")
-    _, _, kind, num_columns, size, num_levels, lowest, num_temperatures, map_size = _MODEL.unpack_from(data)
-    temperatures = struct.unpack_from(f"<{num_temperatures}d", data, _MODEL.size)
-    at = _MODEL.size + 8 * num_temperatures
-    class_V = unpack_classes(data[at : at + map_size], num_columns)
-    codes_CA = np.frombuffer(zlib.decompress(data[at + map_size : -4]), np.uint8).reshape(-1, ALPHABET)
-    header = Header(kind, num_columns, size, num_levels, lowest, temperatures)
-    return Model(header, crc, ranks_of_classes(class_V)[1].astype(np.int32), make_tables(_own_or_family(codes_CA)))
-
-
-def _pack_model(header: Header, class_map: bytes, codes_CA: np.ndarray) -> bytes:
-    kind, num_columns, size, num_levels, lowest, temperatures = header
-    data = _MODEL.pack(_MAGIC, VERSION, kind, num_columns, size, num_levels, lowest, len(temperatures), len(class_map))
-    data += struct.pack(f"<{len(temperatures)}d", *temperatures) + class_map + zlib.compress(codes_CA.tobytes(), 6)
-    return data + zlib.crc32(data).to_bytes(4, "little")
-
-
-def _own_or_family(codes_CA: np.ndarray) -> np.ndarray:
-    """Codes of all contexts: the stored ones are one a family of contexts, then one a context, 0 where the family's serves."""
-    if not len(codes_CA):
-        return codes_CA
-    family_FA, own_CA = codes_CA[: len(FAMILIES) - 1], codes_CA[len(FAMILIES) - 1 :]
-    return np.where(own_CA.any(1, keepdims=True), own_CA, np.repeat(family_FA, np.diff(FAMILIES), axis=0))
-
-
-def _choose_tables(histogram_CA: np.ndarray) -> np.ndarray:
-    """Codes as ``_own_or_family`` reads them: a context gets a table of its own where that saves more than it takes."""
-    own_CA = quantise_tables(histogram_CA)
-    own_bits_C = code_bits(histogram_CA, make_tables(own_CA).freq_CA)
-    family_FA = np.zeros((len(FAMILIES) - 1, ALPHABET), np.uint8)
-    for f, (first, end) in enumerate(itertools.pairwise(FAMILIES)):
-        part_CA = histogram_CA[first:end]
-        shared_A = make_tables(quantise_tables(part_CA.sum(0, keepdims=True))).freq_CA
-        worth_C = code_bits(part_CA, shared_A) - own_bits_C[first:end] > 8 + 6 * (part_CA > 0).sum(1)  # bits in the model, compressed
-        own_CA[first:end][~worth_C] = 0
-        family_FA[f] = quantise_tables(part_CA[~worth_C].sum(0, keepdims=True))[0]
-    return np.concatenate([family_FA, own_CA])
-
-
-def _encode_events(events: Callable[[int, np.ndarray], int], rooms_R: np.ndarray) -> tuple[np.ndarray, list[bytes]]:
-    """Tables over all rows' events, then each row's words: two passes, as one row's events are what fits in memory."""
-    room = np.zeros((int(rooms_R.max()), 4), np.int64)
-    histogram_CA = np.zeros((FAMILIES[-1], ALPHABET), np.int64)
-    for row in range(len(rooms_R)):
-        add_events(room[: events(row, room)], histogram_CA)
-    codes_CA = _choose_tables(histogram_CA)
-    tables = make_tables(_own_or_family(codes_CA))
-    words, bodies = np.zeros(2 + 3 * len(room), np.uint16), []
-    for row in range(len(rooms_R)):
-        first = encode_events(room[: events(row, room)], tables, words)
-        bodies.append(words[first:].astype("<u2").tobytes())
-    return codes_CA, bodies
-
-
-def _checksum(crc: int, labels: np.ndarray, body: bytes) -> int:
-    return zlib.crc32(body, zlib.crc32(np.ascontiguousarray(labels, "<i8"), crc))
+def _checksum(model: bytes, labels: np.ndarray, body: bytes) -> int:
+    """From the model's own, which is its end: with that the checksum of any model is the same number."""
+    crc = int.from_bytes(model[-4:], "little")
+    return zlib.crc32(body, zlib.crc32(np.ascontiguousarray(labels, "<i8").data, crc))
 
 
 def _check_labels(labels: Sequence[np.ndarray], lengths: np.ndarray, num_columns: int) -> np.ndarray:
@@ -213,7 +108,7 @@ def _draws(num_draws: int, temperature: float) -> Draws:
     return Draws(num_draws, temperature == 1.0, entropy, _quantise_gold(np.log(np.maximum(counts, 1) / num_draws)))
 
 
-def _encode_sampled(targets: SampledTargets, gold_N: np.ndarray, position_R1: np.ndarray) -> tuple[bytes, list[bytes]]:
+def _encode_sampled(targets: SampledTargets, gold_N: np.ndarray, position_R1: np.ndarray, known: Model | None) -> tuple[bytes, list[bytes]]:
     common, offsets_N1 = targets.common, targets.offsets_N1.cpu().numpy()
     ids_E, counts_E = targets.ids_E.cpu().numpy(), targets.counts_E.cpu().numpy()
     position_E = np.repeat(np.arange(len(gold_N)), np.diff(offsets_N1))
@@ -221,65 +116,50 @@ def _encode_sampled(targets: SampledTargets, gold_N: np.ndarray, position_R1: np
     drawn_N = np.bincount(position_E, counts_E, len(gold_N))
     if bool((drawn_N != targets.num_draws).any()) or (len(counts_E) and counts_E.min() < 1):
         raise SoftLabelError(f"draws do not add up: {targets.num_draws} a position expected, all counts positive; nothing was encoded")
-    class_V = classes_by_count(np.bincount(ids_E, minlength=common.num_columns))
-    rank_of_id_V, _ = ranks_of_classes(class_V)
     entropy_N = _quantise_entropy(common.entropy_N)
     offset_N = entropy_N if targets.temperature == 1.0 else _quantise_entropy(targets.cross_entropy_offset_N)
-    key_E = np.sort((position_E << 40) | ((targets.num_draws - counts_E) << 20) | rank_of_id_V[ids_E])
-    whole = SampledRow(
-        offsets_N1,
-        key_E & _RANK,
-        targets.num_draws - (key_E >> 20 & _RANK),
-        rank_of_id_V[gold_N],
-        offset_N,
-        entropy_N,
-        _quantise_gold(common.gold_logprob_N.cpu().numpy()),
-    )
+    gold_logprob_N = _quantise_gold(common.gold_logprob_N.cpu().numpy())
     draws = _draws(targets.num_draws, targets.temperature)
 
-    def events(row: int, room: np.ndarray) -> int:
-        first, end = position_R1[row], position_R1[row + 1]
-        low, high = offsets_N1[first], offsets_N1[end]
-        part = SampledRow(
-            whole.offsets_N1[first : end + 1] - low,
-            whole.ranks_E[low:high],
-            whole.counts_E[low:high],
-            *(array_N[first:end] for array_N in whole[3:]),
-        )
-        return sampled_events(draws, part, room)
+    def events_by(rank_of_id_V: np.ndarray) -> Callable[[int, np.ndarray], int]:
+        key_E = np.sort((position_E << 40) | ((targets.num_draws - counts_E) << 20) | rank_of_id_V[ids_E])
+        ranks_E, ordered_E, gold_rank_N = key_E & _RANK, targets.num_draws - (key_E >> 20 & _RANK), rank_of_id_V[gold_N]
+
+        def events(row: int, room: np.ndarray) -> int:
+            first, end = position_R1[row], position_R1[row + 1]
+            low, high = offsets_N1[first], offsets_N1[end]
+            by_position = (array_N[first:end] for array_N in (gold_rank_N, offset_N, entropy_N, gold_logprob_N))
+            part = SampledRow(offsets_N1[first : end + 1] - low, ranks_E[low:high], ordered_E[low:high], *by_position)
+            return sampled_events(draws, part, room)
+
+        return events
 
     ids_R = np.diff(offsets_N1[position_R1])
-    codes_CA, words = _encode_events(events, 6 * np.diff(position_R1) + 2 * ids_R)
-    header = Header(_SAMPLED, common.num_columns, targets.num_draws, temperatures=(targets.temperature,))
-    return _pack_model(header, pack_classes(class_V), codes_CA), [
-        struct.pack("<I", num) + body for num, body in zip(ids_R, words, strict=True)
-    ]
+    rooms_R = 6 * np.diff(position_R1) + 2 * ids_R
+    header = Header(SAMPLED, common.num_columns, targets.num_draws, temperatures=(targets.temperature,))
+    model, words = code_rows(header, np.bincount(ids_E, minlength=common.num_columns), events_by, rooms_R, known)
+    return model, [struct.pack("<I", num) + body for num, body in zip(ids_R, words, strict=True)]
 
 
-def _encode_topk(targets: TopKTargets, position_R1: np.ndarray) -> tuple[bytes, list[bytes]]:
+def _encode_topk(targets: TopKTargets, position_R1: np.ndarray, known: Model | None) -> tuple[bytes, list[bytes]]:
     common, ids_NK = targets.common, targets.ids_NK.cpu().numpy()
     num, k = ids_NK.shape
     _check_ids(ids_NK.ravel(), np.repeat(np.arange(num), k), common.num_columns)
-    class_V = classes_by_count(np.bincount(ids_NK.ravel(), minlength=common.num_columns))
-    ranks_NK = ranks_of_classes(class_V)[0][ids_NK]
-    logprob_NK = targets.logprobs_NK.double().cpu().numpy()
-    num_levels = _choose_levels(targets)
-    level_NK = _levels(logprob_NK, num_levels, targets.temperatures)
-    lowest = _lowest_logprob(logprob_NK, level_NK, num_levels, targets.temperatures)
-    key_NK = np.sort(((num_levels - level_NK) << 20) | ranks_NK)
-    whole = TopKRow(
-        key_NK & _RANK,
-        num_levels - (key_NK >> 20),
-        _quantise_entropy(common.entropy_N),
-        _quantise_gold(common.gold_logprob_N.cpu().numpy()),
-    )
+    num_levels, lowest = _choose_levels(targets, known)
+    level_NK = _levels(targets.logprobs_NK.double().cpu().numpy(), num_levels, targets.temperatures)
+    entropy_N, gold_logprob_N = _quantise_entropy(common.entropy_N), _quantise_gold(common.gold_logprob_N.cpu().numpy())
 
-    def events(row: int, room: np.ndarray) -> int:
-        return topk_events(TopKRow(*(array[position_R1[row] : position_R1[row + 1]] for array in whole)), room)
+    def events_by(rank_of_id_V: np.ndarray) -> Callable[[int, np.ndarray], int]:
+        key_NK = np.sort(((num_levels - level_NK) << 20) | rank_of_id_V[ids_NK])
+        whole = TopKRow(key_NK & _RANK, num_levels - (key_NK >> 20), entropy_N, gold_logprob_N)
+        return lambda row, room: topk_events(TopKRow(*(array[position_R1[row] : position_R1[row + 1]] for array in whole)), room)
 
-    codes_CA, words = _encode_events(events, (3 + 2 * k) * np.diff(position_R1))
-    header = Header(_TOPK, common.num_columns, k, num_levels, lowest, targets.temperatures)
-    return _pack_model(header, pack_classes(class_V), codes_CA), [
+    header = Header(TOPK, common.num_columns, k, num_levels, lowest, targets.temperatures)
+    count_V = np.bincount(ids_NK.ravel(), minlength=common.num_columns)
+    model, words = code_rows(header, count_V, events_by, (3 + 2 * k) * np.diff(position_R1), known)
+    if known is not None and model != known.data:
+        return _encode_topk(targets, position_R1, None)  # with levels of its own too
+    return model, [
         b"".join(part[first:end].tobytes() for part in _exact_parts(targets)) + body
         for first, end, body in zip(position_R1, position_R1[1:], words, strict=False)
     ]
@@ -310,15 +190,17 @@ def _lowest_logprob(logprob_NK: np.ndarray, level_NK: np.ndarray, num_levels: in
     return float(np.float32(max(floor, np.log(rest.mean())) if rest.any() else floor))
 
 
-def _choose_levels(targets: TopKTargets) -> int:
-    """Fewest levels that keep the mean KL within the budget at every temperature of the grid."""
-    every = max(1, len(targets.ids_NK) // _KL_SAMPLE)
-    logprob_NK = targets.logprobs_NK[::every].double().cpu().numpy()
+def _choose_levels(targets: TopKTargets, known: Model | None) -> tuple[int, float]:
+    """(levels, log-probability of level 0): the known model's, or the fewest, that keep the mean KL within the budget on the whole grid."""
+    whole_NK = targets.logprobs_NK.double().cpu().numpy()
+    every = max(1, len(whole_NK) // _KL_SAMPLE)
+    logprob_NK = whole_NK[::every]
     kept_NG = -np.expm1(targets.log_tail_NG[::every].double().cpu().numpy())
 
-    def divergence(num_levels: int) -> float:
+    def divergence(num_levels: int, lowest: float | None = None) -> float:
         level_NK = _levels(logprob_NK, num_levels, targets.temperatures)
-        lowest = _lowest_logprob(logprob_NK, level_NK, num_levels, targets.temperatures)
+        if lowest is None:
+            lowest = _lowest_logprob(logprob_NK, level_NK, num_levels, targets.temperatures)
         found_NK = _logprob_of_level(num_levels, lowest, targets.temperatures)[level_NK]
         means = []
         for g, temperature in enumerate(targets.temperatures):
@@ -326,11 +208,16 @@ def _choose_levels(targets: TopKTargets) -> int:
             means.append((kept_NG[:, g] * (np.exp(log_p) * np.maximum(log_p - log_q, -1e4)).sum(-1)).mean())
         return float(max(means))
 
+    if known is not None and len(logprob_NK) and known.header.temperatures == targets.temperatures:
+        _, _, _, num_levels, lowest, _ = known.header
+        if num_levels and divergence(num_levels, lowest) <= _KL_KNOWN:
+            return num_levels, lowest
     low, high = 0, len(_LEVEL_CHOICES) - 1
     while low < high and len(logprob_NK):
         middle = (low + high) // 2
         low, high = (low, middle) if divergence(int(_LEVEL_CHOICES[middle])) <= _KL_BUDGET else (middle + 1, high)
-    return int(_LEVEL_CHOICES[low])
+    num_levels = int(_LEVEL_CHOICES[low])
+    return num_levels, _lowest_logprob(whole_NK, _levels(whole_NK, num_levels, targets.temperatures), num_levels, targets.temperatures)
 
 
 def _log_softmax(x_NK: np.ndarray) -> np.ndarray:
@@ -353,7 +240,7 @@ def decode_rows(models: Sequence[Model], model_R: np.ndarray, blobs: Sequence[by
     for i, (blob, gold) in enumerate(zip(blobs, labels, strict=True)):
         if len(blob) < _BLOB.size or blob[0] != VERSION:
             raise SoftLabelError(f"row {i}: not soft labels of version {VERSION}: {len(blob)} bytes, beginning {blob[:5]!r}")
-        if _checksum(models[model_R[i]].crc, gold, blob[_BLOB.size :]) != _BLOB.unpack_from(blob)[1]:
+        if _checksum(models[model_R[i]].data, gold, blob[_BLOB.size :]) != _BLOB.unpack_from(blob)[1]:
             raise SoftLabelError(
                 f"row {i}: the checksum of its soft labels differs: they are damaged, or belong to other tokens or another shard's model; "
                 "the row must be scored again"
@@ -361,9 +248,9 @@ def decode_rows(models: Sequence[Model], model_R: np.ndarray, blobs: Sequence[by
     lengths = np.array([len(gold) for gold in labels], np.int64)
     gold_N = _check_labels(labels, lengths, header.num_columns)
     rows_of = [(model, np.flatnonzero(model_R == i)) for i, model in enumerate(models)]
-    if header.kind == _SAMPLED:
+    if header.kind == SAMPLED:
         return _decode_sampled(rows_of, blobs, gold_N, _offsets(lengths))
-    if header.kind == _TOPK:
+    if header.kind == TOPK:
         return _decode_topk(rows_of, blobs, _offsets(lengths))
     return _decode_dense(models[0], blobs, len(gold_N))
 
@@ -427,8 +314,8 @@ def _decode_topk(rows_of: _RowsOf, blobs: Sequence[bytes], position_R1: np.ndarr
         _refuse(decode_topk(stream, rows, model.tables, model.id_of_rank_V, out))
         logprob_L = _logprob_of_level(model.header.num_levels, model.header.lowest, grid).astype(np.float32)
         for row in rows:
-            at = slice(position_R1[row], position_R1[row + 1])
-            logprobs_NK[at] = logprob_L[out.levels_NK[at]]
+            here = slice(position_R1[row], position_R1[row + 1])
+            logprobs_NK[here] = logprob_L[out.levels_NK[here]]
     norm_NG, tail_NG = np.zeros((num, len(grid)), np.float32), np.full((num, len(grid)), -np.inf, np.float32)
     tail_NG[:, : widths[0]] = np.concatenate([np.zeros((0, widths[0])), *exact[0]])
     norm_NG[:, [temperature != 1.0 for temperature in grid]] = np.concatenate([np.zeros((0, widths[1])), *exact[1]])

@@ -81,17 +81,19 @@ def bucket_base(symbol: int) -> tuple[int, int]:
 
 
 class Tables(NamedTuple):
-    """Static frequencies of C contexts; a row of ``freq_CA`` sums to 2^PRECISION, or to 0 where the context is never used.
+    """Static frequencies of C contexts in T different tables, each once and narrow: decoding is as fast as they stay in the cache.
 
     Attributes:
-        freq_CA: int16, shape (C, ALPHABET).
-        start_CA: int16, exclusive cumulative sums.
-        symbol_CS: int8, shape (C, 2^PRECISION): the symbol of each slot.
+        table_C: int16, each context's table.
+        freq_TA: int16, shape (T, ALPHABET): a row sums to 2^PRECISION, or to 0 where no event has its contexts.
+        start_TA: int16, exclusive cumulative sums.
+        symbol_TS: int8, shape (T, 2^PRECISION): the symbol of each slot.
     """
 
-    freq_CA: np.ndarray
-    start_CA: np.ndarray
-    symbol_CS: np.ndarray
+    table_C: np.ndarray
+    freq_TA: np.ndarray
+    start_TA: np.ndarray
+    symbol_TS: np.ndarray
 
 
 class Stream(NamedTuple):
@@ -123,21 +125,24 @@ def quantise_tables(histogram_CA: np.ndarray) -> np.ndarray:
 
 def make_tables(codes_CA: np.ndarray) -> Tables:
     """Tables from what ``quantise_tables`` gave; whole-number arithmetic, so every machine makes the same."""
-    weight_CA = _WEIGHTS[codes_CA]
-    total_C1 = np.maximum(weight_CA.sum(1, keepdims=True), 1)
-    room_C1 = (1 << PRECISION) - (codes_CA > 0).sum(1, keepdims=True)  # after one slot for each symbol that occurs
-    freq_CA = np.where(codes_CA > 0, 1 + weight_CA * room_C1 // total_C1, 0)
-    used_C = freq_CA.any(1)
-    freq_CA[used_C, freq_CA[used_C].argmax(1)] += (1 << PRECISION) - freq_CA[used_C].sum(1)
-    symbol_CS = np.zeros((len(freq_CA), 1 << PRECISION), np.int8)
-    symbols = np.tile(np.arange(ALPHABET, dtype=np.int8), int(used_C.sum()))
-    symbol_CS[used_C] = np.repeat(symbols, freq_CA[used_C].ravel()).reshape(-1, 1 << PRECISION)
-    start_CA = np.cumsum(freq_CA, axis=1) - freq_CA
-    return Tables(freq_CA.astype(np.int16), start_CA.astype(np.int16), symbol_CS)
+    names, table_C = np.unique(codes_CA.view(f"V{ALPHABET}").ravel(), return_inverse=True)
+    codes_TA = names.view(np.uint8).reshape(-1, ALPHABET)
+    weight_TA = _WEIGHTS[codes_TA]
+    total_T1 = np.maximum(weight_TA.sum(1, keepdims=True), 1)
+    room_T1 = (1 << PRECISION) - (codes_TA > 0).sum(1, keepdims=True)  # after one slot for each symbol that occurs
+    freq_TA = np.where(codes_TA > 0, 1 + weight_TA * room_T1 // total_T1, 0)
+    used_T = freq_TA.any(1)
+    freq_TA[used_T, freq_TA[used_T].argmax(1)] += (1 << PRECISION) - freq_TA[used_T].sum(1)
+    symbol_TS = np.zeros((len(freq_TA), 1 << PRECISION), np.int8)
+    symbols = np.tile(np.arange(ALPHABET, dtype=np.int8), int(used_T.sum()))
+    symbol_TS[used_T] = np.repeat(symbols, freq_TA[used_T].ravel()).reshape(-1, 1 << PRECISION)
+    start_TA = np.cumsum(freq_TA, axis=1) - freq_TA
+    return Tables(table_C.astype(np.int16), freq_TA.astype(np.int16), start_TA.astype(np.int16), symbol_TS)
 
 
-def code_bits(histogram_CA: np.ndarray, freq_CA: np.ndarray) -> np.ndarray:
+def code_bits(histogram_CA: np.ndarray, tables: Tables) -> np.ndarray:
     """Bits that events of a histogram take with given tables, float64, shape (C,); every symbol must have a frequency."""
+    freq_CA = tables.freq_TA[tables.table_C]
     return np.asarray((histogram_CA * (PRECISION - np.log2(np.maximum(freq_CA, 1)))).sum(1))
 
 
@@ -173,8 +178,8 @@ def encode_events(events_X4: np.ndarray, tables: Tables, words: np.ndarray) -> i
             state = (state << take) | (raw & ((1 << take) - 1))
             raw >>= take
             left -= take
-        freq = tables.freq_CA[events_X4[x, 0], events_X4[x, 1]]
-        start = tables.start_CA[events_X4[x, 0], events_X4[x, 1]]
+        table = tables.table_C[events_X4[x, 0]]
+        freq, start = tables.freq_TA[table, events_X4[x, 1]], tables.start_TA[table, events_X4[x, 1]]
         if state >= freq << (32 - PRECISION):
             at -= 1
             words[at] = state & 0xFFFF
@@ -195,9 +200,9 @@ def open_row(stream: Stream, row: int) -> tuple[int, int]:
 @inlined
 def pop_symbol(stream: Stream, tables: Tables, context: int, state: int, at: int) -> tuple[int, int, int]:
     """One symbol off the stream: (symbol, state, next word)."""
-    slot = state & ((1 << PRECISION) - 1)
-    symbol = tables.symbol_CS[context, slot]
-    state = tables.freq_CA[context, symbol] * (state >> PRECISION) + slot - tables.start_CA[context, symbol]
+    table, slot = tables.table_C[context], state & ((1 << PRECISION) - 1)
+    symbol = tables.symbol_TS[table, slot]
+    state = tables.freq_TA[table, symbol] * (state >> PRECISION) + slot - tables.start_TA[table, symbol]
     if state < _LOW:
         state = (state << 16) | stream.words[at]
         at += 1

@@ -222,7 +222,8 @@ def decode_sampled(stream: Stream, rows: np.ndarray, tables: Tables, draws: Draw
         -1, or the first row whose stream does not say what its header says.
     """
     num_columns = len(id_of_rank_V)
-    for row in rows:
+    for which in range(len(rows)):
+        row = int(rows[which])
         state, at = open_row(stream, row)
         end = stream.words_R1[row + 1]
         e = stream.ids_R1[row]
@@ -288,7 +289,8 @@ def decode_sampled(stream: Stream, rows: np.ndarray, tables: Tables, draws: Draw
 def decode_topk(stream: Stream, rows: np.ndarray, tables: Tables, id_of_rank_V: np.ndarray, out: TopKRow) -> int:
     """Fill ``out`` (ids, not ranks, in ``ranks_NK``, by falling level) from some rows of a stream: see ``decode_sampled``."""
     num_columns, k = len(id_of_rank_V), out.ranks_NK.shape[1]
-    for row in rows:
+    for which in range(len(rows)):
+        row = int(rows[which])
         state, at = open_row(stream, row)
         end = stream.words_R1[row + 1]
         for n in range(stream.positions_R1[row], stream.positions_R1[row + 1]):

@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 
-__all__ = ["classes_by_count", "pack_classes", "ranks_of_classes", "unpack_classes"]
+__all__ = ["classes_by_count", "id_bits", "pack_classes", "ranks_of_classes", "unpack_classes"]
 
 _THRESHOLDS = (1, 2, 4, 8, 32)
 
@@ -20,13 +20,17 @@ def classes_by_count(count_V: np.ndarray) -> np.ndarray:
     best_V, best_bits = np.zeros(len(count_V), np.uint8), float(total * np.log2(max(len(count_V), 2)))
     for threshold in _THRESHOLDS:
         class_V = np.where(count_V >= threshold, 1 + np.floor(2 * np.log2(np.maximum(count_V, 1) / threshold)), 0).astype(np.uint8)
-        mass_C, size_C = np.bincount(class_V, count_V), np.bincount(class_V)
-        used_C = mass_C > 0
-        bits = float((mass_C[used_C] * np.log2(total * size_C[used_C] / mass_C[used_C])).sum()) if total else 0.0
-        bits += 8 * len(pack_classes(class_V))
+        bits = id_bits(count_V, class_V) + 8 * len(pack_classes(class_V))
         if bits < best_bits:
             best_V, best_bits = class_V, bits
     return best_V
+
+
+def id_bits(count_V: np.ndarray, class_V: np.ndarray) -> float:
+    """Bits of all ids, one by one, with the frequencies of their classes: what a class map is worth."""
+    mass_C, size_C = np.bincount(class_V, count_V), np.bincount(class_V)
+    used_C = mass_C > 0
+    return float((mass_C[used_C] * np.log2(count_V.sum() * size_C[used_C] / mass_C[used_C])).sum())
 
 
 def ranks_of_classes(class_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ from kd_core.fingerprint import fingerprint
 from kd_core.row_keys import about_hidden_states, about_soft_labels, soft_label_key
 from kd_core.row_schemas import CODEC_MODEL, HIDDEN_STATE_SCHEMA, SOFT_LABEL_SCHEMA
 from kd_core.shard_work import Packed, work_in_shards
-from kd_core.shards import RowCache, Snapshot
+from kd_core.shards import RowCache, Shard, Snapshot
 from kd_core.softlabels.capture import ScoredRow, score_rows
 from kd_core.softlabels.codec import encode_rows
 from kd_core.softlabels.hidden import HiddenRow, capture_hidden, encode_states
@@ -142,15 +142,31 @@ def soft_labels_stage(job: Job) -> dict[str, Any]:
         of = dict(shard)
         return [(of[scored.key], scored) for scored in found.scored]
 
-    snapshot, computed = capture.run(compute, _pack_soft_labels)
+    models = list[bytes]()  # the last one: a shard goes on with it while it serves
+
+    def pack(found: Sequence[tuple[_CuratedRow, ScoredRow]]) -> Packed:
+        if not found:  # the teacher failed on every row of the shard
+            return Packed(SOFT_LABEL_SCHEMA.empty_table(), 0)
+        packed = _pack_soft_labels(found, models[-1] if models else _model_at_hand(cache))
+        models[:] = [packed.metadata[CODEC_MODEL]]
+        return packed
+
+    snapshot, computed = capture.run(compute, pack)
     return capture.finish(snapshot, computed, allowed=policy.max_refused_rows)
 
 
-def _pack_soft_labels(found: Sequence[tuple[_CuratedRow, ScoredRow]]) -> Packed:
-    if not found:  # the teacher failed on every row of the shard
-        return Packed(SOFT_LABEL_SCHEMA.empty_table(), 0)
+def _model_at_hand(cache: RowCache) -> bytes:
+    """The codec's model of a shard that is committed; b"" if there is none."""
+    read = cache.store.get_range
+    first = next((commit for commit in cache.snapshot().commits if commit.ranges), None)
+    if first is None:
+        return b""
+    return Shard(cache, first, lambda key, part: read(key, part.start, part.length)).metadata.get(CODEC_MODEL, b"")
+
+
+def _pack_soft_labels(found: Sequence[tuple[_CuratedRow, ScoredRow]], known: bytes) -> Packed:
     labels = [np.array(row.tokens.ids[row.tokens.first_supervised :], np.int64) for row, _ in found]
-    model, blobs = encode_rows([scored.targets for _, scored in found], labels)
+    model, blobs = encode_rows([scored.targets for _, scored in found], labels, known)
     rows = []
     for (row, scored), blob in zip(found, blobs, strict=True):
         gold, entropy = scored.targets.common.gold_logprob_N, scored.targets.common.entropy_N

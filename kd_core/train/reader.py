@@ -101,7 +101,7 @@ class ShardGroups:
         ]
         self._groups: list[tuple[Shard, int]] = []
         self._first: dict[str, tuple[int, np.ndarray]] = {}  # shard -> its first group, and where each of its groups begins
-        self._models: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # one a shard, while a group needs it
+        self._models: weakref.WeakValueDictionary[bytes, Any] = weakref.WeakValueDictionary()  # while a group needs it
         for shard in shards:
             sizes = [part.num_rows for part in shard.commit.ranges[:-1]] or [len(shard.commit.keys)]
             self._first[shard.commit.sha256] = (len(self._groups), np.cumsum([0, *sizes]))
@@ -123,12 +123,12 @@ class ShardGroups:
     def load(self, number: int) -> Group:
         """One row group, verified."""
         shard, index = self._groups[number]
-        sha256 = shard.commit.sha256
         if not shard.commit.ranges:  # written before ranges were recorded: whole, and without a model
             return Group.of(self._cache.read_shard(shard.commit), parse_model(b""))
-        model, packed = self._models.get(sha256), shard.metadata.get(CODEC_MODEL, b"")
+        packed = shard.metadata.get(CODEC_MODEL, b"")
+        model = self._models.get(packed)
         if model is None and packed:  # whichever thread was first: rows of one model are decoded together
-            model = self._models.setdefault(sha256, parse_model(packed))
+            model = self._models.setdefault(packed, parse_model(packed))
         return Group.of(shard.group(index), model)
 
 

@@ -25,6 +25,7 @@ from kd_core.softlabels import (
     make_targets,
     parse_model,
 )
+from kd_core.softlabels.codec import decode_mixed_rows
 from kd_core.softlabels.targets import split
 
 Rows = tuple[list[Targets], list[np.ndarray]]
@@ -287,3 +288,41 @@ def test_top_128_takes_half_of_what_others_take() -> None:
     found = decode_rows(parse_model(model), blobs, labels)
     check(concatenate(rows), found)
     assert (len(model) + sum(map(len, blobs))) / len(gold) <= 172
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [Sampled(kind="sampled", num_draws=25, temperature=1.0), TopK(kind="topk", k=16, temperatures=(1.0, 2.0))],
+    ids=lambda p: p.kind,
+)
+def test_a_model_serves_shards_that_are_like_the_first(policy: SoftLabels) -> None:
+    """A reader then decodes rows of both in one call; a shard of another kind, or of other statistics, gets its own."""
+    first, other, peaked = (
+        example(policy, lengths=[200] * 4, columns=900, seed=seed, scale=scale) for seed, scale in ((0, 3.0), (1, 3.0), (2, 12.0))
+    )
+    model, blobs = encode_rows(*first)
+    same, more = encode_rows(*other, known=model)
+    assert same == model
+    check(concatenate([*other[0], *first[0]]), decode_rows(parse_model(model), [*more, *blobs], [*other[1], *first[1]]))
+    assert sum(map(len, more)) <= 1.03 * (sum(map(len, encode_rows(*other)[1])) + len(model))
+    own, _ = encode_rows(*peaked, known=model)
+    assert own == encode_rows(*peaked)[0] != model
+    dense = example(Dense(kind="dense"))
+    assert encode_rows(*dense, known=model) == encode_rows(*dense)
+
+
+def test_rows_of_several_models_come_back_in_the_order_asked() -> None:
+    policy = Sampled(kind="sampled", num_draws=25, temperature=1.0)
+    shards = [example(policy, lengths=[3, 0, 7], columns=300, seed=seed, scale=scale) for seed, scale in ((0, 1.0), (1, 8.0))]
+    coded = [encode_rows(*shard) for shard in shards]
+    order = [(1, 2), (0, 0), (0, 2), (1, 1), (1, 0)]
+    found = decode_mixed_rows(
+        [parse_model(model) for model, _ in coded],
+        np.array([m for m, _ in order]),
+        [coded[m][1][row] for m, row in order],
+        [shards[m][1][row] for m, row in order],
+    )
+    check(concatenate([shards[m][0][row] for m, row in order]), found)
+    other = encode_rows(*example(Sampled(kind="sampled", num_draws=9, temperature=1.0), columns=300))
+    with pytest.raises(SoftLabelError, match="different kinds"):
+        decode_mixed_rows([parse_model(coded[0][0]), parse_model(other[0])], np.zeros(3, np.int64), coded[0][1], shards[0][1])
