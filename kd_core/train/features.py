@@ -86,7 +86,7 @@ class LiveTeacher:
     """The teacher beside the student, in eval mode and without gradients."""
 
     def __init__(self, loaded: LoadedModel, features: Features, pairs: Sequence[BlockPair]) -> None:
-        """Take a teacher on the device of training.
+        """Take a teacher on any device.
 
         Raises:
             TeacherError: it is not in a state to be trusted.
@@ -103,6 +103,8 @@ class LiveTeacher:
     @torch.no_grad()
     def read(self, numbers: Sequence[int], rows: Sequence[TokenRow], batch: MicroBatch) -> TeacherFeatures:
         """Run the teacher over the batch as it lies."""
+        if self._model.device != batch.labels_N.device:
+            self._model.to(batch.labels_N.device)  # of this rank, which is known only now
         packed = "documents" in batch.inputs
         with isolated_documents(self._model) if packed else contextlib.nullcontext(), module_outputs(self._places) as outputs:
             self._model.get_decoder()(**batch.inputs)
