@@ -15,6 +15,7 @@ from benchmarks.reading import open_rows, soft_label_table, training_batches
 from benchmarks.workloads import sampled_rows, synthetic_teacher, token_rows
 from kd_core.recipe import Sampled
 from kd_core.row_keys import soft_label_key
+from kd_core.row_schemas import CODEC_MODEL
 from kd_core.shard_work import Packed, work_in_shards
 from kd_core.shards import RowCache
 from kd_core.softlabels.capture import score_rows
@@ -60,10 +61,12 @@ def _capture(num_rows: int, directory: Path) -> None:
     torch.set_num_threads(1)
     teacher = synthetic_teacher(num_layers=1, hidden_size=64, num_columns=_COLUMNS)
     policy = Sampled(kind="sampled", num_draws=25, temperature=1.0)
+    models = [b""]
 
     def compute(shard: list[tuple[str, TokenRow]]) -> Packed:
         scored = score_rows(teacher, shard, policy=policy, micro_batch_tokens=1024).scored
-        table, metadata = soft_label_table(shard, [row.targets for row in scored])
+        table, metadata = soft_label_table(shard, [row.targets for row in scored], models[-1])
+        models[:] = [metadata[CODEC_MODEL]]
         return Packed(table, sum(row.num_supervised for _, row in shard), metadata)
 
     cache = RowCache(LocalStore(directory), "soft_labels", _NAMESPACE)
@@ -72,10 +75,11 @@ def _capture(num_rows: int, directory: Path) -> None:
 
 def _write(num_rows: int, directory: Path) -> None:
     cache = RowCache(LocalStore(directory), "soft_labels", _NAMESPACE)
-    keyed = list(_keyed(num_rows))
+    keyed, model = list(_keyed(num_rows)), b""
     for start in range(0, num_rows, _READ_SHARD_ROWS):
         part = keyed[start : start + _READ_SHARD_ROWS]
-        table, metadata = soft_label_table(part, sampled_rows([row for _, row in part], num_columns=_COLUMNS))
+        table, metadata = soft_label_table(part, sampled_rows([row for _, row in part], num_columns=_COLUMNS), model)
+        model = metadata[CODEC_MODEL]
         cache.commit(table, num_tokens=sum(row.num_supervised for _, row in part), metadata=metadata)
 
 
