@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from kd_core.doctor import Finding, batches, divergence, examine, labels, machine, models, subject, vocabulary
+from kd_core.doctor import Finding, batches, divergence, examine, labels, machine, models, subject, trimming, vocabulary
 from kd_core.progress import Tick, silent
 from kd_core.recipe import Recipe
 from kd_core.recipe_io import load_recipe
@@ -39,11 +41,20 @@ POLICIES = {
     "dense": "soft_labels={kind: dense}",
 }
 LABEL_CHECKS = ["teacher_as_student", "alignment", "largest_ids", "cached_soft_labels", "mass_outside"]
-OWN_CHECKS = ["tokenizers", "supervision", "end_token", "truncated_answers", "model_modes", "tied_head", "hidden_states"]
+OWN_CHECKS = [
+    "tokenizers",
+    "supervision",
+    "end_token",
+    "truncated_answers",
+    "model_modes",
+    "tied_head",
+    "hidden_states",
+    "trimmed_vocabulary",
+]
 BATCH_CHECKS = ["slope", "objective", "batch_split", "padding", "packing", "half_precision"]
 ALL = ["packages", "device", "compared_models", "models", *OWN_CHECKS, *LABEL_CHECKS, *BATCH_CHECKS]
 BEFORE_A_RUN = {"cached_soft_labels", "truncated_answers"}
-NOT_ASKED_FOR = {"hidden_states", "half_precision"}
+NOT_ASKED_FOR = {"hidden_states", "trimmed_vocabulary", "half_precision"}
 HARD = ("objective={supervision: hard}", "evaluation.compare=[baseline]")
 
 
@@ -570,3 +581,52 @@ def test_a_recipe_without_soft_labels_says_so(sums, store: LocalStore) -> None:
     assert not failed(found)
     assert found["alignment"] == Finding("alignment", "skipped", "the recipe keeps no soft labels")
     assert found["batch_split"].status == "ok"
+
+
+# ------------------------------------------------------------------------------------------- a trimmed vocabulary
+
+
+@pytest.fixture
+def trimmed(sums, bpe_tokenizer, tmp_path: Path) -> Recipe:
+    """A teacher of 420 tokens, and a student of its own blocks that keeps what its data uses."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=420, initializer_range=0.5, bos_token_id=None, eos_token_id=0, pad_token_id=0, **sizes)
+    teacher = pretrained(tmp_path, LoadedModel(LlamaForCausalLM(config), bpe_tokenizer, 420))
+    return sums(teacher, "student={kind: from_teacher, vocabulary: {keep: data}}")
+
+
+def test_a_trimmed_vocabulary_is_examined_on_these_rows(trimmed: Recipe, store: LocalStore) -> None:
+    found = by_name(examine(trimmed, store))
+    assert not failed(found), found
+    assert "of 420 tokens are kept for these rows" in found["trimmed_vocabulary"].detail
+    assert "of the teacher's probability" in found["trimmed_vocabulary"].detail
+
+
+@pytest.mark.parametrize("trap", ["rows", "merges"])
+def test_a_vocabulary_that_was_trimmed_wrongly_is_found(
+    trap: str, trimmed: Recipe, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole_model, whole_tokenizer = trimming.trim_model, trimming.trim_tokenizer
+
+    def rolled(model: Any, token_map: Any) -> Any:
+        cut = whole_model(model, token_map)
+        cut.lm_head.weight.data = cut.lm_head.weight.data.roll(1, 0)
+        return cut
+
+    def spelt_out(tokenizer: Any, token_map: Any) -> Any:
+        cut = whole_tokenizer(tokenizer, token_map)
+        state = json.loads(cut.backend_tokenizer.to_str())
+        state["pre_tokenizer"]["add_prefix_space"] = True
+        cut._tokenizer = Tokenizer.from_str(json.dumps(state))
+        return cut
+
+    if trap == "rows":
+        monkeypatch.setattr(trimming, "trim_model", rolled)
+    else:
+        monkeypatch.setattr(trimming, "trim_tokenizer", spelt_out)
+    found = by_name(examine(trimmed, store))
+    assert failed(found) == {"trimmed_vocabulary"}
+    assert {"rows": "away from the whole student's", "merges": "as other tokens than the whole one"}[trap] in found[
+        "trimmed_vocabulary"
+    ].detail

@@ -4,12 +4,13 @@
 ``collate``, the objective) and compares what must be equal: the teacher with itself, a batch with its parts, the cache
 with the live teacher, one tokenizer with the other. Nothing is written, nothing is trained, nothing is fixed.
 
-One module a theme: ``machine``, ``vocabulary``, ``models``, ``labels``, ``divergence``, ``batches``; ``subject`` is what they examine.
+One module a theme: ``machine``, ``vocabulary``, ``trimming``, ``models``, ``labels``, ``divergence``, ``batches``; ``subject`` is what
+they examine.
 """
 
 from collections.abc import Callable
 
-from kd_core.doctor import batches, divergence, labels, machine, models, vocabulary
+from kd_core.doctor import batches, divergence, labels, machine, models, trimming, vocabulary
 from kd_core.doctor.findings import Finding, finding
 from kd_core.doctor.subject import Subject, admit
 from kd_core.progress import Tick, Ticker, silent
@@ -26,6 +27,7 @@ _CHECKS: dict[str, Callable[[Subject], str]] = {
     "model_modes": models.check_modes,
     "tied_head": models.check_tied_head,
     "hidden_states": models.check_hidden_states,
+    "trimmed_vocabulary": trimming.check_trimmed_vocabulary,
     "teacher_as_student": labels.check_teacher_as_student,
     "alignment": labels.check_alignment,
     "largest_ids": labels.check_largest_ids,

@@ -117,7 +117,9 @@ def _add_training(build: _Builder, recipe: Recipe, arm: Arm, seed: int) -> None:
     features = recipe.objective.features
     objective = recipe.arm(arm).objective.model_dump(mode="json")
     soft = objective["supervision"] == "soft"
-    identity: dict[str, Any] = {
+    if soft and recipe.student.vocabulary is not None:
+        objective["least_kept_mass"] = recipe.student.vocabulary.least_kept_mass  # a condition on its soft part
+    identity = {
         "student": _student_identity(recipe),
         "objective": objective if soft else {"supervision": objective["supervision"]},
         "training": recipe.training.model_dump(mode="json"),
@@ -126,8 +128,6 @@ def _add_training(build: _Builder, recipe: Recipe, arm: Arm, seed: int) -> None:
     upstream = {"curate": "curate", "teacher": "teacher"}
     if recipe.student.vocabulary is not None:
         upstream["vocabulary"] = "vocabulary"
-        if soft:
-            identity["least_kept_mass"] = recipe.student.vocabulary.least_kept_mass
     if soft or (arm == "ablation_hard" and recipe.soft_labels is not None and recipe.soft_labels.max_refused_rows > 0):
         upstream["soft_labels"] = "soft_labels"  # the ablation learns from the same rows: those the teacher did not fail on
     if soft and isinstance(features, HiddenStateFeatures) and features.source == "cached":
