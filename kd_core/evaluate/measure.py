@@ -129,14 +129,15 @@ def _score(
     """Fill nll_sum, kl_sum, agreement_sum and tokens for items with a worked gold answer; return the tokens scored."""
     picked = [i for i, item in enumerate(items) if item["gold"]]
     rows = [_gold_row(loaded, items[i], task) for i in picked]
-    columns_S = None if teacher is None else _shared_columns(loaded, teacher)
+    comparable, full_ids_S = _shared_ids(loaded, teacher)
     for part in token_batches(rows, budget_tokens):
         chosen = [rows[j] for j in part]
         batch = collate([(row.ids, row.first_supervised) for row in chosen]).to(loaded.device)
         log_q_NV = _logprobs(loaded, batch)
         log_p_NV = log_q_NV if teacher is loaded else None
-        if teacher is not None and teacher is not loaded and columns_S is not None:
-            log_p_NV = _logprobs(teacher, _as_read_by_teacher(batch, loaded), columns_S)
+        if teacher is not None and teacher is not loaded and comparable:
+            same_text = batch if full_ids_S is None else replace(batch, ids_BT=full_ids_S[batch.ids_BT])
+            log_p_NV = _logprobs(teacher, same_text, full_ids_S)
         start = 0
         for j, row in zip(part, chosen, strict=True):
             span = slice(start, start + row.num_supervised)
@@ -164,17 +165,11 @@ def _logprobs(loaded: LoadedModel, batch: Batch, columns_S: Tensor | None = None
     return torch.log_softmax(logits_NV if columns_S is None else logits_NV[:, columns_S], -1)
 
 
-def _shared_columns(loaded: LoadedModel, teacher: LoadedModel) -> Tensor | None:
-    """The teacher's columns that a model has too, in the model's order; None where the two have different tokenizers."""
-    if loaded.token_map is None:
-        return torch.arange(teacher.num_columns, device=teacher.device) if teacher.num_columns == loaded.num_columns else None
-    if loaded.token_map.source != tokenizer_identity(teacher.tokenizer)["vocabulary"]:
-        return None
-    return torch.from_numpy(loaded.token_map.full_ids).to(teacher.device)
-
-
-def _as_read_by_teacher(batch: Batch, loaded: LoadedModel) -> Batch:
-    """The same pieces of text in the teacher's ids; labels and masks stay."""
-    if loaded.token_map is None:
-        return batch
-    return replace(batch, ids_BT=torch.from_numpy(loaded.token_map.full_ids).to(batch.ids_BT.device)[batch.ids_BT])
+def _shared_ids(loaded: LoadedModel, teacher: LoadedModel | None) -> tuple[bool, Tensor | None]:
+    """Whether a model's ids are among the teacher's, and the teacher's id of each; None where they are the same."""
+    if teacher is None:
+        return False, None
+    token_map = loaded.token_map
+    if token_map is not None and token_map.source == tokenizer_identity(teacher.tokenizer)["vocabulary"]:
+        return True, torch.from_numpy(token_map.full_ids).to(teacher.device)
+    return teacher.num_columns == loaded.num_columns, None

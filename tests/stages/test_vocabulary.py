@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from kd_core.artifacts import Record, find, materialize
 from kd_core.errors import TrainingError
 from kd_core.evaluate.measure import measure
+from kd_core.plan import make_plan
 from kd_core.progress import silent
 from kd_core.recipe import Recipe
 from kd_core.recipe_io import load_recipe
-from kd_core.stages.graph import build_graph, walk
+from kd_core.stages.graph import build_graph, open_node, walk
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore
 from kd_core.student.describe import describe, trimmed_tokens
 from kd_core.teacher.models import load_directory, load_tokenizer
-from kd_core.token_map import read_token_map
+from kd_core.token_map import TokenMap, read_token_map
 from kd_core.tokens import encode_gold, encode_prompt
 from kd_core.train.history import logged_metrics
 
@@ -80,6 +81,14 @@ def ran(overrides: list[str]) -> Ran:
         run_node(recipe, node.name, store=store, tick=silent, extra={"publish": lambda job: {}})
     records = {name: find(store, node.stage, node.fingerprint) for name, node in build_graph(recipe, store).items()}
     return Ran(recipe, store, {name: record for name, record in records.items() if record is not None}, overrides)
+
+
+def record_of(ran: Ran, overrides: list[str], *names: str) -> Record:
+    """The last of some nodes of a changed recipe, computed in the same store."""
+    recipe = load_recipe(str(QUICKSTART), [*ran.overrides, *overrides])
+    for name in names:
+        run_node(recipe, name, store=ran.store, tick=silent, extra={})
+    return open_node(ran.store, build_graph(recipe, ran.store)[names[-1]])
 
 
 def model_of(ran: Ran, node: str, to: Path) -> Path:
@@ -165,18 +174,49 @@ def test_it_is_described_before_and_after(ran: Ran, kd) -> None:
     assert "upper bounds" in kd("student", "describe", QUICKSTART, *words, "--set", "student.vocabulary.num_common=1").out
 
 
+def test_a_pretrained_student_under_adapters_and_dense_labels(ran: Ran, tmp_path: Path) -> None:
+    """Adapters leave the embeddings alone: they are the kept rows of the whole model's. Dense labels are the conditional distribution."""
+    model = load_recipe(str(QUICKSTART), ran.overrides).teacher.model  # type: ignore[union-attr]
+    student = {"kind": "pretrained", "model": model, "adapter": {"kind": "lora", "rank": 2, "alpha": 4}, "vocabulary": {"keep": "data"}}
+    changed = [f"student={json.dumps(student)}", "student.vocabulary.least_kept_mass=0.2", "soft_labels={kind: dense}"]
+    trained = record_of(ran, [*changed, "objective.temperature=1.0"], "soft_labels", "vocabulary", "student.0")
+    path = materialize(ran.store, trained, tmp_path) / "model"
+    written, token_map = AutoModelForCausalLM.from_pretrained(path), read_token_map(path)
+    assert token_map is not None
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    kept_S = torch.from_numpy(token_map.full_ids)
+    assert torch.equal(written.model.embed_tokens.weight, whole.model.embed_tokens.weight[kept_S])
+    assert not torch.equal(written.model.layers[0].self_attn.q_proj.weight, whole.model.layers[0].self_attn.q_proj.weight)
+    first = logged_metrics(ran.store, trained)[0]
+    assert first["soft"] == pytest.approx(0.0, abs=1e-5), "the student is the teacher, given that the token is a kept one"
+
+
+def test_a_student_from_a_config_has_the_small_tokenizers_size(ran: Ran) -> None:
+    architecture = {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "intermediate_size": 16, "max_positions": 128}
+    student = {"kind": "config", "architecture": architecture, "vocabulary": STUDENT["vocabulary"]}
+    overrides = [f"student={json.dumps(student)}"]
+    trained = record_of(ran, overrides, "student.0")
+    recipe = load_recipe(str(QUICKSTART), [*ran.overrides, *overrides])
+    tokens = ran.records["vocabulary"].summary["tokens"]
+    assert trained.upstream["vocabulary"] == ran.records["vocabulary"].fingerprint, "one vocabulary for students of any kind"
+    assert trained.summary["vocabulary"]["tokens"] == tokens
+    assert trained.summary["parameters"] == describe(recipe, kept_tokens=tokens).student.parameters
+    plan = {stage.name: stage for stage in make_plan(recipe, ran.store).stages}
+    assert plan["vocabulary"].status == "hit"
+    assert plan["student"].bytes == 0
+    more = load_recipe(str(QUICKSTART), [*ran.overrides, *overrides, "student.vocabulary.num_common=3"])
+    missing = {stage.name: stage for stage in make_plan(more, ran.store).stages}
+    assert (missing["vocabulary"].status, missing["student"].bytes) == ("miss", None)
+    assert 0.0 < (missing["vocabulary"].seconds or 0.0) < 60.0
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_inner_states_are_compared_on_the_same_text(ran: Ran, cached: bool) -> None:
     """The teacher's own blocks as the student: with the teacher reading its own ids there is nothing to learn at the first step."""
     features = {"kind": "hidden_states", "source": "cached"} if cached else {"kind": "relations", "num_heads": 2}
     student = json.dumps({**STUDENT, "last_blocks": None})
     changed = [f"objective.features={json.dumps(features)}", f"student={student}", "hidden_states={blocks: [0, 1]}"]
-    recipe = load_recipe(str(QUICKSTART), [*ran.overrides, *changed])
-    for name in ("hidden_states", "student.0"):
-        run_node(recipe, name, store=ran.store, tick=silent, extra={})
-    node = build_graph(recipe, ran.store)["student.0"]
-    record = find(ran.store, node.stage, node.fingerprint)
-    assert record is not None
+    record = record_of(ran, changed, "hidden_states", "student.0")
     first = logged_metrics(ran.store, record)[0]
     assert record.summary["feature_blocks"] == [[0, 0], [1, 1]]
     assert cached or abs(first["feature"]) < 1e-6
@@ -195,7 +235,7 @@ def test_losses_are_of_the_same_text_and_distances_over_shared_tokens(ran: Ran, 
     theirs, ours = (encode_gold(model.tokenizer, item["gold"]) for model in (teacher, student))
     assert len(ours) > len(theirs)
 
-    def scored(model: Any) -> dict[str, Any]:
+    def scored(model: Any, teacher: Any = teacher) -> dict[str, Any]:
         found = measure(
             model,
             {"suite": pa.Table.from_pylist([item])},
@@ -228,6 +268,9 @@ def test_losses_are_of_the_same_text_and_distances_over_shared_tokens(ran: Ran, 
     assert found["agreement_sum"] == pytest.approx(agreed * len(theirs))
     own = scored(teacher)
     assert (own["tokens"], own["kl_sum"], own["agreement_sum"]) == (len(theirs), 0.0, len(theirs))
+    heir = scored(student, teacher=replace(student, token_map=None))  # a champion beside a teacher that it once was
+    assert (heir["tokens"], heir["kl_sum"], heir["agreement_sum"]) == (len(ours), 0.0, len(ours))
+    assert scored(replace(student, token_map=TokenMap((0, 1), 5, "another")))["kl_sum"] is None
 
 
 # ---------------------------------------------------------------------------------------------- exported
@@ -247,6 +290,7 @@ print(json.dumps({"columns": model.config.vocab_size, "said": said.tolist()}))
 """
 
 
+@pytest.mark.slow
 def test_the_export_loads_in_a_process_without_this_project(ran: Ran, kd, tmp_path: Path) -> None:
     words = [word for override in ran.overrides for word in ("--set", override)]
     called = kd("export", QUICKSTART, "--out", tmp_path / "student", *words)
