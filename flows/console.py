@@ -70,7 +70,7 @@ class Display:
             if self.bar is None:
                 self.bar = self.progress.add_task(f"{self.name:<15}", total=tick.total, rate="", note="")
             self.progress.update(self.bar, completed=tick.done, total=tick.total, rate=speed, note=tick.note)
-        elif now - self.printed > _SECONDS_BETWEEN_LINES and tick.done < tick.total:
+        elif now - self.printed > _SECONDS_BETWEEN_LINES and self.first < tick.done < tick.total:
             self.printed = now
             left = (tick.total - tick.done) / rate if rate > 0 else 0.0
             self.console.print(

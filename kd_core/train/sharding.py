@@ -26,7 +26,7 @@ def shall_shard(run: Run, num_ranks: int) -> bool:
     """Whether weights are sliced: ``run.shard_weights`` or the launcher asks for it, and there is more than one rank.
 
     Raises:
-        TrainingError: the launcher asks for a kind of FSDP that is not done here.
+        TrainingError: the launcher asks for a kind of FSDP that is not done here, or ``run.compile`` is on.
     """
     asked = {name: os.environ.get(name, "false").lower() for name in ("ACCELERATE_USE_FSDP", *_REFUSED)}
     by_launcher = asked["ACCELERATE_USE_FSDP"] == "true"
@@ -36,6 +36,8 @@ def shall_shard(run: Run, num_ranks: int) -> bool:
         for name, instead in _REFUSED.items():
             if asked[name] == "true":
                 raise TrainingError(f"launched with {name}=true, which is not done here; {instead}")
+    if (run.shard_weights or by_launcher) and run.compile:
+        raise TrainingError("run.compile with sliced weights: not known to give the same numbers; use one of the two")
     return (run.shard_weights or by_launcher) and num_ranks > 1
 
 

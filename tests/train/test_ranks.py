@@ -138,6 +138,8 @@ def test_a_launcher_may_ask_for_slices_and_what_is_not_done_here_is_refused(monk
         shall_shard(Run(), 2)
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert shall_shard(Run(), 2)
+    with pytest.raises(TrainingError, match=r"run\.compile with sliced weights"):
+        shall_shard(Run(compile=True), 2)
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
     with pytest.raises(TrainingError, match="FSDP_OFFLOAD_PARAMS=true, which is not done here"):
         shall_shard(Run(), 2)
