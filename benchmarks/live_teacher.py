@@ -33,13 +33,14 @@ _PEER = "TRL 1.16 GKD trainer, lambda 0, live teacher"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Blocks of both models, rows of a step, steps of a run and how often both sides run in turn."""
+    """Blocks of both models, rows of a step, steps of a run, how often both sides run in turn, and whether memory is measured too."""
 
     student_blocks: int
     teacher_blocks: int
     num_rows: int
     steps: int
     repeats: int
+    memory: bool
 
 
 def _model(num_blocks: int) -> LoadedModel:
@@ -101,18 +102,24 @@ def run(sizes: Sizes) -> list[Figure]:
                 )
                 taken["peer"].append(theirs.seconds)
                 losses["peer"] = theirs.first_loss
-        fork_server("benchmarks.live_teacher")
-        memory = peak_memory(ours_once, sizes, scratch)
-        their_memory = None if reason is not None else peak_memory(peer_once, sizes, scratch)
+        memory = _peaks(sizes, scratch, with_peer=reason is None) if sizes.memory else None
     peer = _PEER if reason is None else f"{_PEER}: {reason}"
     mine, theirs_timing = timing(taken["ours"]), timing(taken["peer"]) if taken["peer"] else None
     seconds_check, memory_check = _checks(losses, mine, theirs_timing, teacher.num_parameters / student.num_parameters)
     goal = times_better(1.0 + teacher.num_parameters / (3 * student.num_parameters))
     value = None if theirs_timing is None else theirs_timing.process
-    return [
-        figure(name, mine.process, "s", seconds_check, less_is_better=True, peer=peer, peer_value=value, goal=goal),
-        figure(f"peak memory of a {name}", memory, "MB", memory_check, less_is_better=True, peer=peer, peer_value=their_memory),
-    ]
+    found = [figure(name, mine.process, "s", seconds_check, less_is_better=True, peer=peer, peer_value=value, goal=goal)]
+    if memory is not None:
+        mine_mb, theirs_mb = memory
+        name = f"peak memory of a {name}"
+        found.append(figure(name, mine_mb, "MB", memory_check, less_is_better=True, peer=peer, peer_value=theirs_mb))
+    return found
+
+
+def _peaks(sizes: Sizes, scratch: Path, *, with_peer: bool) -> tuple[float, float | None]:
+    """MB of a process of ours, and of one of the peer."""
+    fork_server("benchmarks.live_teacher")
+    return peak_memory(ours_once, sizes, scratch), peak_memory(peer_once, sizes, scratch) if with_peer else None
 
 
 def _checks(losses: dict[str, float], ours: Timing, peer: Timing | None, ratio: float) -> tuple[Check, Check]:

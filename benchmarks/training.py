@@ -30,8 +30,8 @@ _COLUMNS = 49_152
 _HARD = Objective(supervision="hard")
 _SOFT = Objective(supervision="soft", hard_weight=0.5, soft_weight=0.5)
 _TOLERANCE = 1e-5
-_LIVE = live_teacher.Sizes(student_blocks=10, teacher_blocks=30, num_rows=8, steps=3, repeats=3)
-_LIVE_QUICK = live_teacher.Sizes(student_blocks=2, teacher_blocks=6, num_rows=2, steps=2, repeats=1)
+_LIVE = live_teacher.Sizes(student_blocks=10, teacher_blocks=30, num_rows=8, steps=3, repeats=3, memory=True)
+_LIVE_QUICK = live_teacher.Sizes(student_blocks=1, teacher_blocks=3, num_rows=2, steps=2, repeats=1, memory=False)
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,14 @@ def run(*, quick: bool) -> list[Figure]:
     """All figures of this module."""
     torch.set_num_threads(1)
     if quick:
-        return [*_compare(2, batch_rows=2, steps=3, repeats=2), *live_teacher.run(_LIVE_QUICK)]
+        return [*_compare(1, batch_rows=2, steps=2, repeats=1), *live_teacher.run(_LIVE_QUICK)]
     steps = [*_compare(4, batch_rows=8, steps=8, repeats=5), *_compare(30, batch_rows=8, steps=4, repeats=3)]
     return [*steps, *live_teacher.run(_LIVE)]
 
 
 def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list and nothing else.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="A shallow student, few steps; under a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A shallow student, few steps, no memory; under 50 seconds.")] = False,
 ) -> None:
     """Measure what soft labels add to a training step, in this process, now."""
     show([*machine(), *run(quick=quick)], as_json=as_json)
