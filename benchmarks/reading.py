@@ -197,14 +197,14 @@ def _compare(content: _Content, place: Bucket, scratch: Path, *, shard_rows: int
     order = [picked[i : i + _BATCH].tolist() for i in range(0, object_rows, _BATCH)]
     chunks = Bucket(place.endpoint, place.bucket, "litdata")
     reason = raw_arrays.litdata_why_not()
-    if reason is None:
-        raw_arrays.write_litdata(chunks, samples, scratch / "litdata")
+    chunk_bytes = raw_arrays.write_litdata(chunks, samples, scratch / "litdata") if reason is None else None
 
     def litdata() -> Iterator[dict[str, torch.Tensor]]:
         copies = fresh()
         yield from raw_arrays.litdata_batches(chunks, _BATCH, copies)
         shutil.rmtree(copies, ignore_errors=True)
 
+    figures = [_fetched_bytes(store, chunk_bytes, num_rows)]
     sides = {
         "boto3, one object a sample": (object_rows, lambda: raw_arrays.one_object_batches(place, order, threads=1)),
         "boto3, one object a sample, 16 at a time": (object_rows, lambda: raw_arrays.one_object_batches(place, order, threads=16)),
@@ -214,7 +214,6 @@ def _compare(content: _Content, place: Bucket, scratch: Path, *, shard_rows: int
     mine, *theirs = in_turn(lambda: _drain(ours()), *(lambda side=side: _drain(side[1]()) for side in sides.values()), repeats=repeats)
     truth = {n: _digest(iter([from_arrays(samples[:n])])) for n in (num_rows, object_rows)}
     found = _digest(ours())
-    figures = []
     for (peer, (count, side)), seconds in zip(sides.items(), theirs, strict=True):
         same = _same(found, truth[num_rows]) and _same(_digest(side()), truth[count])
         text = f"same content on both sides: {same}; {num_rows:,} rows, the peer {count:,}; cold; {timings(mine, seconds)}"
@@ -223,6 +222,15 @@ def _compare(content: _Content, place: Bucket, scratch: Path, *, shard_rows: int
     if reason is not None:
         figures.append(_reading(num_rows / mine.wall, Check(f"{num_rows:,} rows"), f"litdata: {reason}", None, 2))
     return figures
+
+
+def _fetched_bytes(store: Store, litdata: int | None, num_rows: int) -> Figure:
+    """What a link carries for a sequence: on one slower than this machine's memory, it is the rate."""
+    ours = sum(info.size_bytes for info in store.list("rows/")) / num_rows
+    theirs = None if litdata is None else litdata / num_rows
+    text = f"all objects of {num_rows:,} rows, metadata included; the peer's arrays are int32 and float32, uncompressed"
+    name, peer = "cache -> training tensors, bytes fetched", f"litdata {raw_arrays.LITDATA}, raw arrays"
+    return figure(name, ours, "B/sequence", Check(text), less_is_better=True, peer=peer, peer_value=theirs)
 
 
 def _reading(ours: float, check: Check, peer: str, value: float | None, goal: float | None) -> Figure:

@@ -132,8 +132,8 @@ def litdata_why_not() -> str | None:
     )
 
 
-def write_litdata(place: Bucket, samples: Sequence[Sample], scratch: Path) -> None:
-    """Chunks of 64 MB at most and their index, sent to the bucket."""
+def write_litdata(place: Bucket, samples: Sequence[Sample], scratch: Path) -> int:
+    """Chunks of 64 MB at most and their index, sent to the bucket; returns their bytes."""
     from litdata.streaming.cache import Cache
 
     scratch.mkdir()
@@ -145,6 +145,7 @@ def write_litdata(place: Bucket, samples: Sequence[Sample], scratch: Path) -> No
     client = place.client()
     for path in sorted(scratch.iterdir()):
         client.upload_file(str(path), place.bucket, f"{place.prefix}/{path.name}")
+    return sum(path.stat().st_size for path in scratch.iterdir())
 
 
 def litdata_batches(place: Bucket, batch_rows: int, scratch: Path) -> Iterator[dict[str, torch.Tensor]]:

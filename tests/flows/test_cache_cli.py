@@ -51,6 +51,13 @@ def test_ls_lists_both_tables(there, finished):
     assert all(row["namespace"][:12] in shown for row in found.values())
 
 
+def test_a_store_that_is_not_there_is_an_error_and_is_not_made(there, tmp_path):
+    called = there("ls", "--store", str(tmp_path / "gone"))
+    assert (called.code, called.out) == (1, "")
+    assert f"no store at {tmp_path / 'gone'}: name one with --store" in called.err
+    assert not (tmp_path / "gone").exists()
+
+
 def test_stats_of_each_table(there, finished):
     for table, cache in spaces(LocalStore(finished.store)).items():
         said = json.loads(there("stats", cache.namespace[:8], "--json").out)
