@@ -5,9 +5,9 @@
 
 A state holds all that a run needs to go on bit for bit: ``model`` and ``optimiser`` (whole, whatever the number of ranks), ``history``
 (what was logged, the validations that learning rate, early stopping and the best step follow from), ``average`` (moving average of
-the weights, or None) and ``best`` (weights with the least validation loss so far, or None). The place in the data and random
-numbers are functions of the seed and the step, and need no saving. Because each state holds the best weights too, the newest ones are all
-that is kept; a finished run removes them.
+the weights, or None), ``best`` (weights with the least validation loss so far, or None) and, where the objective has features,
+``feature_loss`` (their projections). The place in the data and random numbers are functions of the seed and the step, and need no
+saving. Because each state holds the best weights too, the newest ones are all that is kept; a finished run removes them.
 
 Only tensors and plain values are loaded (``weights_only``). States of version 1 (without validations while training) are read.
 """

@@ -42,9 +42,10 @@ class TrainingResult:
     """What a run reports beside its weights.
 
     Attributes:
-        metrics: one dict a logged step: step, the objective's parts (loss, hard, soft, feature), gradient_norm, learning_rate,
-            weight_decay, temperature, the weights, loss_spikes and skipped_steps so far; some carry validation_nll, or the gradient norm
-            of each part before its weight. Losses are means over supervised tokens, nats.
+        metrics: one dict a logged step: step, the objective's parts (loss, hard, soft, feature), gradient_norm (of all
+            that learns, projections of features too), learning_rate, weight_decay, temperature, the weights, loss_spikes and
+            skipped_steps so far; some carry validation_nll, or the gradient norm of each part before its weight. Losses are means over
+            supervised tokens, nats.
         speed: at most about 100 dicts: step, tokens_per_second and supervised_tokens_per_second of this rank, gemm_share,
             peak_memory_bytes. Not reproducible, so kept apart.
         validation_nll: of the weights that are kept, nats a token; None without validation rows.

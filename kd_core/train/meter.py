@@ -2,7 +2,7 @@
 
 The share of the GEMM rate counts 6 floating-point operations a weight and token (forward, and two products backward) for
 matrices of the backbone over all tokens, padding included, and for the output projection over supervised tokens. Attention
-scores are left out, so it is a lower bound.
+scores and a live teacher are left out, so it is a lower bound.
 """
 
 import resource
