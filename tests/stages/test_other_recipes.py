@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from kd_core.artifacts import read_bytes
 from kd_core.progress import silent
@@ -120,6 +121,20 @@ def test_sequence_level_from_a_text_only_teacher(planned, server, tmp_path: Path
     assert curated["counts"]["gold"] == 0
     assert first_step(recipe)["hard"] > 0.0
     assert "soft" not in first_step(recipe)
+
+
+def test_a_text_only_teachers_student_may_keep_the_tokens_of_its_texts(planned, server, bpe_tokenizer, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    whole = LlamaForCausalLM(LlamaConfig(vocab_size=420, bos_token_id=None, eos_token_id=0, pad_token_id=0, **sizes))
+    save_model(LoadedModel(whole, bpe_tokenizer, 420), tmp_path / "whole")
+    student = f"student={{kind: pretrained, model: {tmp_path / 'whole' / 'model'}, vocabulary: {{keep: data}}}}"
+    task = 'task={template: plain, answer_marker: "#", verifier: math}'
+    recipe = planned("sequence-level", *COMMON, student, task, ANY, "answers.num_samples=2", f"run.teacher_url={server[0]}")
+    assert "vocabulary" in run_to_report(recipe)
+    kept = summary(recipe, "vocabulary")["tokens"]
+    assert 256 < kept < 420
+    assert summary(recipe, "student.0")["vocabulary"] == {"tokens": kept, "full_tokens": 420}
+    assert summary(recipe, "student.0")["parameters"] == sum(p.numel() for p in whole.parameters()) - 2 * 16 * (420 - kept)
 
 
 def test_born_again_at_the_teachers_size(planned) -> None:
