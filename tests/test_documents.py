@@ -26,6 +26,19 @@ def test_paths_in_documents_exist(document: Path) -> None:
     assert not missing, f"{document.name} names {missing}"
 
 
+def test_every_trap_names_tests_and_checks_that_exist() -> None:
+    """docs/traps.md: `tests/file.py::test_name`, the names of the doctor's checks, and all 27 traps."""
+    from kd_core.doctor import check_names
+
+    text = (ROOT / "docs" / "traps.md").read_text()
+    found = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+    assert len(found) >= 24
+    assert not [f"{path}::{name}" for path, name in found if f"def {name}(" not in (ROOT / path).read_text()]
+    assert {name for name in check_names() if f"`{name}`" not in text} == set()
+    numbers = {int(n) for cell in re.findall(r"^\| ([\d, ]+) \|", text, re.M) for n in cell.split(",")}
+    assert numbers == set(range(1, 28))
+
+
 def test_readme_tour_has_six_files() -> None:
     readme = (ROOT / "README.md").read_text()
     tour = readme[readme.index("## A tour") :]

@@ -17,8 +17,9 @@ from kd_core.progress import Tick, Ticker, silent
 from kd_core.recipe import Recipe
 from kd_core.store import Store
 
-__all__ = ["Finding", "examine"]
+__all__ = ["Finding", "check_names", "examine"]
 
+_FIRST = ("packages", "device", "compared_models", "models")
 _CHECKS: dict[str, Callable[[Subject], str]] = {
     "tokenizers": vocabulary.check_tokenizers,
     "supervision": vocabulary.check_supervision,
@@ -42,6 +43,11 @@ _CHECKS: dict[str, Callable[[Subject], str]] = {
 }
 
 
+def check_names() -> tuple[str, ...]:
+    """Names of all checks, in the order in which they run."""
+    return (*_FIRST, *_CHECKS)
+
+
 def examine(recipe: Recipe, store: Store, *, tick: Ticker = silent) -> tuple[Finding, ...]:
     """Run every check; one that breaks is a failed one and does not hide the others.
 
@@ -53,7 +59,7 @@ def examine(recipe: Recipe, store: Store, *, tick: Ticker = silent) -> tuple[Fin
     findings: list[Finding] = []
 
     def run(name: str, check: Callable[[], str]) -> None:
-        tick(Tick(len(findings), len(_CHECKS) + 4, "checks", name))
+        tick(Tick(len(findings), len(check_names()), "checks", name))
         findings.append(finding(name, check))
 
     run("packages", machine.check_packages)
