@@ -102,7 +102,7 @@ def test_sql_prints_odd_values_as_plain_ones(there):
 
 def test_a_reader_that_stops_early_is_no_error(kd_process):
     for form in ("--csv", "--json"):
-        process = kd_process("cache", "sql", "SELECT range AS a FROM range(1000000)", form)
+        process = kd_process("cache", "sql", "SELECT range AS a FROM range(1000000)", form, "--store", ".")
         assert process.stdout.readline() in ("a\n", "[\n")
         process.stdout.close()
         assert (process.wait(60), process.stderr.read()) == (0, "")
