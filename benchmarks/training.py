@@ -30,7 +30,7 @@ _COLUMNS = 49_152
 _HARD = Objective(supervision="hard")
 _SOFT = Objective(supervision="soft", hard_weight=0.5, soft_weight=0.5)
 _TOLERANCE = 1e-5
-_LIVE = live_teacher.Sizes(student_blocks=10, teacher_blocks=30, num_rows=8, steps=3, repeats=3, memory=True)
+_LIVE = live_teacher.Sizes(student_blocks=10, teacher_blocks=30, num_rows=4, steps=3, repeats=3, memory=True)
 _LIVE_QUICK = live_teacher.Sizes(student_blocks=1, teacher_blocks=3, num_rows=2, steps=2, repeats=1, memory=False)
 
 
