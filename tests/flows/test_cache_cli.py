@@ -169,12 +169,14 @@ def test_what_goes_wrong_is_one_line(there, words, code, said):
 
 
 def test_every_command_is_content_with_an_empty_store(kd, tmp_path):
+    store = tmp_path / "empty"
+    store.mkdir()
     for words in (("ls",), ("verify",), ("repair",), ("gc",), ("sql", "SELECT * FROM namespaces")):
-        called = kd("cache", *words, "--json")
+        called = kd("cache", *words, "--store", str(store), "--json")
         assert (called.code, called.err) == (0, ""), words
         json.loads(called.out)
-        assert kd("cache", *words).code == 0
-    assert list(tmp_path.iterdir()) == []
+        assert kd("cache", *words, "--store", str(store)).code == 0
+    assert list(store.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------------- looking after
