@@ -56,6 +56,8 @@ def _of_captured(captured: Sequence[int], student_blocks: int, teacher_blocks: i
     >>> [(pair.student, pair.teacher) for pair in _of_captured([2, 5, 11], 4, 12)]
     [(0, 2), (1, 5), (3, 11)]
     """
+    if (highest := max(captured)) >= teacher_blocks:
+        raise RecipeError(f"hidden_states.blocks: the teacher has no block {highest}; its blocks are 0 to {teacher_blocks - 1}")
     students = [_share(t + 1, student_blocks, teacher_blocks) - 1 for t in captured]
     if students != sorted(set(students)) or students[0] < 0:
         raise RecipeError(

@@ -50,7 +50,7 @@ def test_pairs_rise_end_at_the_last_blocks_and_are_of_equal_depth(student: int, 
         (NAMED, 2, 4, None, "the teacher has no block 4; its blocks are 0 to 3"),
         (UNIFORM, 2, 8, (2, 3), r"the teacher's blocks \[2, 3\] of 8 would teach the student's blocks \[0, 0\] of 2; name the pairs"),
         (UNIFORM, 2, 8, (0,), r"would teach the student's blocks \[-1\] of 2"),
-        (UNIFORM, 2, 8, (3, 9), "no block"),
+        (UNIFORM, 2, 8, (3, 9), "hidden_states.blocks: the teacher has no block 9; its blocks are 0 to 7"),
     ],
 )
 def test_what_is_not_there_is_refused(features, student: int, teacher: int, captured, line: str) -> None:

@@ -73,7 +73,10 @@ WRONG = [
     ("student=3", "student: input should be a valid mapping, found 3"),
     ("seeds=3", "seeds: input should be a valid list, found 3"),
     ("publish=null", "publish: input should be a valid string, found None"),
-    ("objective.temperature=hot", "objective.temperature: input should be a valid mapping, found 'hot'"),
+    (
+        "objective.temperature=hot",
+        "objective.temperature: must be a number or a schedule, such as {kind: linear, start: 1.0, end: 0.0}, found 'hot'",
+    ),
     # ranges
     ("training.steps=0", "training.steps: input should be greater than or equal to 1, found 0"),
     ("training.learning_rate=.nan", "training.learning_rate: input should be a finite number, found nan"),
@@ -135,6 +138,17 @@ WRONG = [
         "objective.features={kind: relations, num_heads: 2, blocks: [{student: 2, teacher: 4}]}",
         "objective.features.blocks: the teacher has no block 4; its blocks are 0 to 3",
     ),
+    (
+        "objective.features={kind: relations, num_heads: 6}",
+        "objective.features.num_heads: 6 relation heads do not divide the 64 columns of the student's queries; use a common divisor",
+    ),
+    ("hidden_states={blocks: [3, 4]}", "hidden_states.blocks: the teacher has no block 4; its blocks are 0 to 3"),
+    ("hidden_states={blocks: [3], width: 129}", "hidden_states.width: 129, and the teacher's states have 128 columns; use at most those"),
+    (
+        "training.weight_decay=[0.1, 0]",
+        "training.weight_decay: must be a number or a schedule, such as {kind: linear, start: 1.0, end: 0.0}, found",
+    ),
+    ("run.num_processes=33", "run.num_processes: 33, and a step has training.batch_rows: 32 to share out; use at most so many"),
     ("seeds=[0, 0]", "seeds: a seed stands twice; each may stand once"),
     (NO_LABELS, "soft_labels: objective.supervision: soft needs them; choose sampled, topk or dense, or set supervision: hard"),
     ("objective.temperature=1", "objective.temperature: 1 is not among the temperatures stored by soft_labels.sampled: 2"),
@@ -201,6 +215,11 @@ def test_a_mistake_is_one_line(override: str, line: str) -> None:
             ),
             "objective.features.blocks: the teacher's blocks [3] are not among hidden_states.blocks [1]; add them there",
         ),
+        (
+            ("teacher.architecture.num_kv_heads=1", "objective.features={kind: relations, num_heads: 64, between: [keys]}"),
+            "objective.features.num_heads: 64 relation heads do not divide the 32 columns of the teacher's keys",
+        ),
+        (("run.compile=true", "run.shard_weights=true"), "run: compile with shard_weights is not known to give the same numbers"),
         (("answers=null", "curate.gold_rows=0"), "curate.gold_rows: 0 with answers: null leaves no rows to learn from"),
         (
             ("evaluation.generate=null", "gate.rules=[{kind: floor, metric: pass_at_1, minimum: 0.1}]"),

@@ -64,6 +64,15 @@ class Architecture(Frozen):
             raise ValueError(f"num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}")
         return self
 
+    def projected_columns(self, kind: Literal["queries", "keys", "values"]) -> int:
+        """Columns of all heads' queries, keys or values, side by side.
+
+        >>> Architecture(hidden_size=32, num_layers=1, num_heads=4, num_kv_heads=2, intermediate_size=8).projected_columns("keys")
+        16
+        """
+        heads = self.num_heads if kind == "queries" else self.num_kv_heads or self.num_heads
+        return self.hidden_size // self.num_heads * heads
+
 
 class ModelRef(Frozen):
     """A pre-trained causal language model."""

@@ -1,5 +1,6 @@
 """What a recipe says of the objective: weights and temperature over steps, the divergence, features of inner states."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -63,6 +64,8 @@ class Piecewise(Frozen):
 def _number_is_constant(value: Any) -> Any:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return {"kind": "constant", "value": value}
+    if not isinstance(value, Mapping | Frozen):
+        raise ValueError(f"must be a number or a schedule, such as {{kind: linear, start: 1.0, end: 0.0}}, found {value!r}")
     return value
 
 
@@ -159,7 +162,10 @@ class HiddenStateFeatures(_Matched):
 
 
 class RelationFeatures(_Matched):
-    """Scaled dot products between positions, among queries, keys or values (MiniLM): any widths and head counts. The teacher runs live."""
+    """Scaled dot products between positions, among queries, keys or values (MiniLM): any widths and head counts. The teacher runs live.
+
+    As the projections give them: before rotary positions and norms of heads.
+    """
 
     kind: Literal["relations"]
     between: tuple[Literal["queries", "keys", "values"], ...] = Field(default=("queries", "keys", "values"), min_length=1)

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from kd_core.recipe.evaluation import BetterThan, Ceiling, Evaluation, Floor, Gate, HeldOutSuite
 from kd_core.recipe.fields import Frozen, Slug
 from kd_core.recipe.models import ServerTeacher, Student, StudentFromConfig, StudentFromTeacher, Teacher, TrainedTeacher
-from kd_core.recipe.objective import ForwardKL, HiddenStateFeatures, Objective, Ramp, schedule_values
+from kd_core.recipe.objective import ForwardKL, HiddenStateFeatures, Objective, Ramp, RelationFeatures, schedule_values
 from kd_core.recipe.prompts import Prompts, Task
 from kd_core.recipe.run import Run
 from kd_core.recipe.teaching import Answers, Curate, Dense, HiddenStates, Sampled, SoftLabels, TopK
@@ -85,7 +85,10 @@ def _unsupported(recipe: Recipe) -> Iterator[str]:
     """Every combination that would be meaningless or silently wrong, as 'path: what is wrong; what is allowed'."""
     yield from _unsupported_targets(recipe)
     yield from _unsupported_features(recipe)
+    yield from _unsupported_states(recipe)
     yield from _unsupported_validations(recipe)
+    if (processes := recipe.run.num_processes) > (rows := recipe.training.batch_rows):
+        yield f"run.num_processes: {processes}, and a step has training.batch_rows: {rows} to share out; use at most so many"
     if len(set(recipe.seeds)) != len(recipe.seeds):
         yield "seeds: a seed stands twice; each may stand once"
     if isinstance(recipe.teacher, ServerTeacher) and isinstance(recipe.student, StudentFromTeacher):
@@ -202,3 +205,30 @@ def _unsupported_features(recipe: Recipe) -> Iterator[str]:
         highest = max((getattr(pair, side) for pair in features.blocks or ()), default=0)
         if num_blocks is not None and highest >= num_blocks:
             yield f"{where}.blocks: the {side} has no block {highest}; its blocks are 0 to {num_blocks - 1}"
+    if isinstance(features, RelationFeatures):
+        yield from _uneven_relations(recipe, features)
+
+
+def _uneven_relations(recipe: Recipe, features: RelationFeatures) -> Iterator[str]:
+    models = {"student": recipe.student, "teacher": recipe.teacher}
+    for side, model in models.items():
+        if not isinstance(model, StudentFromConfig | TrainedTeacher):
+            continue
+        for kind in features.between:
+            columns = model.architecture.projected_columns(kind)
+            if columns % features.num_heads:
+                yield (
+                    f"objective.features.num_heads: {features.num_heads} relation heads do not divide the {columns} columns of the "
+                    f"{side}'s {kind}; use a common divisor"
+                )
+
+
+def _unsupported_states(recipe: Recipe) -> Iterator[str]:
+    wanted = recipe.hidden_states
+    if wanted is None or not isinstance(recipe.teacher, TrainedTeacher):
+        return
+    teacher = recipe.teacher.architecture
+    if wanted.blocks[-1] >= teacher.num_layers:
+        yield f"hidden_states.blocks: the teacher has no block {wanted.blocks[-1]}; its blocks are 0 to {teacher.num_layers - 1}"
+    if wanted.width is not None and wanted.width > teacher.hidden_size:
+        yield f"hidden_states.width: {wanted.width}, and the teacher's states have {teacher.hidden_size} columns; use at most those"

@@ -77,3 +77,9 @@ class Run(Frozen):
         if self.worker >= self.num_workers:
             raise ValueError(f"worker {self.worker} is not one of num_workers {self.num_workers}; they are counted from 0")
         return self
+
+    @model_validator(mode="after")
+    def _slices_are_not_compiled(self) -> Self:
+        if self.compile and self.shard_weights:
+            raise ValueError("compile with shard_weights is not known to give the same numbers; use one of the two")
+        return self
