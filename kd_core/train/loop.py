@@ -28,7 +28,7 @@ from kd_core.train.feed import Feed, Layout
 from kd_core.train.meter import Meter
 from kd_core.train.schedules import Validations, learning_rate, weight_decay, without_a_best
 from kd_core.train.sharding import shall_shard
-from kd_core.train.state import TrainingState, as_trained, refuse_unsupported
+from kd_core.train.state import TrainingState, as_trained, refuse_launcher_options, refuse_unsupported
 
 __all__ = ["TrainingResult", "train"]
 
@@ -106,6 +106,7 @@ def train(
         SoftLabelError: missing or invalid soft labels.
     """
     began = time.perf_counter()
+    refuse_launcher_options()
     accelerator = Accelerator(cpu=pick_device(run.device).type == "cpu", mixed_precision="no")
     num_ranks = accelerator.num_processes
     refuse_unsupported(accelerator, training, data)

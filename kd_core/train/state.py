@@ -7,6 +7,7 @@ copies of the weights, or slices of a second copy (``run.shard_weights``), from 
 import contextlib
 import copy
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -32,10 +33,27 @@ from kd_core.train.objective_model import ObjectiveModel, check_logits, validati
 from kd_core.train.schedules import best_validation
 from kd_core.train.sharding import part_of, shard, slice_of, whole
 
-__all__ = ["TrainingState", "as_trained", "refuse_unsupported"]
+__all__ = ["TrainingState", "as_trained", "refuse_launcher_options", "refuse_unsupported"]
 
 _PARTS = ("hard", "soft", "feature")
 _Result = TypeVar("_Result")
+_ASKED_BY_LAUNCHERS = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "set run.micro_batch_tokens: it would divide every gradient"),
+    "ACCELERATE_MIXED_PRECISION": ("no", "set training.dtype"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "set run.compile"),
+}
+"""Variable -> the value that changes nothing, and what to do in place of another."""
+
+
+def refuse_launcher_options() -> None:
+    """Refuse what a launcher asks of accelerate that would change training behind the recipe's back; before an ``Accelerator`` reads it.
+
+    Raises:
+        TrainingError: it does.
+    """
+    for name, (allowed, instead) in _ASKED_BY_LAUNCHERS.items():
+        if (asked := os.environ.get(name, allowed)).lower() != allowed:
+            raise TrainingError(f"launched with {name}={asked}, which the recipe says nothing of; unset it, and {instead}")
 
 
 def refuse_unsupported(accelerator: Accelerator, training: Training, data: TrainingData) -> None:

@@ -468,6 +468,22 @@ def test_soft_labels_of_a_left_out_row_are_not_shifted_to_another(student, tiny_
     assert set(read) == {1, 2, 3}
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", r"run\.micro_batch_tokens"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", r"training\.dtype"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", r"run\.compile"),
+    ],
+)
+def test_a_launcher_cannot_change_what_is_trained(student, data, tmp_path, monkeypatch, name: str, value: str, instead: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(TrainingError, match=rf"launched with {name}={value}, .* unset it, and set {instead}"):
+        fit(student, tmp_path, data=data)
+    monkeypatch.setenv(name, "1" if value == "4" else "NO")
+    assert fit(student, tmp_path, data=data).steps == 6
+
+
 def test_no_row_within_the_limit_is_refused(student, tmp_path) -> None:
     rows = [TokenRow(tuple(range(2, 12)), 4)]
     training = Training(steps=1, batch_rows=1, learning_rate=0.1, max_tokens=8)
