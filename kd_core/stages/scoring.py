@@ -147,7 +147,7 @@ def soft_labels_stage(job: Job) -> dict[str, Any]:
     def pack(found: Sequence[tuple[_CuratedRow, ScoredRow]]) -> Packed:
         if not found:  # the teacher failed on every row of the shard
             return Packed(SOFT_LABEL_SCHEMA.empty_table(), 0)
-        packed = _pack_soft_labels(found, models[-1] if models else _model_at_hand(cache))
+        packed = _pack_soft_labels(found, models[-1] if models else _model_before(cache, capture.keys, found[0][1].key))
         models[:] = [packed.metadata[CODEC_MODEL]]
         return packed
 
@@ -155,13 +155,20 @@ def soft_labels_stage(job: Job) -> dict[str, Any]:
     return capture.finish(snapshot, computed, allowed=policy.max_refused_rows)
 
 
-def _model_at_hand(cache: RowCache) -> bytes:
-    """The codec's model of a shard that is committed; b"" if there is none."""
-    read = cache.store.get_range
-    first = next((commit for commit in cache.snapshot().commits if commit.ranges), None)
-    if first is None:
+def _model_before(cache: RowCache, keys: Sequence[str], key: str) -> bytes:
+    """The codec's model of the shard before: of the last row before this one that is held. So a killed run goes on to the same bytes.
+
+    Returns:
+        The model; b"" if no row before is held, or its shard has none.
+
+    Raises:
+        StoreError: that shard is gone; QuarantinedError if it is damaged, as its rows are then to be computed again first.
+    """
+    places, read = cache.snapshot().places, cache.store.get_range
+    held = next((places[earlier].commit for earlier in reversed(keys[: keys.index(key)]) if earlier in places), None)
+    if held is None or not held.ranges:
         return b""
-    return Shard(cache, first, lambda key, part: read(key, part.start, part.length)).metadata.get(CODEC_MODEL, b"")
+    return Shard(cache, held, lambda key, part: read(key, part.start, part.length)).metadata.get(CODEC_MODEL, b"")
 
 
 def _pack_soft_labels(found: Sequence[tuple[_CuratedRow, ScoredRow]], known: bytes) -> Packed:

@@ -106,6 +106,31 @@ def test_rows_put_aside_by_another_run_are_computed_again(copy) -> None:
     assert again.summary["rows_computed"] == len(commit.keys)
 
 
+def test_a_shard_that_is_made_again_has_the_model_it_had(copy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards go on with the codec's model of the shard before: also where a run was killed there, and models had changed on the way."""
+    options = ["soft_labels={kind: topk, k: 3, temperatures: [1.0]}", "objective.temperature=1.0", "run.shard_rows=24"]
+    recipe, store = load_recipe(copy.recipe_file, options), LocalStore(copy.store)
+    real, used = scoring.encode_rows, set[bytes]()
+
+    def changing(rows, labels, known):
+        model, blobs = real(rows, labels, b"" if len(labels[0]) % 2 else known)
+        used.add(model)
+        return model, blobs
+
+    monkeypatch.setattr(scoring, "encode_rows", changing)
+    run_node(recipe, "soft_labels", store=store, tick=silent, extra={})
+    record = find(store, "soft_labels", build_graph(recipe, store)["soft_labels"].fingerprint)
+    assert record is not None
+    cache = RowCache(store, "soft_labels", record.summary["namespace"])
+    commits = cache.snapshot().commits
+    assert 1 < len(used) < len(commits)
+    for commit in commits:
+        store.delete(cache.commit_key(commit))
+        forget_node(recipe, store, "soft_labels")
+        run_node(recipe, "soft_labels", store=store, tick=silent, extra={})
+        assert cache.snapshot().commits == commits
+
+
 def test_a_row_the_teacher_fails_on_is_refused_counted_and_bounded(copy, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN rows: an error by default; within a budget they are left out of both the student's and the ablation's rows."""
     store = LocalStore(copy.store)
