@@ -144,7 +144,8 @@ class Feed:
             TrainingError: no row is left, or a step has fewer rows than there are ranks.
         """
         lengths = rows.num_tokens
-        self._rows, self._layout, self._seed, self._batch_rows = rows, layout, seed, training.batch_rows
+        self._rows, self._layout, self._seed = rows, layout, seed
+        self._steps, self._batch_rows = training.steps, training.batch_rows
         self._rank, self._num_ranks, self._features = rank, num_ranks, features
         self._lengths, self._supervised = lengths, lengths - rows.first_supervised
         self._kept = np.flatnonzero(lengths <= training.max_tokens)
@@ -163,7 +164,8 @@ class Feed:
 
     def plan(self, step: int, *, soft: bool, features: bool = False) -> StepPlan:
         """What a step (0-based) reads; rows of a later step begin to be fetched, as asked with their soft labels and features."""
-        for batch in self._cut(self._dealt(step + _PREFETCH_STEPS)[self._rank]):
+        later = step + _PREFETCH_STEPS
+        for batch in self._cut(self._dealt(later)[self._rank]) if later < self._steps else ():
             self._rows.prefetch(batch, soft=soft)
             if features and self._features is not None:
                 self._features.prefetch(batch)

@@ -178,7 +178,8 @@ class StoredRows:
         return [(asked[group].result(), int(self._row[i])) for group, i in zip(groups.tolist(), numbers, strict=True)]
 
     def read(self, numbers: Sequence[int]) -> list[TokenRow]:
-        """Rows, in the order asked for."""
+        """Rows, in the order asked for; soft labels that were decoded for them and not taken are let go: their weight is 0 by now."""
+        self._ahead.pop(tuple(numbers), None)
         return [group.tokens(row) for group, row in self._find(numbers)]
 
     def targets(self, numbers: Sequence[int]) -> Targets:

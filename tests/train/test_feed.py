@@ -1,6 +1,7 @@
 """What ranks read together is what one reads alone, in as many passes each; a layout loses nothing."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -57,6 +58,18 @@ def test_a_batch_predicts_its_labels(packed: bool) -> None:
     assert batch.inputs["input_ids"][batch.predict_BT].tolist() == [6, 7, 9]
     assert batch.num_tokens == (6 if packed else 8)
     assert batch.inputs["use_cache"] is False
+
+
+def test_nothing_is_fetched_for_steps_that_never_come() -> None:
+    asked = list[tuple[int, ...]]()
+
+    class Asked(MemoryRows):
+        def prefetch(self, numbers: Sequence[int], *, soft: bool) -> None:
+            asked.append(tuple(numbers))
+
+    feed = Feed(Asked(rows_of([4] * 40)), Training(steps=6, batch_rows=5, learning_rate=0.1), Layout(True, 64, CPU), seed=0)
+    plans = [feed.plan(step, soft=True) for step in range(6)]
+    assert asked == [batch for plan in plans[4:] for batch in plan.batches]
 
 
 def test_what_cannot_be_dealt_is_refused() -> None:

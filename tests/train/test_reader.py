@@ -128,6 +128,15 @@ def test_a_prefetched_batch_is_decoded_once_and_let_go(tmp_path: Path) -> None:
     assert not reader._ahead
 
 
+def test_soft_labels_that_nobody_takes_are_let_go(tmp_path: Path) -> None:
+    """The weight of the soft part may fall to 0 between the step that asks for labels and the one that reads."""
+    rows = make_rows(40)
+    reader = local(tmp_path, POLICIES[0], rows)
+    reader.prefetch([3, 1, 2], soft=True)
+    assert reader.read([3, 1, 2]) == [rows[i] for i in (3, 1, 2)]
+    assert not reader._ahead
+
+
 def test_what_a_step_reads_does_not_depend_on_the_layout(tmp_path: Path) -> None:
     rows, policy = make_rows(230), POLICIES[0]
     readers = [local(tmp_path, policy, rows, shard_rows=size) for size in (230, 64, 7)]
