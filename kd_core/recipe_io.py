@@ -71,7 +71,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
-    if not equals or not path.strip():
+    if not equals or not all(path.strip().split(".")):
         raise RecipeError(f"--set {override!r}: expected path=value, for example --set training.steps=300")
     value = _load_yaml(text, f"--set {path}") if text.strip() else None
     *parents, last = path.strip().split(".")
@@ -95,7 +95,7 @@ def _descend(here: Any, part: str, path: str, override: str) -> Any:
 
 
 def _index(items: list[Any], part: str, path: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
+    if not part.isdecimal() or int(part) >= len(items):
         raise RecipeError(f"--set {override}: {path} is a list of {len(items)}; use a number from 0 to {len(items) - 1}")
     return int(part)
 
