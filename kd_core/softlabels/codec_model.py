@@ -64,7 +64,8 @@ class Model:
 
     Attributes:
         header: policy and its numbers.
-        crc: the checksum at the model's end (with it the checksum of any model is the same number).
+        data: the model as a shard's footer holds it; its checksum is its end.
+        class_V: class of each id (``ranking``), uint8.
         id_of_rank_V: int32.
         tables: of the entropy coder.
     """
