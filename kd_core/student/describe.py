@@ -20,7 +20,7 @@ from kd_core.store import Store
 from kd_core.student.adapters import adapter_parameters
 from kd_core.student.make import new_config
 from kd_core.student.shrink import head_size, shrunk_config
-from kd_core.teacher.models import load_tokenizer
+from kd_core.teacher.models import UNREADABLE, load_tokenizer, one_line
 from kd_core.teacher.reference import locate
 from kd_core.tokens import num_columns
 
@@ -139,16 +139,22 @@ def _stored_config(ref: ModelRef, *, trust_remote_code: bool = False) -> Pretrai
         location, arguments = str(path.parent), {"gguf_file": path.name}
     try:
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **arguments)
-    except (OSError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise TeacherError(f"model {ref.model!r}: its config cannot be read: {reason}") from error
+    except UNREADABLE as error:
+        raise TeacherError(f"model {ref.model!r}: its config cannot be read: {one_line(error)}") from error
     return config.get_text_config()
 
 
 def model_figures(config: PretrainedConfig, dtype: torch.dtype, adapter: Adapter | None = None) -> Figures:
-    """Figures of a causal language model with plain attention; of a mixture all experts count."""
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    """Figures of a causal language model with plain attention; of a mixture all experts count.
+
+    Raises:
+        TeacherError: the config is of no causal language model.
+    """
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+    except UNREADABLE as error:
+        raise TeacherError(f"a {config.model_type} of this config is no causal language model: {one_line(error)}") from error
     parameters = sum(p.numel() for p in model.parameters())
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     columns = config.num_hidden_layers * head_size(config)

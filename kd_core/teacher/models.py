@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -22,7 +24,20 @@ from kd_core.teacher.reference import locate
 from kd_core.token_map import TokenMap, read_token_map, write_token_map
 from kd_core.tokens import num_columns, tokenizer_identity
 
-__all__ = ["LoadedModel", "load_directory", "load_model", "load_tokenizer", "pick_device", "save_model", "teacher_identity"]
+__all__ = [
+    "UNREADABLE",
+    "LoadedModel",
+    "load_directory",
+    "load_model",
+    "load_tokenizer",
+    "one_line",
+    "pick_device",
+    "save_model",
+    "teacher_identity",
+]
+
+UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError, StrictDataclassError)
+"""What other libraries raise at files that are no model."""
 
 
 @dataclass(frozen=True)
@@ -154,9 +169,14 @@ def _quiet(location: str) -> Iterator[None]:
         with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise TeacherError(f"model {location!r} cannot be loaded: {reason}") from error
+    except UNREADABLE as error:
+        raise TeacherError(f"model {location!r} cannot be loaded: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    """What another library says first, without the advice below it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def teacher_identity(loaded: LoadedModel, weights: dict[str, Any]) -> dict[str, Any]:

@@ -57,8 +57,21 @@ def test_a_student_is_described_as_it_would_be_made(tiny_model, tmp_path: Path) 
     assert ratios["parameters"] == found.student.parameters / teacher.num_parameters
 
 
-def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    recipe = load_recipe(str(QUICKSTART), [f"teacher={ {'kind': 'pretrained', 'model': str(tmp_path)} }"])
-    with pytest.raises(TeacherError, match=r"^model '.*': its config cannot be read: "):
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ("{}", "^model '.*': its config cannot be read: Unrecognized model"),
+        ('{"model_type": "llama", "hidden_size": "x"}', "^model '.*': its config cannot be read: Validation error for field 'hidden_size'"),
+        (
+            '{"model_type": "llama", "hidden_size": 63, "num_attention_heads": 4}',
+            "its config cannot be read: Class validation error .* hidden size .63. is not a multiple",
+        ),
+        ('{"model_type": "t5"}', "^a t5 of this config is no causal language model: Unrecognized configuration class"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_named(tmp_path: Path, config: str, line: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    recipe = load_recipe(str(QUICKSTART), [f"student={ {'kind': 'pretrained', 'model': str(tmp_path)} }"])
+    with pytest.raises(TeacherError, match=line) as caught:
         describe(recipe)
+    assert "\n" not in str(caught.value)
