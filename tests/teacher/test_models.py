@@ -24,6 +24,6 @@ def test_a_damaged_model_is_named(tiny_model, tmp_path: Path, file: str, data: b
     save_model(teacher, tmp_path)
     (tmp_path / "model" / file).write_bytes(data)
     spec = PretrainedTeacher(kind="pretrained", model=str(tmp_path / "model"))
-    with pytest.raises(TeacherError, match="^model '.*' cannot be loaded: ") as caught:
+    with pytest.raises(TeacherError, match=r"^model '.*' cannot be loaded: ") as caught:
         load_model(spec, device=pick_device("cpu"), tokenizer=teacher.tokenizer)
     assert "\n" not in str(caught.value)
