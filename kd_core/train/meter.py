@@ -1,8 +1,8 @@
 """How fast a run is, and how near to what its matrix products could be.
 
-The share of the GEMM rate counts 6 floating-point operations a weight and token (forward, and two products backward) for
-matrices of the backbone over all tokens, padding included, and for the output projection over supervised tokens. Attention
-scores and a live teacher are left out, so it is a lower bound.
+The share of the GEMM rate counts 6 floating-point operations a weight and token (forward, and two products backward; 4 for a weight
+that stands still) for matrices of the backbone over all tokens, padding included, and for the output projection over supervised
+tokens. Attention scores and a live teacher are left out, so it is a lower bound.
 """
 
 import resource
@@ -21,10 +21,10 @@ class Meter:
     """Counts tokens between two readings."""
 
     def __init__(self, model: PreTrainedModel, *, num_columns: int, device: torch.device, dtype: torch.dtype) -> None:
-        embedding = model.get_input_embeddings().weight
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         backbone = [p for p in model.get_decoder().parameters() if p.ndim >= 2 and p is not embedding]
-        self._flops_token = 6 * sum(p.numel() for p in backbone)
-        self._flops_supervised = 6 * num_columns * embedding.shape[-1]
+        self._flops_token = sum(_flops(p) * p.numel() for p in backbone)
+        self._flops_supervised = _flops(head) * num_columns * head.shape[-1]
         self._device, self._rate = device, gemm_rate(device, dtype)
         self._tokens = self._supervised = 0
         self._since = time.perf_counter()
@@ -47,6 +47,11 @@ class Meter:
         }
         self._tokens, self._supervised, self._since = 0, 0, now
         return found
+
+
+def _flops(weight: nn.Parameter) -> int:
+    """Operations a number of a matrix and token: forward, gradient of the input, and of the weight if it learns."""
+    return 6 if weight.requires_grad else 4
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
