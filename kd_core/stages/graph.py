@@ -99,6 +99,8 @@ def build_graph(recipe: Recipe, store: Store) -> dict[str, Node]:
         build.add("soft_labels", "soft_labels", recipe.soft_labels.model_dump(mode="json"), {"curate": "curate", "teacher": "teacher"})
     if recipe.hidden_states is not None:
         wanted = recipe.hidden_states.model_dump(mode="json")
+        if recipe.soft_labels is not None and recipe.soft_labels.max_refused_rows > 0:
+            wanted["max_refused_rows"] = recipe.soft_labels.max_refused_rows
         build.add("hidden_states", "hidden_states", wanted, {"curate": "curate", "teacher": "teacher"})
     for arm in recipe.arms():
         for seed in recipe.seeds:

@@ -229,5 +229,8 @@ def _state_rows(job: Job) -> StoredRows:
     labels, states = (job.read_table(role, "keys.parquet") for role in ("soft_labels", "hidden_states"))
     place = {row: i for i, row in enumerate(states["row"].to_pylist())}
     if missing := [row for row in labels["row"].to_pylist() if row not in place]:
-        raise SoftLabelError(f"{len(missing)} curated rows have soft labels and no hidden states, the first is row {missing[0]}; run again")
+        raise SoftLabelError(
+            f"{len(missing)} curated rows have soft labels and no hidden states, the first is row {missing[0]}: the teacher gave NaN or "
+            "infinite states there and finite logits; load it in float32, or set objective.features.source: live"
+        )
     return _stored_rows(job, "hidden_states", states.take([place[row] for row in labels["row"].to_pylist()]))

@@ -184,7 +184,7 @@ def _pack_soft_labels(found: Sequence[tuple[_CuratedRow, ScoredRow]], known: byt
 
 
 def hidden_states_stage(job: Job) -> dict[str, Any]:
-    """Files: keys.parquet, a row each for the curated rows. Summary: counts, bytes, shards."""
+    """Files: keys.parquet, a row each for the curated rows that have states. Summary: counts, bytes, shards."""
     wanted, run = job.recipe.hidden_states, job.recipe.run
     assert wanted is not None, "a recipe without hidden states has no such node"
     about = about_hidden_states(wanted, job.inputs["teacher"])
@@ -200,7 +200,8 @@ def hidden_states_stage(job: Job) -> dict[str, Any]:
         return [(of[captured.key], captured) for captured in found.captured]
 
     snapshot, computed = capture.run(compute, _pack_hidden_states)
-    return capture.finish(snapshot, computed, allowed=0)
+    labels = job.recipe.soft_labels  # a row on which the teacher fails has neither
+    return capture.finish(snapshot, computed, allowed=0 if labels is None else labels.max_refused_rows)
 
 
 def _pack_hidden_states(found: Sequence[tuple[_CuratedRow, HiddenRow]]) -> Packed:

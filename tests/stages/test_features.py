@@ -2,15 +2,17 @@
 
 import json
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 from kd_core.artifacts import find, materialize
+from kd_core.errors import SoftLabelError
 from kd_core.progress import silent
 from kd_core.recipe_io import load_recipe
-from kd_core.stages import learning
+from kd_core.stages import learning, scoring
 from kd_core.stages.graph import build_graph
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore
@@ -63,3 +65,35 @@ def test_damaged_states_are_captured_again_in_the_same_run(copy, caplog) -> None
     assert not run_node(recipe, "student.0", store=store, tick=silent, extra={}).hit
     assert "computed again" in caplog.text
     assert shard.read_bytes() == whole
+
+
+def test_rows_the_teacher_fails_on_are_left_out_of_states_as_of_labels(copy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget of refused rows is one for both; a row that has labels alone is an error, never another row's states."""
+    store = LocalStore(copy.store)
+
+    def failing(real, one_in: int, results: str):
+        def call(teacher, rows, **named):
+            bad = {key for key, row in rows if sum(row.ids) % one_in == 0}
+            found = real(teacher, rows, **named)
+            kept = {results: tuple(one for one in getattr(found, results) if one.key not in bad)}
+            return replace(found, refused=found.refused | dict.fromkeys(bad, "the teacher gave NaN"), **kept)
+
+        return call
+
+    labels = {"kind": "sampled", "num_draws": 7, "temperature": 2.0, "max_refused_rows": 90}
+    overrides = [f"soft_labels={json.dumps(labels)}", "objective.temperature=2.0", f"objective.features={json.dumps(FEATURES['cached'])}"]
+    recipe = load_recipe(copy.recipe_file, [*overrides, "hidden_states={blocks: [1]}"])
+    monkeypatch.setattr(scoring, "score_rows", failing(scoring.score_rows, 8, "scored"))
+    real = scoring.capture_hidden
+    monkeypatch.setattr(scoring, "capture_hidden", failing(real, 8, "captured"))
+    for name in ("soft_labels", "hidden_states"):
+        run_node(recipe, name, store=store, tick=silent, extra={})
+    nodes = build_graph(recipe, store)
+    refused = [find(store, name, nodes[name].fingerprint).summary["rows_refused"] for name in ("soft_labels", "hidden_states")]
+    assert 0 < refused[0] == refused[1] <= 90
+    assert not run_node(recipe, "student.0", store=store, tick=silent, extra={}).hit
+    more = load_recipe(copy.recipe_file, [*overrides, "hidden_states={blocks: [0, 1]}"])
+    monkeypatch.setattr(scoring, "capture_hidden", failing(real, 4, "captured"))
+    run_node(more, "hidden_states", store=store, tick=silent, extra={})
+    with pytest.raises(SoftLabelError, match=r"\d+ curated rows have soft labels and no hidden states, .*; load it in float32, or set"):
+        run_node(more, "student.0", store=store, tick=silent, extra={})

@@ -38,6 +38,7 @@ FROM_CURATE = {"curate", "vocabulary", "soft_labels", "hidden_states"} | LEARNT
 FROM_ANSWERS = {"answers"} | FROM_CURATE
 FROM_PROMPTS = {"prompts", "evaluate.teacher"} | FROM_ANSWERS
 FROM_TEACHER = {"teacher", "evaluate.teacher"} | FROM_ANSWERS
+REFUSED = {"soft_labels", "hidden_states"} | STUDENT
 ALL = FROM_PROMPTS | FROM_TEACHER
 
 COMMON = {
@@ -75,11 +76,12 @@ TABLES = {
         **{f"evaluation.suites.{i}.name": ALL for i in (1, 2, 3)},  # a benchmark is kept apart from all training
         **{f"evaluation.suites.{i}.source": ALL for i in (1, 2, 3)},
         "evaluation.compare": {"ablation_hard", "evaluate.ablation_hard"} | VERDICT,  # the last one is dropped
-        "soft_labels.max_refused_rows": {"soft_labels", "ablation_hard", "evaluate.ablation_hard"} | STUDENT,  # the same rows for both
+        "soft_labels.max_refused_rows": REFUSED | {"ablation_hard", "evaluate.ablation_hard"},  # the same rows for both
     },
     "pretrained": {
         **COMMON,
         "teacher.revision": RECORDED,  # a local directory is its content
+        "soft_labels.max_refused_rows": REFUSED,
         "evaluation.compare": {"evaluate.teacher"} | VERDICT,
     },
     "server": {
