@@ -45,7 +45,7 @@ class Curate(Frozen):
 
 class _Refusable(Frozen):
     max_refused_rows: int = Field(default=0, ge=0)
-    """Rows that may be left out because the teacher gave NaN or infinite logits on them; one more is an error."""
+    """Rows that may be left out because the teacher gave NaN or infinite logits, or hidden states, on them; one more is an error."""
 
 
 class Sampled(_Refusable):
