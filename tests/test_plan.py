@@ -600,3 +600,11 @@ def test_bytes_of_a_position_by_the_codecs_law() -> None:
     assert soft_label_bytes(Dense(kind="dense"), num_columns=None) is None
     few = soft_label_bytes(Sampled(kind="sampled", num_draws=1000, temperature=1.0), num_columns=5)
     assert few == pytest.approx(0.9 + 1.08 * 5), "no more ids than there are columns"
+
+
+@pytest.mark.parametrize("more", ["", ", narrower: {hidden_size: 64}", ", share_embeddings: true"])
+def test_blocks_that_the_teacher_does_not_have_are_refused_before_it_works(tmp_path: Path, more: str) -> None:
+    quickstart = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
+    recipe = load_recipe(quickstart, [f"student={{kind: from_teacher, blocks: [0, 7]{more}}}"])
+    with pytest.raises(RecipeError, match=r"^student\.blocks: 7, and the teacher has 4 blocks; use numbers from 0 to 3$"):
+        make_plan(recipe, LocalStore(tmp_path))

@@ -424,17 +424,18 @@ class Known:
         if isinstance(student, StudentFromConfig):
             columns = self.num_columns if student.vocabulary is None else self.kept_tokens
             return None if columns is None else llama_size(student.architecture, columns).parameters()
-        if student.vocabulary is not None:
-            return None  # kd student describe counts these, from the config
         if isinstance(student, PretrainedStudent):
-            size = stored_size(student)
+            size = stored_size(student) if student.vocabulary is None else None
             return None if size is None else size.parameters()
-        if self.teacher_size is None or student.narrower or student.num_kv_heads or student.share_embeddings:
-            return None  # kd student describe counts these, from the config
+        if self.teacher_size is None:
+            return None
         try:
-            return self.teacher_size.parameters(student.kept_blocks(len(self.teacher_size.blocks)))
+            blocks = student.kept_blocks(len(self.teacher_size.blocks))
         except ValueError as error:
             raise RecipeError(f"student.{error}") from error
+        if student.narrower or student.num_kv_heads or student.share_embeddings or student.vocabulary:
+            return None  # kd student describe counts these, from the config
+        return self.teacher_size.parameters(blocks)
 
     def evaluated_parameters(self, model: str) -> int | None:
         """Of the model behind 'evaluate.<model>'."""
