@@ -227,7 +227,11 @@ class TrainingState:
         return {"validation_nll": nll}
 
     def keep(self, step: int) -> tuple[int, float | None]:
-        """Leave the model given with the weights that are kept: (steps after which they stood, their validation loss)."""
+        """Leave the model given with the weights that are kept: (steps after which they stood, their validation loss).
+
+        Raises:
+            TrainingError: that loss is not finite: the run diverged, and these weights are no model.
+        """
         if self._best is not None:
             best = best_validation(self.history.validation)
             assert best is not None, "weights are held at validations only"
@@ -237,6 +241,8 @@ class TrainingState:
             if self._average is not None:
                 self._average.exchange()
             kept = step, dict(self.history.validation).get(step)
+        if kept[1] == math.inf:
+            raise TrainingError(f"the validation loss after step {kept[0]} is not finite: the run diverged; lower training.learning_rate")
         if self._sharded:
             given = self._given.state_dict()
             for name, value in self.model.state_dict().items():

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from kd_core.recipe import Constant, Decay, Dense, Objective, ReduceOnPlateau, R
 from kd_core.softlabels.capture import row_key, score_rows
 from kd_core.store import LocalStore
 from kd_core.tokens import collate
-from kd_core.train import feed
+from kd_core.train import feed, state
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.data import MemoryRows, TokenRow, TrainingData
 from kd_core.train.feed import Layout, dealt_batches
@@ -482,6 +483,18 @@ def test_a_launcher_cannot_change_what_is_trained(student, data, tmp_path, monke
         fit(student, tmp_path, data=data)
     monkeypatch.setenv(name, "1" if value == "4" else "NO")
     assert fit(student, tmp_path, data=data).steps == 6
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_weights_without_a_finite_validation_loss_are_not_kept(student, data, tmp_path, monkeypatch, keep: str) -> None:
+    real = state.validation_sums
+    monkeypatch.setattr(state, "validation_sums", lambda *given: real(*given) * math.nan)
+    training = TRAINING.model_copy(update={"keep": keep, "validate_every_steps": 3})
+    step = {"last": 6, "best": 3}[keep]
+    with pytest.raises(
+        TrainingError, match=rf"the validation loss after step {step} is not finite: the run diverged; lower training\.learn"
+    ):
+        fit(student, tmp_path, data=data, training=training)
 
 
 def test_no_row_within_the_limit_is_refused(student, tmp_path) -> None:
