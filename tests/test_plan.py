@@ -608,3 +608,11 @@ def test_blocks_that_the_teacher_does_not_have_are_refused_before_it_works(tmp_p
     recipe = load_recipe(quickstart, [f"student={{kind: from_teacher, blocks: [0, 7]{more}}}"])
     with pytest.raises(RecipeError, match=r"^student\.blocks: 7, and the teacher has 4 blocks; use numbers from 0 to 3$"):
         make_plan(recipe, LocalStore(tmp_path))
+
+
+@pytest.mark.parametrize(("student", "match"), [("narrower: {num_heads: 64}", "num_heads: 64"), ("num_kv_heads: 3", "num_kv_heads")])
+def test_a_student_that_cannot_be_made_is_refused_before_the_teacher_works(tmp_path: Path, student: str, match: str) -> None:
+    quickstart = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
+    recipe = load_recipe(quickstart, [f"student={{kind: from_teacher, every_nth_block: 2, {student}}}"])
+    with pytest.raises(RecipeError, match=match):
+        make_plan(recipe, LocalStore(tmp_path))

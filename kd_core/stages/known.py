@@ -419,7 +419,11 @@ class Known:
 
     @cached_property
     def student_parameters(self) -> int | None:
-        """Of the student and the models it is compared with, which are of one size."""
+        """Of the student and the models it is compared with, which are of one size.
+
+        Raises:
+            RecipeError: the teacher cannot be made into such a student.
+        """
         student = self.recipe.student
         if isinstance(student, StudentFromConfig):
             columns = self.num_columns if student.vocabulary is None else self.kept_tokens
@@ -433,6 +437,13 @@ class Known:
             blocks = student.kept_blocks(len(self.teacher_size.blocks))
         except ValueError as error:
             raise RecipeError(f"student.{error}") from error
+        if student.narrower or student.num_kv_heads:
+            from kd_core.student.describe import teacher_config  # with transformers: seconds that only such a recipe pays
+            from kd_core.student.shrink import shrunk_config
+
+            config = teacher_config(self.recipe)
+            assert config is not None, "a server teacher has no size"
+            shrunk_config(config, student)
         if student.narrower or student.num_kv_heads or student.share_embeddings or student.vocabulary:
             return None  # kd student describe counts these, from the config
         return self.teacher_size.parameters(blocks)
