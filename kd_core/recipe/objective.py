@@ -69,7 +69,11 @@ def _number_is_constant(value: Any) -> Any:
     return value
 
 
-Schedule = Annotated[Constant | Ramp | Piecewise, Field(discriminator="kind"), BeforeValidator(_number_is_constant)]
+Schedule = Annotated[
+    Constant | Ramp | Piecewise,
+    Field(discriminator="kind"),
+    BeforeValidator(_number_is_constant, json_schema_input_type=Annotated[float, Field(ge=0.0)] | Constant | Ramp | Piecewise),
+]
 
 
 def schedule_values(schedule: Constant | Ramp | Piecewise) -> tuple[float, ...] | None:
