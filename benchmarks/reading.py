@@ -33,6 +33,7 @@ from kd_core.softlabels.targets import SampledTargets, Targets
 from kd_core.store import S3Store, Store
 from kd_core.store.range_cache import RangeCache
 from kd_core.train.data import TokenRow, step_rows
+from kd_core.train.feed import PREFETCH_STEPS
 from kd_core.train.reader import ShardGroups, StoredRows
 
 __all__ = ["open_rows", "run", "soft_label_table", "training_batches"]
@@ -78,13 +79,15 @@ def open_rows(store: Store, namespace: str, keyed: list[tuple[str, int, int]], c
 
 
 def training_batches(rows: StoredRows, num_rows: int) -> Iterator[dict[str, torch.Tensor]]:
-    """One epoch in training order, the next step's groups asked for ahead, as the training loop does."""
+    """One epoch in training order, steps asked for as far ahead as the training loop does."""
     steps = -(-num_rows // _BATCH)
+    for ahead in range(min(PREFETCH_STEPS, steps)):
+        rows.prefetch(_step(num_rows, ahead), soft=True)
     for step in range(steps):
         numbers = _step(num_rows, step)
-        if step + 1 < steps:
-            rows.prefetch(_step(num_rows, step + 1), soft=True)
-        tokens, targets = rows.read(numbers), rows.targets(numbers)
+        if step + PREFETCH_STEPS < steps:
+            rows.prefetch(_step(num_rows, step + PREFETCH_STEPS), soft=True)
+        targets, tokens = rows.targets(numbers), rows.read(numbers)
         assert isinstance(targets, SampledTargets)
         yield {
             "ids": torch.from_numpy(np.concatenate([np.array(row.ids, np.int64) for row in tokens])),

@@ -22,9 +22,9 @@ from kd_core.softlabels.targets import Targets, move
 from kd_core.tokens import collate
 from kd_core.train.data import Rows, TokenRow, padded_batches, step_rows
 
-__all__ = ["FeatureSource", "Feed", "Layout", "MicroBatch", "StepPlan", "dealt_batches"]
+__all__ = ["PREFETCH_STEPS", "FeatureSource", "Feed", "Layout", "MicroBatch", "StepPlan", "dealt_batches"]
 
-_PREFETCH_STEPS = 4
+PREFETCH_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Feed:
 
     def plan(self, step: int, *, soft: bool, features: bool = False) -> StepPlan:
         """What a step (0-based) reads; rows of a later step begin to be fetched, as asked with their soft labels and features."""
-        later = step + _PREFETCH_STEPS
+        later = step + PREFETCH_STEPS
         for batch in self._cut(self._dealt(later)[self._rank]) if later < self._steps else ():
             self._rows.prefetch(batch, soft=soft)
             if features and self._features is not None:
