@@ -24,6 +24,7 @@ from benchmarks.peers.raw_arrays import Bucket, from_arrays, to_arrays
 from benchmarks.workloads import sampled_rows, token_rows
 from infra.stack import object_store
 from kd_core.errors import KDError
+from kd_core.range_cache import RangeCache
 from kd_core.recipe import S3Options
 from kd_core.row_keys import soft_label_key
 from kd_core.row_schemas import CODEC_MODEL, SOFT_LABEL_SCHEMA
@@ -31,7 +32,6 @@ from kd_core.shards import RowCache
 from kd_core.softlabels.codec import encode_rows
 from kd_core.softlabels.targets import SampledTargets, Targets
 from kd_core.store import S3Store, Store
-from kd_core.store.range_cache import RangeCache
 from kd_core.train.data import TokenRow, step_rows
 from kd_core.train.feed import PREFETCH_STEPS
 from kd_core.train.reader import ShardGroups, StoredRows
@@ -72,10 +72,9 @@ def soft_label_table(
 def open_rows(store: Store, namespace: str, keyed: list[tuple[str, int, int]], copies: Path) -> StoredRows:
     """A training reader over a snapshot; ``keyed`` holds key, tokens and first supervised index of each row."""
     cache = RowCache(store, "soft_labels", namespace)
-    groups = ShardGroups(cache, cache.snapshot(), RangeCache(store, copies, _CACHE_BYTES))
-    group, row = groups.locate([key for key, _, _ in keyed])
+    groups = ShardGroups(cache, cache.snapshot(), RangeCache(store, copies, _CACHE_BYTES), [key for key, _, _ in keyed])
     num_tokens, first = (np.array([entry[i] for entry in keyed], np.int32) for i in (1, 2))
-    return StoredRows(groups, group, row, num_tokens=num_tokens, first_supervised=first)
+    return StoredRows(groups, groups.group, groups.row, num_tokens=num_tokens, first_supervised=first)
 
 
 def training_batches(rows: StoredRows, num_rows: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -90,7 +89,7 @@ def training_batches(rows: StoredRows, num_rows: int) -> Iterator[dict[str, torc
         targets, tokens = rows.targets(numbers), rows.read(numbers)
         assert isinstance(targets, SampledTargets)
         yield {
-            "ids": torch.from_numpy(np.concatenate([np.array(row.ids, np.int64) for row in tokens])),
+            "ids": torch.from_numpy(np.concatenate([row.ids for row in tokens], dtype=np.int64)),
             "first": torch.tensor([row.first_supervised for row in tokens]),
             "lengths": targets.offsets_N1.diff(),
             "entries": targets.ids_E,

@@ -53,6 +53,11 @@ class Commit:
     num_tokens: int | None
     ranges: tuple[ByteRange, ...]
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the shard, known without their keys where ranges are."""
+        return sum(part.num_rows for part in self.ranges) if self.ranges else len(self.keys)
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -278,7 +283,7 @@ class RowCache:
     def _quarantined(self, commit: Commit, reason: str) -> QuarantinedError:
         return QuarantinedError(
             f"{self.store.uri}/{self.shard_key(commit)}: {reason}; it was moved to quarantine/, "
-            f"and its {len(commit.keys)} rows are computed again when the recipe is run"
+            f"and its {commit.num_rows} rows are computed again when the recipe is run"
         )
 
     def unless_quarantined(self, commit: Commit, error: StoreError) -> StoreError:

@@ -148,7 +148,7 @@ def _words(events: Callable[[int, np.ndarray], int], room: np.ndarray, num_rows:
 
 def _serves(tables: Tables, histogram_CA: np.ndarray) -> bool:
     """Whether tables have every symbol that occurs, and cost about what the best ones would, their own bytes included."""
-    if bool(((histogram_CA > 0) & (tables.freq_TA[tables.table_C] == 0)).any()):
+    if bool(((histogram_CA > 0) & (tables.frequencies() == 0)).any()):
         return False
     codes_CA = _choose_tables(histogram_CA)
     own_bits = float(code_bits(histogram_CA, make_tables(_own_or_family(codes_CA))).sum()) + 8 * len(zlib.compress(codes_CA.tobytes(), 6))

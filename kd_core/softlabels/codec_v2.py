@@ -96,9 +96,11 @@ def _quantise_gold(logprob_N: np.ndarray) -> np.ndarray:
     return np.asarray(np.minimum(steps_N, _GOLD_LOST).astype(np.int64))
 
 
+_GOLD_LOGPROB = np.append(np.maximum(-np.expm1(np.arange(_GOLD_LOST) / 32) / 4, np.finfo(np.float32).min), -np.inf).astype(np.float32)
+
+
 def _gold_logprob(quantised_N: np.ndarray) -> Tensor:
-    logprob_N = -np.expm1(quantised_N / 32) / 4
-    return torch.from_numpy(np.where(quantised_N == _GOLD_LOST, -np.inf, logprob_N).astype(np.float32))
+    return torch.from_numpy(_GOLD_LOGPROB.take(quantised_N, mode="clip"))
 
 
 @functools.lru_cache(maxsize=8)
@@ -255,8 +257,9 @@ def decode_rows(models: Sequence[Model], model_R: np.ndarray, blobs: Sequence[by
     return _decode_dense(models[0], blobs, len(gold_N))
 
 
-def _stream(parts: Sequence[memoryview], position_R1: np.ndarray, ids_R: np.ndarray) -> Stream:
-    words = np.frombuffer(b"".join([*parts, bytes(4)]), "<u2").astype(np.int32)
+def _stream(parts: Sequence[memoryview], position_R1: np.ndarray, ids_R: np.ndarray, num_events: int) -> Stream:
+    """``num_events``: as many as are decoded before the end is looked for, of three words each."""
+    words = np.frombuffer(b"".join([*parts, bytes(6 * num_events + 2)]), "<u2").astype(np.int32)
     return Stream(words, _offsets([len(part) // 2 for part in parts]), position_R1, _offsets(ids_R))
 
 
@@ -276,7 +279,7 @@ _RowsOf = list[tuple[Model, np.ndarray]]
 def _decode_sampled(rows_of: _RowsOf, blobs: Sequence[bytes], gold_N: np.ndarray, position_R1: np.ndarray) -> SampledTargets:
     header, num = rows_of[0][0].header, len(gold_N)
     ids_R = np.array([struct.unpack_from("<I", blob, _BLOB.size)[0] for blob in blobs], np.int64)
-    stream = _stream([memoryview(blob)[_BLOB.size + 4 :] for blob in blobs], position_R1, ids_R)
+    stream = _stream([memoryview(blob)[_BLOB.size + 4 :] for blob in blobs], position_R1, ids_R, header.size + 8)
     ids_E, counts_E = np.empty(int(ids_R.sum()), np.int64), np.empty(int(ids_R.sum()), np.int64)
     out = SampledRow(np.zeros(num + 1, np.int64), ids_E, counts_E, gold_N, *(np.empty(num, np.int64) for _ in range(3)))
     draws = _draws(header.size, header.temperatures[0])
@@ -309,7 +312,7 @@ def _decode_topk(rows_of: _RowsOf, blobs: Sequence[bytes], position_R1: np.ndarr
     out = TopKRow(
         np.empty((num, header.size), np.int64), np.empty((num, header.size), np.int64), np.empty(num, np.int64), np.empty(num, np.int64)
     )
-    stream, logprobs_NK = _stream(parts, position_R1, np.zeros(len(blobs))), np.empty((num, header.size), np.float32)
+    stream, logprobs_NK = _stream(parts, position_R1, np.zeros(len(blobs)), 8), np.empty((num, header.size), np.float32)
     for model, rows in rows_of:
         _refuse(decode_topk(stream, rows, model.tables, model.id_of_rank_V, out))
         logprob_L = _logprob_of_level(model.header.num_levels, model.header.lowest, grid).astype(np.float32)

@@ -37,6 +37,7 @@ __all__ = [
 
 PRECISION = 10  # bits of a table: 12 cost 0.01 bytes a position less and decode 1.4 times slower, as tables leave the cache
 ALPHABET = 96  # symbols a context may use; bucket() of 2^20 is 79
+_SYMBOL_BITS = 7  # room for them
 _LOW = 1 << 16
 _WEIGHTS = np.array([0] + [round(2 ** (code / 4 + 8)) for code in range(4 * PRECISION + 1)], np.int64)
 
@@ -83,17 +84,23 @@ def bucket_base(symbol: int) -> tuple[int, int]:
 class Tables(NamedTuple):
     """Static frequencies of C contexts in T different tables, each once and narrow: decoding is as fast as they stay in the cache.
 
+    One line each, so that a place is a sum: every symbol waits for these loads.
+
     Attributes:
-        table_C: int16, each context's table.
-        freq_TA: int16, shape (T, ALPHABET): a row sums to 2^PRECISION, or to 0 where no event has its contexts.
-        start_TA: int16, exclusive cumulative sums.
-        symbol_TS: int8, shape (T, 2^PRECISION): the symbol of each slot.
+        first_C: int32, the first slot of each context's table.
+        symbol_S: int8, the symbol of each slot, 2^PRECISION a table.
+        share_X: int32, 2^16 x frequency + exclusive cumulative frequency of each symbol, 2^_SYMBOL_BITS a table: frequencies sum
+            to 2^PRECISION, or to 0 where no event has a context of this table.
     """
 
-    table_C: np.ndarray
-    freq_TA: np.ndarray
-    start_TA: np.ndarray
-    symbol_TS: np.ndarray
+    first_C: np.ndarray
+    symbol_S: np.ndarray
+    share_X: np.ndarray
+
+    def frequencies(self) -> np.ndarray:
+        """int64, shape (C, ALPHABET)."""
+        share_TA = self.share_X.reshape(-1, 1 << _SYMBOL_BITS)[:, :ALPHABET]
+        return np.asarray(share_TA[self.first_C >> PRECISION].astype(np.int64) >> 16)
 
 
 class Stream(NamedTuple):
@@ -136,14 +143,14 @@ def make_tables(codes_CA: np.ndarray) -> Tables:
     symbol_TS = np.zeros((len(freq_TA), 1 << PRECISION), np.int8)
     symbols = np.tile(np.arange(ALPHABET, dtype=np.int8), int(used_T.sum()))
     symbol_TS[used_T] = np.repeat(symbols, freq_TA[used_T].ravel()).reshape(-1, 1 << PRECISION)
-    start_TA = np.cumsum(freq_TA, axis=1) - freq_TA
-    return Tables(table_C.astype(np.int16), freq_TA.astype(np.int16), start_TA.astype(np.int16), symbol_TS)
+    share_TA = np.zeros((len(freq_TA), 1 << _SYMBOL_BITS), np.int32)
+    share_TA[:, :ALPHABET] = (freq_TA << 16) + np.cumsum(freq_TA, axis=1) - freq_TA
+    return Tables((table_C << PRECISION).astype(np.int32), symbol_TS.ravel(), share_TA.ravel())
 
 
 def code_bits(histogram_CA: np.ndarray, tables: Tables) -> np.ndarray:
     """Bits that events of a histogram take with given tables, float64, shape (C,); every symbol must have a frequency."""
-    freq_CA = tables.freq_TA[tables.table_C]
-    return np.asarray((histogram_CA * (PRECISION - np.log2(np.maximum(freq_CA, 1)))).sum(1))
+    return np.asarray((histogram_CA * (PRECISION - np.log2(np.maximum(tables.frequencies(), 1)))).sum(1))
 
 
 @compiled
@@ -178,8 +185,8 @@ def encode_events(events_X4: np.ndarray, tables: Tables, words: np.ndarray) -> i
             state = (state << take) | (raw & ((1 << take) - 1))
             raw >>= take
             left -= take
-        table = tables.table_C[events_X4[x, 0]]
-        freq, start = tables.freq_TA[table, events_X4[x, 1]], tables.start_TA[table, events_X4[x, 1]]
+        share = tables.share_X[(tables.first_C[events_X4[x, 0]] >> (PRECISION - _SYMBOL_BITS)) + events_X4[x, 1]]
+        freq, start = share >> 16, share & 0xFFFF
         if state >= freq << (32 - PRECISION):
             at -= 1
             words[at] = state & 0xFFFF
@@ -198,29 +205,46 @@ def open_row(stream: Stream, row: int) -> tuple[int, int]:
 
 
 @inlined
+def _place(index: Any) -> Any:
+    return np.uint64(index)
+
+
+@inlined
+def _signed(value: Any) -> Any:
+    return np.int64(value)
+
+
+@inlined
+def _refill(stream: Stream, state: int, at: int) -> tuple[int, int]:
+    """State and next word after a word was read if it was time: half the time it is, so no branch could be foreseen."""
+    low = _signed(state < _LOW)
+    return (state << (low << 4)) | (stream.words[at] & -low), at + low
+
+
+@inlined
 def pop_symbol(stream: Stream, tables: Tables, context: int, state: int, at: int) -> tuple[int, int, int]:
-    """One symbol off the stream: (symbol, state, next word)."""
-    table, slot = tables.table_C[context], state & ((1 << PRECISION) - 1)
-    symbol = tables.symbol_TS[table, slot]
-    state = tables.freq_TA[table, symbol] * (state >> PRECISION) + slot - tables.start_TA[table, symbol]
-    if state < _LOW:
-        state = (state << 16) | stream.words[at]
-        at += 1
+    """One symbol off the stream: (symbol, state, next word).
+
+    Places are unsigned: numba looks whether a signed one counts from the end, and every symbol waits for that.
+    """
+    first, slot = _signed(tables.first_C[_place(context)]), state & ((1 << PRECISION) - 1)
+    symbol = _signed(tables.symbol_S[_place(first + slot)])
+    share = _signed(tables.share_X[_place((first >> (PRECISION - _SYMBOL_BITS)) + symbol)])
+    state, at = _refill(stream, (share >> 16) * (state >> PRECISION) + slot - (share & 0xFFFF), at)
     return symbol, state, at
 
 
 @inlined
 def pop_raw(stream: Stream, bits: int, state: int, at: int) -> tuple[int, int, int]:
-    """``bits`` raw bits off the stream: (value, state, next word)."""
+    """``bits`` raw bits (32 at most) off the stream: (value, state, next word)."""
     value = 0
-    while bits > 0:
-        take = ((bits - 1) & 15) + 1
-        value = (value << take) | (state & ((1 << take) - 1))
-        state >>= take
-        bits -= take
-        if state < _LOW:
-            state = (state << 16) | stream.words[at]
-            at += 1
+    if bits > 16:
+        bits -= 16
+        value = (state & ((1 << bits) - 1)) << 16
+        state, at = _refill(stream, state >> bits, at)
+        bits = 16
+    value |= state & ((1 << bits) - 1)
+    state, at = _refill(stream, state >> bits, at)
     return value, state, at
 
 

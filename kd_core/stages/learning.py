@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kd_core.block_map import block_pairs
 from kd_core.errors import SoftLabelError, TrainingError
+from kd_core.range_cache import RangeCache
 from kd_core.recipe import Arm, HiddenStateFeatures, PretrainedStudent, Recipe, ServerTeacher, StudentFromConfig, StudentFromTeacher
 from kd_core.softlabels.forward import decoder_blocks
 from kd_core.softlabels.kept import kept_mass
@@ -22,7 +23,6 @@ from kd_core.stages.job import Job
 from kd_core.stages.ranks import on_ranks
 from kd_core.stages.scoring import token_rows
 from kd_core.stages.teaching import frozen_rows, load_teacher
-from kd_core.store.range_cache import RangeCache
 from kd_core.student.activations import sample_rows
 from kd_core.student.adapters import add_adapters, merge_adapters
 from kd_core.student.describe import teacher_config
@@ -195,10 +195,9 @@ def _stored_rows(job: Job, role: str, keys: pa.Table) -> StoredRows:
     """Rows of an upstream node's shards, in the order of their keys."""
     cache, snapshot = frozen_rows(job, role)
     run = job.recipe.run
-    groups = ShardGroups(cache, snapshot, RangeCache(job.store, Path(run.disk_cache), run.disk_cache_bytes))
-    group, row = groups.locate(keys["key"].to_pylist())
+    groups = ShardGroups(cache, snapshot, RangeCache(job.store, Path(run.disk_cache), run.disk_cache_bytes), keys["key"].to_pylist())
     sizes = {name: keys[name].to_numpy() for name in ("num_tokens", "first_supervised")}
-    return StoredRows(groups, group, row, **sizes)
+    return StoredRows(groups, groups.group, groups.row, **sizes)
 
 
 def _feature_task(job: Job, recipe: Recipe, student: LoadedModel) -> FeatureTask | None:

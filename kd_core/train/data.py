@@ -24,12 +24,23 @@ BUFFER_BLOCKS = 64
 """Blocks that are shuffled together."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenRow:
-    """One sequence: token ids of prompt and answer, and the index of the first answer token."""
+    """One sequence.
 
-    ids: tuple[int, ...]
+    Attributes:
+        ids: token ids of prompt and answer; of a row that was read from storage an int32 array, never copied on its way to a batch.
+        first_supervised: index of the first answer token.
+    """
+
+    ids: Sequence[int]
     first_supervised: int
+
+    def __eq__(self, other: object) -> bool:
+        """Equal ids, in whatever they are held."""
+        if not isinstance(other, TokenRow):
+            return NotImplemented
+        return self.first_supervised == other.first_supervised and np.array_equal(self.ids, other.ids)
 
     @property
     def num_supervised(self) -> int:

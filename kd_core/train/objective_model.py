@@ -121,7 +121,7 @@ def check_logits(model: ObjectiveModel, rows: list[TokenRow], layout: Layout) ->
     own = []
     for row in rows:
         keep = min(_CHECKED_POSITIONS, row.num_supervised)
-        ids_BT = torch.tensor([row.ids], device=layout.device)
+        ids_BT = torch.tensor(row.ids, dtype=torch.int64, device=layout.device)[None]
         own.append(model.model(input_ids=ids_BT, use_cache=False).logits[0, -keep - 1 : -1])
     with isolated_documents(model.model) if layout.packed else contextlib.nullcontext():
         hidden_NH = model.hidden(layout.batch(rows))

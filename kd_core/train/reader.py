@@ -9,7 +9,8 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,18 +20,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kd_core.errors import SoftLabelError
+from kd_core.range_cache import RangeCache, request_windows
 from kd_core.row_schemas import CODEC_MODEL
 from kd_core.shards import RowCache, Shard, Snapshot
 from kd_core.softlabels.codec import decode_mixed_rows, parse_model
 from kd_core.softlabels.hidden import RowStates, decode_states
 from kd_core.softlabels.targets import Targets
-from kd_core.store.range_cache import RangeCache
 from kd_core.train.data import BUFFER_BLOCKS, TokenRow
 
 __all__ = ["FileGroups", "Group", "Groups", "ShardGroups", "StoredRows", "file_rows"]
 
 _HELD_GROUPS = 5 * BUFFER_BLOCKS // 2
 """Row groups in memory: the shuffle buffer's, the next one's, and some for buffers that do not begin with a group."""
+_OPEN_SHARDS = 16
+"""Footers in memory, 10 to 100 kB each: groups are asked for in their order, so one is read about once a buffer."""
 _FETCHERS = 4
 _DECODERS = 2
 
@@ -65,7 +68,8 @@ class Group:
 
     def tokens(self, row: int) -> TokenRow:
         """One row."""
-        return TokenRow(tuple(self.ids[self.offsets[row] : self.offsets[row + 1]].tolist()), int(self.first_supervised[row]))
+        ids: Any = self.ids[self.offsets[row] : self.offsets[row + 1]]
+        return TokenRow(ids, int(self.first_supervised[row]))
 
     def labels(self, row: int) -> np.ndarray:
         """The supervised tokens of a row, int64."""
@@ -92,44 +96,55 @@ class FileGroups:
 
 
 class ShardGroups:
-    """Row groups of all shards of a snapshot, one after the other."""
+    """Row groups of the shards that hold some rows, one shard after the other.
 
-    def __init__(self, cache: RowCache, snapshot: Snapshot, copies: RangeCache) -> None:
-        self._cache, self._places = cache, snapshot
-        shards = [
-            Shard(cache, commit, lambda key, part: copies.read(key, part.start, part.length, part.sha256)) for commit in snapshot.commits
-        ]
-        self._groups: list[tuple[Shard, int]] = []
-        self._first: dict[str, tuple[int, np.ndarray]] = {}  # shard -> its first group, and where each of its groups begins
-        self._models: weakref.WeakValueDictionary[bytes, Any] = weakref.WeakValueDictionary()  # while a group needs it
-        for shard in shards:
-            sizes = [part.num_rows for part in shard.commit.ranges[:-1]] or [len(shard.commit.keys)]
-            self._first[shard.commit.sha256] = (len(self._groups), np.cumsum([0, *sizes]))
-            self._groups += [(shard, i) for i in range(len(sizes))]
+    Nothing of the snapshot is kept: a row costs two numbers here, a shard its checksums.
 
-    def locate(self, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Group of each row and its number there, int64.
+    Attributes:
+        group: group of each row, int64.
+        row: number of each row in its group, int64.
+    """
+
+    def __init__(self, cache: RowCache, snapshot: Snapshot, copies: RangeCache, keys: Sequence[str]) -> None:
+        """Find rows by key.
 
         Raises:
             ArtifactError: a row is in no shard.
         """
-        found = np.empty((len(keys), 2), np.int64)
-        for i, place in enumerate(self._cache.locate(self._places, keys)):
-            first, starts = self._first[place.commit.sha256]
-            group = int(np.searchsorted(starts, place.row, side="right")) - 1
-            found[i] = first + group, place.row - starts[group]
-        return found[:, 0], found[:, 1]
+        self._cache, self._copies = cache, copies
+        self._models: weakref.WeakValueDictionary[bytes, Any] = weakref.WeakValueDictionary()  # while a group needs it
+        self._commits = [replace(commit, keys=()) if commit.ranges else commit for commit in snapshot.commits]
+        sizes = [[part.num_rows for part in commit.ranges[:-1]] or [len(commit.keys)] for commit in snapshot.commits]
+        numbers = {commit.sha256: i for i, commit in enumerate(snapshot.commits)}
+        places = ((numbers[place.commit.sha256], place.row) for place in cache.locate(snapshot, keys))
+        shard, row = np.fromiter(places, np.dtype((np.int64, 2)), len(keys)).T
+        self._first_group = np.cumsum([0, *map(len, sizes)])  # of each shard, and their number
+        first_row = np.cumsum([0, *(size for part in sizes for size in part)])  # of each group, all shards' rows in one line
+        line = first_row[self._first_group[shard]] + row
+        self.group = np.searchsorted(first_row, line, side="right") - 1
+        self.row = line - first_row[self.group]
+        self._wanted = set(np.unique(self.group).tolist()) if copies.keeps(snapshot.size_bytes()) else set()
+        self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
 
     def load(self, number: int) -> Group:
         """One row group, verified."""
-        shard, index = self._groups[number]
-        if not shard.commit.ranges:  # written before ranges were recorded: whole, and without a model
-            return Group.of(self._cache.read_shard(shard.commit), parse_model(b""))
+        i = int(np.searchsorted(self._first_group, number, side="right")) - 1
+        commit, index = self._commits[i], number - int(self._first_group[i])
+        if not commit.ranges:  # written before ranges were recorded: whole, and without a model
+            return Group.of(self._cache.read_shard(commit), parse_model(b""))
+        shard = self._shard(i)
         packed = shard.metadata.get(CODEC_MODEL, b"")
         model = self._models.get(packed)
         if model is None and packed:  # whichever thread was first: rows of one model are decoded together
             model = self._models.setdefault(packed, parse_model(packed))
         return Group.of(shard.group(index), model)
+
+    def _open(self, number: int) -> Shard:
+        """A shard whose neighbouring groups come in one request where all of them will be read and kept."""
+        commit, first = self._commits[number], int(self._first_group[number])
+        wanted = [first + i in self._wanted for i in range(len(commit.ranges) - 1)]
+        window_of = {part: window for window in request_windows(commit.ranges, [*wanted, any(wanted)]) for part in window}
+        return Shard(self._cache, commit, lambda key, part: self._copies.read(key, part, window_of.get(part, ())))
 
 
 class StoredRows:

@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from kd_core.errors import SoftLabelError, TeacherError, TrainingError
 from kd_core.losses.features import hidden_state_loss, relation_loss
 from kd_core.progress import silent
+from kd_core.range_cache import RangeCache
 from kd_core.recipe import (
     Adapter,
     BlockPair,
@@ -33,7 +34,6 @@ from kd_core.shards import RowCache
 from kd_core.softlabels.capture import row_key, score_rows
 from kd_core.softlabels.hidden import capture_hidden, encode_states
 from kd_core.store import LocalStore
-from kd_core.store.range_cache import RangeCache
 from kd_core.student.adapters import add_adapters
 from kd_core.teacher.models import LoadedModel
 from kd_core.train import feed
@@ -108,10 +108,9 @@ def cached(teacher, tmp_path, tmp_path_factory) -> Callable[..., FeatureTask]:
         cache = RowCache(store, "hidden_states", "n")
         cache.commit(table.take([3, 0, 1]), num_tokens=1)  # in two shards, in another order
         cache.commit(table.take([4, 2]), num_tokens=1)
-        groups = ShardGroups(cache, cache.snapshot(), RangeCache(store, tmp_path / "copies", 1 << 20))
-        group, number = groups.locate([key for key, _ in keyed])
+        groups = ShardGroups(cache, cache.snapshot(), RangeCache(store, tmp_path / "copies", 1 << 20), [key for key, _ in keyed])
         sizes = {"num_tokens": [len(row.ids) for row in rows], "first_supervised": [row.first_supervised for row in rows]}
-        stored = StoredRows(groups, group, number, **{name: np.array(value, np.int32) for name, value in sizes.items()})
+        stored = StoredRows(groups, groups.group, groups.row, **{name: np.array(value, np.int32) for name, value in sizes.items()})
         return FeatureTask(features, pairs, CachedStates(stored, pairs))
 
     return make

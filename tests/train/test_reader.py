@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from kd_core.errors import ArtifactError, QuarantinedError, SoftLabelError
+from kd_core.range_cache import RangeCache
 from kd_core.recipe import Dense, Sampled, SoftLabels, TopK
 from kd_core.row_schemas import CODEC_MODEL
 from kd_core.shards import RowCache
 from kd_core.softlabels.codec import encode_rows
 from kd_core.softlabels.targets import DenseTargets, SampledTargets, Targets, TopKTargets, make_targets
 from kd_core.store import LocalStore, Store
-from kd_core.store.range_cache import RangeCache
 from kd_core.train.data import TokenRow, step_rows
 from kd_core.train.reader import ShardGroups, StoredRows, file_rows
 
@@ -65,10 +65,11 @@ def fill(store: Store, rows: list[TokenRow], policy: SoftLabels, *, shard_rows: 
 
 
 def stored(cache: RowCache, keys: list[str], rows: list[TokenRow], copies: RangeCache) -> StoredRows:
-    groups = ShardGroups(cache, cache.snapshot(), copies)
-    group, row = groups.locate(keys)
+    groups = ShardGroups(cache, cache.snapshot(), copies, keys)
     num_tokens = np.array([len(r.ids) for r in rows], np.int32)
-    return StoredRows(groups, group, row, num_tokens=num_tokens, first_supervised=np.array([r.first_supervised for r in rows], np.int32))
+    return StoredRows(
+        groups, groups.group, groups.row, num_tokens=num_tokens, first_supervised=np.array([r.first_supervised for r in rows], np.int32)
+    )
 
 
 def local(tmp_path: Path, policy: SoftLabels, rows: list[TokenRow], *, shard_rows: int = 100) -> StoredRows:
@@ -156,7 +157,35 @@ def test_ranks_read_disjoint_parts_of_the_same_step(tmp_path: Path) -> None:
     picked = step_rows(100, 12, seed=0, step=4)
     for ranks in (1, 2, 5):
         parts = [reader.read(picked[rank::ranks]) for rank in range(ranks)]
-        assert sorted(row.ids for part in parts for row in part) == sorted(rows[i].ids for i in picked)
+        assert sorted(tuple(row.ids) for part in parts for row in part) == sorted(rows[i].ids for i in picked)
+
+
+class Remote(LocalStore):
+    """A directory that says it is far away, and counts the requests for shards."""
+
+    asked = 0
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        self.asked += 1
+        return super().get_range(key, start, length)
+
+    def local_path(self, key: str) -> None:
+        return None
+
+
+@pytest.mark.parametrize(("limit", "requests"), [(1 << 30, 3), (10_000, 7)], ids=["all fits", "a part fits"])
+def test_a_shard_comes_in_one_request_where_all_of_it_will_be_read_and_kept(tmp_path: Path, limit: int, requests: int) -> None:
+    """Two shards of 250 rows, row groups of 64 (4 each): of the second shard one group is asked for."""
+    store, rows = Remote(tmp_path / "far"), make_rows(500)
+    cache, keys = fill(store, rows, POLICIES[0], shard_rows=250)
+    first, second = cache.snapshot().commits
+    wanted = [*first.keys, *second.keys[70:80]]
+    numbers = [keys.index(key) for key in wanted]
+    reader = stored(cache, wanted, [rows[i] for i in numbers], RangeCache(store, tmp_path / "copies", limit))
+    store.asked = 0
+    assert reader.read(list(range(len(wanted)))) == [rows[i] for i in numbers]
+    # all fits: the first shard; the second one's group and its footer, which are not neighbours. Else 4 + 1 groups and 2 footers.
+    assert store.asked == requests
 
 
 @pytest.mark.stack

@@ -1,14 +1,17 @@
 """Copies of a remote store's ranges on this disk: bounded, shared, verified; a store on this machine is read in place."""
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kd_core.fingerprint import sha256_bytes
+from kd_core.range_cache import RangeCache, request_windows
+from kd_core.shard_files import ByteRange
 from kd_core.store import LocalStore
-from kd_core.store.range_cache import RangeCache
 
-DATA = {f"shard-{i}": bytes([i]) * 1000 for i in range(8)}
+DATA = {f"shard-{i}": bytes(range(i, i + 200)) * 5 for i in range(8)}
 
 
 class Remote(LocalStore):
@@ -35,7 +38,7 @@ def remote(tmp_path: Path) -> Remote:
 
 
 def read(copies: RangeCache, key: str) -> bytes:
-    return copies.read(key, 100, 800, sha256_bytes(DATA[key][100:900]))
+    return copies.read(key, ByteRange(100, 800, sha256_bytes(DATA[key][100:900]), 1))
 
 
 def test_a_range_is_fetched_once_for_all_processes(remote: Remote, tmp_path: Path) -> None:
@@ -69,7 +72,7 @@ def test_a_broken_copy_is_fetched_again(remote: Remote, tmp_path: Path) -> None:
 def test_wrong_bytes_are_handed_on_and_never_kept(remote: Remote, tmp_path: Path) -> None:
     """The reader names the object; a copy of the damage would outlive its repair."""
     copies = RangeCache(remote, tmp_path / "copies", 10_000)
-    assert copies.read("shard-1", 0, 10, "0" * 64) == DATA["shard-1"][:10]
+    assert copies.read("shard-1", ByteRange(0, 10, "0" * 64, 1)) == DATA["shard-1"][:10]
     assert not (tmp_path / "copies").exists()
 
 
@@ -78,3 +81,37 @@ def test_nothing_is_copied_of_a_local_store_or_without_a_limit(remote: Remote, t
     copies = RangeCache(LocalStore(tmp_path / "remote") if local else remote, tmp_path / "copies", limit)
     assert read(copies, "shard-2") == DATA["shard-2"][100:900]
     assert not (tmp_path / "copies").exists()
+
+
+WINDOW = tuple(ByteRange(start, 250, sha256_bytes(DATA["shard-5"][start : start + 250]), 1) for start in range(0, 1000, 250))
+
+
+def test_one_request_brings_a_window_for_all_threads(remote: Remote, tmp_path: Path) -> None:
+    copies = RangeCache(remote, tmp_path / "copies", 10_000)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda part: copies.read("shard-5", part, WINDOW), [*WINDOW, *WINDOW]))
+    assert found == 2 * [DATA["shard-5"][part.start : part.start + part.length] for part in WINDOW]
+    assert remote.asked == ["shard-5"]
+
+
+def test_a_damaged_range_of_a_window_harms_no_other(remote: Remote, tmp_path: Path) -> None:
+    broken = (WINDOW[0], replace(WINDOW[1], sha256="0" * 64), *WINDOW[2:])
+    copies = RangeCache(remote, tmp_path / "copies", 10_000)
+    for _ in range(2):
+        assert [len(copies.read("shard-5", part, broken)) for part in broken] == [250] * 4
+    assert remote.asked == ["shard-5"] * 3, "once for all, and every time for the range that is never right"
+    assert len([path for path in (tmp_path / "copies").rglob("*") if path.is_file()]) == 3
+
+
+def test_windows_are_neighbours_that_are_wanted_up_to_a_size() -> None:
+    size = 1 << 20
+    parts = [ByteRange(i * size, size, str(i), 64) for i in range(12)]
+    wanted = [i not in (3, 4) for i in range(12)]
+    assert [[part.sha256 for part in window] for window in request_windows(parts, wanted)] == [
+        ["0", "1", "2"],
+        ["5", "6", "7", "8"],
+        ["9", "10", "11"],
+    ]
+    huge = [ByteRange(0, 9 * size, "a", 64), ByteRange(9 * size, 9 * size, "b", 64)]
+    assert [len(window) for window in request_windows(huge, [True, True])] == [1, 1]
+    assert list(request_windows(parts, [False] * 12)) == []

@@ -1,0 +1,131 @@
+"""Byte ranges of a remote store, kept on a local disk up to a limit.
+
+Files are named by the sha256 of their bytes, so any number of processes and runs may share one directory, and a file
+that was broken on this disk is fetched again. A store on this machine is read in place.
+"""
+
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from kd_core.fingerprint import sha256_bytes
+from kd_core.shard_files import ByteRange
+from kd_core.store import Store
+
+__all__ = ["RangeCache", "request_windows"]
+
+_KEEP_SHARE = 0.9
+"""Of the limit, after the oldest files were removed: room for the next ones without another look at the directory."""
+
+_REQUEST_BYTES = 4 << 20
+"""Of one request for many ranges: a round trip costs both ends as much time as a megabyte."""
+
+
+def request_windows(parts: Sequence[ByteRange], wanted: Sequence[bool]) -> Iterator[tuple[ByteRange, ...]]:
+    """Neighbouring ranges that are wanted, as many together as one request should bring.
+
+    >>> parts = [ByteRange(start, 3 << 20, f"{start}", 64) for start in (0, 3 << 20, 6 << 20)] + [ByteRange(9 << 20, 9, "footer", 0)]
+    >>> [len(window) for window in request_windows(parts, [True, False, True, True])]
+    [1, 2]
+    """
+    window: list[ByteRange] = []
+    for part, is_wanted in zip(parts, wanted, strict=True):
+        if window and (not is_wanted or part.start + part.length - window[0].start > _REQUEST_BYTES):
+            yield tuple(window)
+            window = []
+        if is_wanted:
+            window.append(part)
+    if window:
+        yield tuple(window)
+
+
+class RangeCache:
+    """Reads of one store through a directory.
+
+    Args:
+        store: where the bytes are.
+        directory: where copies are kept.
+        limit_bytes: of all copies together; 0 keeps none.
+    """
+
+    def __init__(self, store: Store, directory: Path, limit_bytes: int) -> None:
+        self._store, self._directory, self._limit = store, directory, limit_bytes
+        self._lock = threading.Lock()
+        self._locks: dict[str, threading.Lock] = {}
+        self._size: int | None = None
+
+    def keeps(self, size_bytes: int) -> bool:
+        """Whether copies of so many bytes can all be kept."""
+        return size_bytes <= self._limit
+
+    def read(self, key: str, part: ByteRange, window: Sequence[ByteRange] = ()) -> bytes:
+        """Bytes of a range of an object: a right copy, or what the store gives. The caller verifies.
+
+        Args:
+            key: of the object.
+            part: the range.
+            window: neighbouring ranges in order, ``part`` among them, that will be wanted soon: one request brings them all.
+        """
+        if self._limit == 0 or self._store.local_path(key) is not None:
+            return self._store.get_range(key, part.start, part.length)
+        if (data := self._copy(part)) is not None:
+            return data
+        window = window or (part,)
+        with self._locks.setdefault(window[0].sha256, threading.Lock()):  # whoever comes second finds a copy
+            if (data := self._copy(part)) is not None:
+                return data
+            start = window[0].start
+            fetched = self._store.get_range(key, start, window[-1].start + window[-1].length - start)
+            pieces = {piece: fetched[piece.start - start :][: piece.length] for piece in window}
+            for piece, data in pieces.items():
+                if sha256_bytes(data) == piece.sha256:
+                    self._keep(self._path(piece), data)
+            return pieces[part]
+
+    def _path(self, part: ByteRange) -> Path:
+        return self._directory / part.sha256[:2] / part.sha256
+
+    def _copy(self, part: ByteRange) -> bytes | None:
+        path = self._path(part)
+        with suppress(OSError):
+            data = path.read_bytes()
+            if sha256_bytes(data) == part.sha256:
+                os.utime(path)
+                return data
+        return None
+
+    def _keep(self, path: Path, data: bytes) -> None:
+        with self._lock:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(name, path)
+            self._size = (self._size or self._total()) + len(data)
+            if self._size > self._limit:
+                self._evict()
+
+    def _files(self) -> list[tuple[float, int, Path]]:
+        found = []
+        for path in self._directory.glob("*/*"):
+            with suppress(OSError):
+                status = path.stat()
+                found.append((status.st_mtime, status.st_size, path))
+        return sorted(found)
+
+    def _total(self) -> int:
+        return sum(size for _, size, _ in self._files())
+
+    def _evict(self) -> None:
+        """Remove the copies that were not read for the longest time."""
+        files = self._files()
+        size = sum(length for _, length, _ in files)
+        for _, length, path in files:
+            if size <= _KEEP_SHARE * self._limit:
+                break
+            path.unlink(missing_ok=True)
+            size -= length
+        self._size = size
