@@ -79,7 +79,7 @@ class RangeCache:
                 return data
             start = window[0].start
             fetched = self._store.get_range(key, start, window[-1].start + window[-1].length - start)
-            pieces = {piece: fetched[piece.start - start :][: piece.length] for piece in window}
+            pieces = {piece: fetched[piece.start - start : piece.start - start + piece.length] for piece in window}
             for piece, data in pieces.items():
                 if sha256_bytes(data) == piece.sha256:
                     self._keep(self._path(piece), data)

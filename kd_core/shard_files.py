@@ -5,7 +5,7 @@ engine reads them in place. Every byte belongs to exactly one range with its own
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,9 +77,10 @@ def read_footer(data: bytes) -> Any:
     return pq.read_metadata(io.BytesIO(data))
 
 
-def read_group(footer: Any, index: int, part: ByteRange, data: bytes) -> pa.Table:
-    """The rows of one row group from its own bytes alone."""
-    return pq.ParquetFile(_Window(part.start, data), metadata=footer).read_row_group(index)
+def read_group(footer: Any, index: int, part: ByteRange, data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of one row group from its own bytes alone; those of ``columns`` that there are, None for all."""
+    file = pq.ParquetFile(_Window(part.start, data), metadata=footer)
+    return file.read_row_group(index, columns=columns, use_threads=False)
 
 
 class _Window(io.RawIOBase):

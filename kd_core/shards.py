@@ -295,39 +295,52 @@ class RowCache:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard that is read row group by row group, every byte verified against its commit."""
+    """A shard that is read row group by row group, every byte verified against its commit.
+
+    Attributes:
+        cache: where it is.
+        commit: of schema 2.
+        fetch: (object key, range) -> its bytes, from the store or a local copy.
+        footer: see ``open``.
+    """
 
     cache: RowCache
     commit: Commit
     fetch: Callable[[str, ByteRange], bytes]
-    """(object key, range) -> its bytes, from the store or a local copy."""
+    footer: Any
 
-    @cached_property
-    def _footer(self) -> Any:
-        return read_footer(self._verified(self.commit.ranges[-1]))
+    @classmethod
+    def open(cls, cache: RowCache, commit: Commit, fetch: Callable[[str, ByteRange], bytes]) -> "Shard":
+        """Read the footer.
+
+        Raises:
+            IntegrityError: its bytes differ from the commit; QuarantinedError if both have been moved aside.
+        """
+        return cls(cache, commit, fetch, read_footer(_verified(cache, commit, fetch, commit.ranges[-1])))
 
     @property
     def metadata(self) -> Mapping[bytes, bytes]:
         """What the writer left in the footer."""
-        return self._footer.metadata or {}
+        return self.footer.metadata or {}
 
-    def group(self, index: int) -> pa.Table:
-        """Rows of one row group.
+    def group(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Rows of one row group; those of ``columns`` that there are, None for all.
 
         Raises:
             IntegrityError: its bytes differ from the commit; QuarantinedError if both have been moved aside.
         """
         part = self.commit.ranges[index]
-        return read_group(self._footer, index, part, self._verified(part))
+        return read_group(self.footer, index, part, _verified(self.cache, self.commit, self.fetch, part), columns)
 
-    def _verified(self, part: ByteRange) -> bytes:
-        try:
-            data = self.fetch(self.cache.shard_key(self.commit), part)
-        except StoreError as error:
-            raise self.cache.unless_quarantined(self.commit, error) from error
-        if sha256_bytes(data) != part.sha256:
-            raise self.cache.quarantine(self.commit, f"bytes {part.start} to {part.start + part.length} differ from their checksum")
-        return data
+
+def _verified(cache: RowCache, commit: Commit, fetch: Callable[[str, ByteRange], bytes], part: ByteRange) -> bytes:
+    try:
+        data = fetch(cache.shard_key(commit), part)
+    except StoreError as error:
+        raise cache.unless_quarantined(commit, error) from error
+    if sha256_bytes(data) != part.sha256:
+        raise cache.quarantine(commit, f"bytes {part.start} to {part.start + part.length} differ from their checksum")
+    return data
 
 
 def _parse_commit(name: str, data: bytes) -> Commit:

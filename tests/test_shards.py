@@ -198,7 +198,7 @@ def test_a_commit_lists_what_its_shard_holds(tmp_path: Path) -> None:
 
 
 def shard_of(cache: RowCache, made: Commit) -> Shard:
-    return Shard(cache, made, lambda key, part: cache.store.get_range(key, part.start, part.length))
+    return Shard.open(cache, made, lambda key, part: cache.store.get_range(key, part.start, part.length))
 
 
 def large(cache: RowCache) -> Commit:
@@ -233,13 +233,13 @@ def test_every_flipped_byte_of_a_shard_is_met_before_a_row_is(tmp_path: Path) ->
         def fetch(key: str, part, broken: bytes = broken) -> bytes:
             return broken[part.start : part.start + part.length]
 
-        def read_all(shard: Shard) -> None:
-            assert shard.metadata
+        def read_all() -> None:
+            shard = Shard.open(cache, made, fetch)
             for i in range(3):
                 shard.group(i)
 
         with pytest.raises(IntegrityError, match=rf"shards/{made.sha256}\.parquet: bytes \d+ to \d+ differ.*a second read was right"):
-            read_all(Shard(cache, made, fetch))
+            read_all()
     assert cache.snapshot().commits == (made,), "the store's own bytes are right: nothing was moved"
 
 

@@ -32,6 +32,7 @@ __all__ = ["FileGroups", "Group", "Groups", "ShardGroups", "StoredRows", "file_r
 
 _HELD_GROUPS = 5 * BUFFER_BLOCKS // 2
 """Row groups in memory: the shuffle buffer's, the next one's, and some for buffers that do not begin with a group."""
+_COLUMNS = ("ids", "first_supervised", "targets", "states")
 _OPEN_SHARDS = 16
 """Footers in memory, 10 to 100 kB each: groups are asked for in their order, so one is read about once a buffer."""
 _FETCHERS = 4
@@ -92,7 +93,7 @@ class FileGroups:
 
     def load(self, number: int) -> Group:
         """One row group."""
-        return Group.of(pq.ParquetFile(self._path).read_row_group(number, columns=["ids", "first_supervised"]), None)
+        return Group.of(pq.ParquetFile(self._path).read_row_group(number, columns=_COLUMNS), None)
 
 
 class ShardGroups:
@@ -137,14 +138,14 @@ class ShardGroups:
         model = self._models.get(packed)
         if model is None and packed:  # whichever thread was first: rows of one model are decoded together
             model = self._models.setdefault(packed, parse_model(packed))
-        return Group.of(shard.group(index), model)
+        return Group.of(shard.group(index, _COLUMNS), model)
 
     def _open(self, number: int) -> Shard:
         """A shard whose neighbouring groups come in one request where all of them will be read and kept."""
         commit, first = self._commits[number], int(self._first_group[number])
         wanted = [first + i in self._wanted for i in range(len(commit.ranges) - 1)]
         window_of = {part: window for window in request_windows(commit.ranges, [*wanted, any(wanted)]) for part in window}
-        return Shard(self._cache, commit, lambda key, part: self._copies.read(key, part, window_of.get(part, ())))
+        return Shard.open(self._cache, commit, lambda key, part: self._copies.read(key, part, window_of.get(part, ())))
 
 
 class StoredRows:
@@ -176,8 +177,9 @@ class StoredRows:
 
     def _ask(self, groups: np.ndarray) -> dict[int, Future[Group]]:
         """Groups that are at hand or on their way."""
+        apart = -(-len(groups) // _FETCHERS)  # neighbours may come in one request: fetchers begin far from each other
         with self._lock:
-            for group in groups.tolist():
+            for group in (group for first in range(apart) for group in groups[first::apart].tolist()):
                 if group not in self._held:
                     self._held[group] = self._fetchers.submit(self._groups.load, group)
                 self._held.move_to_end(group)
