@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from kd_core.fingerprint import sha256_bytes
 from kd_core.shard_files import ByteRange
 from kd_core.store import Store
 
@@ -61,8 +60,8 @@ class RangeCache:
         """Whether copies of so many bytes can all be kept."""
         return size_bytes <= self._limit
 
-    def read(self, key: str, part: ByteRange, window: Sequence[ByteRange] = ()) -> bytes:
-        """Bytes of a range of an object: a right copy, or what the store gives. The caller verifies.
+    def read(self, key: str, part: ByteRange, window: Sequence[ByteRange] = ()) -> bytes | None:
+        """Bytes of a range of an object, verified; None where the store's are not right.
 
         Args:
             key: of the object.
@@ -70,7 +69,7 @@ class RangeCache:
             window: neighbouring ranges in order, ``part`` among them, that will be wanted soon: one request brings them all.
         """
         if self._limit == 0 or self._store.local_path(key) is not None:
-            return self._store.get_range(key, part.start, part.length)
+            return part.verified(self._store.get_range(key, part.start, part.length))
         if (data := self._copy(part)) is not None:
             return data
         window = window or (part,)
@@ -79,10 +78,10 @@ class RangeCache:
                 return data
             start = window[0].start
             fetched = self._store.get_range(key, start, window[-1].start + window[-1].length - start)
-            pieces = {piece: fetched[piece.start - start : piece.start - start + piece.length] for piece in window}
-            for piece, data in pieces.items():
-                if sha256_bytes(data) == piece.sha256:
-                    self._keep(self._path(piece), data)
+            pieces = {piece: piece.verified(fetched[piece.start - start : piece.start - start + piece.length]) for piece in window}
+            for piece, right in pieces.items():
+                if right is not None:
+                    self._keep(self._path(piece), right)
             return pieces[part]
 
     def _path(self, part: ByteRange) -> Path:
@@ -91,10 +90,10 @@ class RangeCache:
     def _copy(self, part: ByteRange) -> bytes | None:
         path = self._path(part)
         with suppress(OSError):
-            data = path.read_bytes()
-            if sha256_bytes(data) == part.sha256:
+            data = part.verified(path.read_bytes())
+            if data is not None:
                 os.utime(path)
-                return data
+            return data
         return None
 
     def _keep(self, path: Path, data: bytes) -> None:

@@ -30,6 +30,10 @@ class ByteRange:
     sha256: str
     num_rows: int
 
+    def verified(self, data: bytes) -> bytes | None:
+        """The bytes if they are this range's, else None."""
+        return data if sha256_bytes(data) == self.sha256 else None
+
 
 def write_shard(rows: pa.Table, metadata: Mapping[bytes, bytes]) -> tuple[bytes, tuple[ByteRange, ...]]:
     """Rows as Parquet, and the ranges that cover it. The same rows give the same bytes.

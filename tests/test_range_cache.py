@@ -37,7 +37,7 @@ def remote(tmp_path: Path) -> Remote:
     return store
 
 
-def read(copies: RangeCache, key: str) -> bytes:
+def read(copies: RangeCache, key: str) -> bytes | None:
     return copies.read(key, ByteRange(100, 800, sha256_bytes(DATA[key][100:900]), 1))
 
 
@@ -69,10 +69,11 @@ def test_a_broken_copy_is_fetched_again(remote: Remote, tmp_path: Path) -> None:
     assert file.read_bytes() == DATA["shard-1"][100:900]
 
 
-def test_wrong_bytes_are_handed_on_and_never_kept(remote: Remote, tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [10_000, 0])
+def test_wrong_bytes_are_told_and_never_kept(remote: Remote, tmp_path: Path, limit: int) -> None:
     """The reader names the object; a copy of the damage would outlive its repair."""
-    copies = RangeCache(remote, tmp_path / "copies", 10_000)
-    assert copies.read("shard-1", ByteRange(0, 10, "0" * 64, 1)) == DATA["shard-1"][:10]
+    copies = RangeCache(remote, tmp_path / "copies", limit)
+    assert copies.read("shard-1", ByteRange(0, 10, "0" * 64, 1)) is None
     assert not (tmp_path / "copies").exists()
 
 
@@ -98,7 +99,8 @@ def test_a_damaged_range_of_a_window_harms_no_other(remote: Remote, tmp_path: Pa
     broken = (WINDOW[0], replace(WINDOW[1], sha256="0" * 64), *WINDOW[2:])
     copies = RangeCache(remote, tmp_path / "copies", 10_000)
     for _ in range(2):
-        assert [len(copies.read("shard-5", part, broken)) for part in broken] == [250] * 4
+        found = [copies.read("shard-5", part, broken) for part in broken]
+        assert [data is None for data in found] == [False, True, False, False]
     assert remote.asked == ["shard-5"] * 3, "once for all, and every time for the range that is never right"
     assert len([path for path in (tmp_path / "copies").rglob("*") if path.is_file()]) == 3
 

@@ -198,7 +198,7 @@ def test_a_commit_lists_what_its_shard_holds(tmp_path: Path) -> None:
 
 
 def shard_of(cache: RowCache, made: Commit) -> Shard:
-    return Shard.open(cache, made, lambda key, part: cache.store.get_range(key, part.start, part.length))
+    return Shard.open(cache, made, lambda key, part: part.verified(cache.store.get_range(key, part.start, part.length)))
 
 
 def large(cache: RowCache) -> Commit:
@@ -230,8 +230,8 @@ def test_every_flipped_byte_of_a_shard_is_met_before_a_row_is(tmp_path: Path) ->
     for at in range(0, len(data), 7):
         broken = data[:at] + bytes([data[at] ^ 0x40]) + data[at + 1 :]
 
-        def fetch(key: str, part, broken: bytes = broken) -> bytes:
-            return broken[part.start : part.start + part.length]
+        def fetch(key: str, part, broken: bytes = broken) -> bytes | None:
+            return part.verified(broken[part.start : part.start + part.length])
 
         def read_all() -> None:
             shard = Shard.open(cache, made, fetch)

@@ -259,7 +259,7 @@ def decode_rows(models: Sequence[Model], model_R: np.ndarray, blobs: Sequence[by
 
 def _stream(parts: Sequence[memoryview], position_R1: np.ndarray, ids_R: np.ndarray, num_events: int) -> Stream:
     """``num_events``: as many as are decoded before the end is looked for, of three words each."""
-    words = np.frombuffer(b"".join([*parts, bytes(6 * num_events + 2)]), "<u2").astype(np.int32)
+    words = np.frombuffer(b"".join([*parts, bytes(6 * num_events + 2)]), "<u2")
     return Stream(words, _offsets([len(part) // 2 for part in parts]), position_R1, _offsets(ids_R))
 
 

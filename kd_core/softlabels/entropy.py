@@ -107,7 +107,7 @@ class Stream(NamedTuple):
     """Words of R rows, one after the other, and what each row begins with.
 
     Attributes:
-        words: 16 bits each, int32 (numba makes float64 of signed and unsigned); some more than the rows have, to read ahead.
+        words: uint16, and some more than the rows have, to read ahead.
         words_R1, positions_R1, ids_R1: int64 offsets of each row's words, positions and ids.
     """
 
@@ -201,7 +201,7 @@ def encode_events(events_X4: np.ndarray, tables: Tables, words: np.ndarray) -> i
 def open_row(stream: Stream, row: int) -> tuple[int, int]:
     """State and next word at the start of a row."""
     at = stream.words_R1[row]
-    return (stream.words[at] << 16) | stream.words[at + 1], at + 2
+    return (_signed(stream.words[at]) << 16) | _signed(stream.words[at + 1]), at + 2
 
 
 @inlined
@@ -218,7 +218,7 @@ def _signed(value: Any) -> Any:
 def _refill(stream: Stream, state: int, at: int) -> tuple[int, int]:
     """State and next word after a word was read if it was time: half the time it is, so no branch could be foreseen."""
     low = _signed(state < _LOW)
-    return (state << (low << 4)) | (stream.words[at] & -low), at + low
+    return (state << (low << 4)) | (_signed(stream.words[at]) & -low), at + low
 
 
 @inlined

@@ -168,7 +168,7 @@ def _model_before(cache: RowCache, keys: Sequence[str], key: str) -> bytes:
     held = next((places[earlier].commit for earlier in reversed(keys[: keys.index(key)]) if earlier in places), None)
     if held is None or not held.ranges:
         return b""
-    return Shard.open(cache, held, lambda key, part: read(key, part.start, part.length)).metadata.get(CODEC_MODEL, b"")
+    return Shard.open(cache, held, lambda key, part: part.verified(read(key, part.start, part.length))).metadata.get(CODEC_MODEL, b"")
 
 
 def _pack_soft_labels(found: Sequence[tuple[_CuratedRow, ScoredRow]], known: bytes) -> Packed:

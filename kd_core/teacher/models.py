@@ -36,8 +36,10 @@ __all__ = [
     "teacher_identity",
 ]
 
-UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError, StrictDataclassError)
+UNREADABLE = (OSError, ValueError, ArithmeticError, ImportError, RuntimeError, KeyError, SafetensorError, StrictDataclassError)
 """What other libraries raise at files that are no model."""
+_LEAK = 0.01
+"""Of the logits' spread: a causal model is exact but for the order of its sums."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,22 @@ def _load(
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     model = model.to(device).eval().requires_grad_(False)
+    if not _is_causal(model):
+        raise TeacherError(
+            f"model {location!r}: its logits change with the tokens that come after, so it sees the answer it should predict; "
+            f"{type(model).__name__} is an encoder: use a causal language model"
+        )
     return LoadedModel(model, tokenizer, min(num_columns(tokenizer), model.config.get_text_config().vocab_size))
+
+
+@torch.no_grad()
+def _is_causal(model: PreTrainedModel) -> bool:
+    """Whether a later token leaves what stands before it alone; an encoder loads as a language model too."""
+    last = model.config.get_text_config().vocab_size - 1
+    ids_BT = torch.tensor([[0, last, 0], [0, last, last]], device=model.device)
+    one_TV, other_TV = model(input_ids=ids_BT, use_cache=False).logits[:, :2].float()
+    broken = not bool(torch.isfinite(one_TV).all())  # said by whoever computes with it
+    return broken or float((one_TV - other_TV).abs().max()) <= _LEAK * float(one_TV.std())
 
 
 def save_model(loaded: LoadedModel, directory: Path) -> None:
