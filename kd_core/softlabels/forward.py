@@ -128,7 +128,7 @@ def teacher_forward(
     lengths = [len(row.ids) for row in rows]
     batches = list((pack_batches if reason is None else equal_length_batches)(lengths, micro_batch_tokens))
     if parity is not None and batches:
-        parity.note(rows, batches)
+        parity.note(rows, batches, multiple=_MULTIPLE if reason is None else 1)
     with isolated_documents(model) if reason is None else contextlib.nullcontext(), module_outputs(watched) as outputs:
         for indices in batches:
             picked = [(rows[i].ids, rows[i].first_supervised) for i in indices]
@@ -248,14 +248,16 @@ class Parity:
         self._model = model
         self._own: dict[int, Tensor] = {}
 
-    def note(self, rows: Sequence[TokenRow], batches: Sequence[list[int]]) -> None:
-        """Run the model itself over the rows to compare."""
+    def note(self, rows: Sequence[TokenRow], batches: Sequence[list[int]], *, multiple: int) -> None:
+        """Run the model itself over the rows to compare, each rounded up to ``multiple`` tokens by some that come after it."""
+        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         shared = next((batch for batch in batches if len(batch) > 1), [])
         for i in {*batches[0][:1], *shared[-1:]}:
-            keep = min(_PARITY_POSITIONS, rows[i].num_supervised)
-            ids_BT = torch.tensor([rows[i].ids], device=self._model.device)
-            own_TV = self._model(input_ids=ids_BT, logits_to_keep=keep + 1, use_cache=False).logits[0]
-            self._own[i] = own_TV[-keep - 1 : -1].float()
+            num, keep = len(rows[i].ids), min(_PARITY_POSITIONS, rows[i].num_supervised)
+            fill = -num % multiple if limit is None else min(-num % multiple, limit - num)
+            ids_BT = torch.tensor([[*rows[i].ids, *[0] * fill]], device=self._model.device)
+            kept = torch.arange(num - keep - 1, num - 1, device=self._model.device)
+            self._own[i] = self._model(input_ids=ids_BT, logits_to_keep=kept, use_cache=False).logits[0].float()
 
     def check(self, row: int, hidden_NH: Tensor, head: Head) -> None:
         """Compare a row's last positions, if it was noted.
