@@ -22,6 +22,9 @@ _KEEP_SHARE = 0.9
 _REQUEST_BYTES = 4 << 20
 """Of one request for many ranges: a round trip costs both ends as much time as a megabyte."""
 
+_FRESH_BYTES = 32 << 20
+"""In memory of ranges that came with others: they are asked for soon, or read from their copies."""
+
 
 def request_windows(parts: Sequence[ByteRange], wanted: Sequence[bool]) -> Iterator[tuple[ByteRange, ...]]:
     """Neighbouring ranges that are wanted, as many together as one request should bring.
@@ -54,6 +57,7 @@ class RangeCache:
         self._store, self._directory, self._limit = store, directory, limit_bytes
         self._lock = threading.Lock()
         self._locks: dict[str, threading.Lock] = {}
+        self._fresh: dict[str, bytes] = {}  # by sha256: fetched for others, and not asked for yet
         self._size: int | None = None
 
     def keeps(self, size_bytes: int) -> bool:
@@ -79,16 +83,25 @@ class RangeCache:
             start = window[0].start
             fetched = self._store.get_range(key, start, window[-1].start + window[-1].length - start)
             pieces = {piece: piece.verified(fetched[piece.start - start : piece.start - start + piece.length]) for piece in window}
-            for piece, right in pieces.items():
-                if right is not None:
-                    self._keep(self._path(piece), right)
+            right = {piece.sha256: data for piece, data in pieces.items() if data is not None}
+            for sha256, data in right.items():
+                self._keep(self._path(sha256), data)
+            right.pop(part.sha256, None)
+            with self._lock:
+                self._fresh |= right
+                while sum(map(len, self._fresh.values())) > _FRESH_BYTES:
+                    del self._fresh[next(iter(self._fresh))]
             return pieces[part]
 
-    def _path(self, part: ByteRange) -> Path:
-        return self._directory / part.sha256[:2] / part.sha256
+    def _path(self, sha256: str) -> Path:
+        return self._directory / sha256[:2] / sha256
 
     def _copy(self, part: ByteRange) -> bytes | None:
-        path = self._path(part)
+        with self._lock:
+            fresh = self._fresh.pop(part.sha256, None)
+        if fresh is not None:
+            return fresh
+        path = self._path(part.sha256)
         with suppress(OSError):
             data = part.verified(path.read_bytes())
             if data is not None:
@@ -97,13 +110,13 @@ class RangeCache:
         return None
 
     def _keep(self, path: Path, data: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(name, path)
         with self._lock:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=path.parent)
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(name, path)
-            self._size = (self._size or self._total()) + len(data)
+            self._size = self._total() if self._size is None else self._size + len(data)
             if self._size > self._limit:
                 self._evict()
 

@@ -241,7 +241,7 @@ def decode_rows(models: Sequence[Model], model_R: np.ndarray, blobs: Sequence[by
         raise SoftLabelError(f"soft labels of different kinds in one batch: {sorted({str(model.header.policy) for model in models})}")
     for i, (blob, gold) in enumerate(zip(blobs, labels, strict=True)):
         if len(blob) < _BLOB.size or blob[0] != VERSION:
-            raise SoftLabelError(f"row {i}: not soft labels of version {VERSION}: {len(blob)} bytes, beginning {blob[:5]!r}")
+            raise SoftLabelError(f"row {i}: not soft labels of version {VERSION}: {len(blob)} bytes, beginning {bytes(blob[:5])!r}")
         if _checksum(models[model_R[i]].data, gold, blob[_BLOB.size :]) != _BLOB.unpack_from(blob)[1]:
             raise SoftLabelError(
                 f"row {i}: the checksum of its soft labels differs: they are damaged, or belong to other tokens or another shard's model; "

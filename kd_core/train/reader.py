@@ -4,6 +4,7 @@ The same for shards of soft labels and of hidden states in a store (local or S3)
 memory is a few bytes a row (where it is, how long) and the row groups of the shuffle buffer, whatever the number of rows.
 """
 
+import itertools
 import threading
 import weakref
 from collections import OrderedDict
@@ -64,7 +65,7 @@ class Group:
         """From columns ids, first_supervised and perhaps targets or states."""
         lists = table["ids"].combine_chunks()
         offsets = lists.offsets.to_numpy().astype(np.int64)
-        targets, states = (table[name].to_pylist() if name in table.column_names else None for name in ("targets", "states"))
+        targets, states = (_blobs(table[name]) if name in table.column_names else None for name in ("targets", "states"))
         return cls(lists.flatten().to_numpy(), offsets - offsets[0], table["first_supervised"].to_numpy(), targets, model, states)
 
     def tokens(self, row: int) -> TokenRow:
@@ -75,6 +76,15 @@ class Group:
     def labels(self, row: int) -> np.ndarray:
         """The supervised tokens of a row, int64."""
         return self.ids[self.offsets[row] + self.first_supervised[row] : self.offsets[row + 1]].astype(np.int64)
+
+
+def _blobs(column: pa.ChunkedArray) -> list[bytes]:
+    """The values of a binary column, in place."""
+    array = column.combine_chunks()
+    _, offsets, data = array.buffers()
+    ends = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1].tolist()
+    whole: Any = memoryview(data)
+    return [whole[start:end] for start, end in itertools.pairwise(ends)]
 
 
 class Groups(Protocol):
