@@ -11,7 +11,7 @@ import typer
 from torch import Tensor
 
 from benchmarks.kernel_case import FORWARD, WEIGHTS, fused, make_case, peers, run_once, targets_of
-from benchmarks.measure import Check, Figure, Goal, figure, fork_server, in_turn, machine, peak_memory, show, times_better, timings
+from benchmarks.measure import Check, Figure, Goal, figure, fork_server, in_turn, machine, peak_memory, show, tell, times_better, timings
 from benchmarks.peers.losses import Case, dense
 from kd_core.losses import supervised_loss
 from kd_core.softlabels.targets import Targets
@@ -109,9 +109,9 @@ def run(*, quick: bool) -> list[Figure]:
     """All figures of this module."""
     torch.set_num_threads(1)
     if quick:
-        return [*_compare(*_FULL[0], repeats=2), *_memory(*_MEMORY[0], sparse_peers=False)]
-    times = [found for case in _FULL for found in _compare(*case, repeats=5)]
-    return [*times, *(found for case in _MEMORY for found in _memory(*case))]
+        return [*tell(_compare(*_FULL[0], repeats=2)), *tell(_memory(*_MEMORY[0], sparse_peers=False))]
+    times = [found for case in _FULL for found in tell(_compare(*case, repeats=5))]
+    return [*times, *(found for case in _MEMORY for found in tell(_memory(*case)))]
 
 
 def main(

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -35,6 +36,7 @@ __all__ = [
     "matmul_flops",
     "peak_memory",
     "show",
+    "tell",
     "times_better",
     "timing",
     "timings",
@@ -231,6 +233,14 @@ def machine() -> list[Figure]:
 
 
 # ---------------------------------------------------------------------------------------------- printing
+
+
+def tell(figures: list[Figure]) -> list[Figure]:
+    """The same figures, one line each on standard error: a run takes long, and the table comes at its end."""
+    for f in figures:
+        beside = f.peer if f.ratio is None else f"{f.ratio:,.2f} x {f.peer}"
+        print(f"[{time.process_time():7.1f} s] {f.name}: {_number(f.ours)} {f.unit}, {beside}", file=sys.stderr, flush=True)
+    return figures
 
 
 def show(figures: list[Figure], *, as_json: bool) -> None:

@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import measure
-from benchmarks.measure import Check, Figure, Goal, figure, machine, times_better
+from benchmarks.measure import Check, Figure, Goal, figure, machine, tell, times_better
 from benchmarks.workloads import gsm8k_rows, real_logits, real_teacher
 from kd_core.losses import forward_kl
 from kd_core.recipe import Dense, Sampled, TopK
@@ -351,7 +351,7 @@ def _gradient_errors(measured: Measured) -> tuple[float, float]:
 def run(*, quick: bool) -> list[Figure]:
     """All figures of this module; one that names the reason where there is nothing to measure on."""
     found = _measure(quick=quick)
-    return _not_run(found) if isinstance(found, str) else _figures(found)
+    return tell(_not_run(found) if isinstance(found, str) else _figures(found))
 
 
 def _not_run(reason: str) -> list[Figure]:

@@ -4,8 +4,6 @@ Where the real teacher or the real data are not here, stand-ins are measured, an
 """
 
 import functools
-import sys
-import time
 from enum import StrEnum
 from typing import Annotated
 
@@ -14,7 +12,7 @@ import typer
 
 from benchmarks import codec_speed, memory, reading, scoring, stored_bytes
 from benchmarks.codec_speed import Coded
-from benchmarks.measure import Check, Figure, at_least, at_most, figure, fork_server, machine, show, times_better
+from benchmarks.measure import Check, Figure, at_least, at_most, figure, fork_server, machine, show, tell, times_better
 from benchmarks.workloads import gsm8k_rows, real_logits, real_teacher, synthetic_teacher, token_rows, zipf_logits
 from kd_core.teacher.models import LoadedModel
 from kd_core.train.data import TokenRow
@@ -39,13 +37,8 @@ def run(*, quick: bool, only: Section | None = None) -> list[Figure]:
     """All figures of this module, or of one section; each is told on standard error as soon as it is there."""
     torch.set_num_threads(1)
     fork_server("benchmarks.memory")
-    figures: list[Figure] = []
-    for section in Section if only is None else [only]:
-        found = _MEASURES[section](quick)
-        for f in found:
-            print(f"[{time.process_time():6.1f} s] {f.name}: {f.ours} {f.unit}, {f.ratio} x {f.peer}", file=sys.stderr, flush=True)
-        figures += found
-    return figures
+    sections = Section if only is None else [only]
+    return [found for section in sections for found in tell(_MEASURES[section](quick))]
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import typer
 
 from benchmarks import live_teacher
 from benchmarks.loop import clocked_steps, store_rows
-from benchmarks.measure import Check, Figure, Timing, figure, machine, show, times_better, timing, timings
+from benchmarks.measure import Check, Figure, Timing, figure, machine, show, tell, times_better, timing, timings
 from benchmarks.workloads import sampled_rows, synthetic_teacher, token_rows
 from kd_core.recipe import Objective
 from kd_core.row_keys import soft_label_key
@@ -89,9 +89,9 @@ def run(*, quick: bool) -> list[Figure]:
     """All figures of this module."""
     torch.set_num_threads(1)
     if quick:
-        return [*_compare(1, batch_rows=2, steps=2, repeats=1), *live_teacher.run(_LIVE_QUICK)]
-    steps = [*_compare(4, batch_rows=8, steps=8, repeats=5), *_compare(30, batch_rows=8, steps=4, repeats=3)]
-    return [*steps, *live_teacher.run(_LIVE)]
+        return [*tell(_compare(1, batch_rows=2, steps=2, repeats=1)), *tell(live_teacher.run(_LIVE_QUICK))]
+    steps = [*tell(_compare(4, batch_rows=8, steps=8, repeats=5)), *tell(_compare(30, batch_rows=8, steps=4, repeats=3))]
+    return [*steps, *tell(live_teacher.run(_LIVE))]
 
 
 def main(
