@@ -50,7 +50,7 @@ class Run(Frozen):
     disk_cache: str = ".kd/cache"
     """Directory on this machine for parts of a remote store that training has read."""
     disk_cache_bytes: int = Field(default=20 * 2**30, ge=0)
-    """Its largest size; 0 keeps none, so that every epoch reads from the store. Requests are fewer and larger where all that is read fits."""
+    """Its largest size; 0 keeps none, so that every epoch reads from the store. Requests are fewer and larger where all of it fits."""
     checkpoint_every_steps: int = Field(default=200, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
