@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.__main__ import measured
 from benchmarks.measure import Check, Figure, at_least, at_most, figure, times_better
 from benchmarks.peers import distillkit, raw_arrays
 from benchmarks.stored_bytes import _spread, reconstruction_kl
@@ -55,6 +56,13 @@ def test_reconstruction_kl_by_hand() -> None:
     by_hand = 0.75 * (2 / 3 * torch.log(torch.tensor(2.0)) - 1 / 3 * torch.log(torch.tensor(2.0)))
     assert reconstruction_kl(exact, found, torch.tensor([0.25]).log()) == pytest.approx(float(by_hand), rel=1e-6)
     assert reconstruction_kl(exact, exact + 1.0, torch.tensor([0.25]).log()) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_module_that_fails_costs_its_own_figures_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(_ROOT)
+    (found,) = measured("nothing", quick=True)
+    assert (found.name, found.ours, found.holds) == ("benchmarks.nothing", None, None)
+    assert "ended with status 1" in found.numerics
 
 
 def test_a_peers_sample_survives_its_object() -> None:
