@@ -91,7 +91,7 @@ class _Window(io.RawIOBase):
     """A file of which only one range is at hand; Parquet asks for nothing else."""
 
     def __init__(self, start: int, data: bytes) -> None:
-        self._start, self._data, self._at = start, data, 0
+        self._start, self._data, self._at = start, memoryview(data), 0
 
     def readable(self) -> bool:
         return True
@@ -107,7 +107,8 @@ class _Window(io.RawIOBase):
     def tell(self) -> int:
         return self._at
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int = -1) -> Any:
+        """A view: Parquet copies what it needs."""
         begin = self._at - self._start
         assert 0 <= begin <= begin + size <= len(self._data), f"{size} bytes at {self._at} are outside the range"
         self._at += size

@@ -13,7 +13,7 @@ import functools
 import itertools
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -54,13 +54,18 @@ def encode_rows(rows: Sequence[Targets], labels: Sequence[np.ndarray], known: Mo
         case DenseTargets():
             model = dense_model(whole.common.num_columns)
             bodies = [_dense_body(whole, first, end) for first, end in itertools.pairwise(position_R1)]
-    return model, [_BLOB.pack(VERSION, _checksum(model, gold, body)) + body for gold, body in zip(labels, bodies, strict=True)]
+    sums = _checksums([model], np.zeros(len(bodies), np.int64), gold_N, position_R1, bodies)
+    return model, [_BLOB.pack(VERSION, crc) + body for crc, body in zip(sums, bodies, strict=True)]
 
 
-def _checksum(model: bytes, labels: np.ndarray, body: bytes) -> int:
-    """From the model's own, which is its end: with that the checksum of any model is the same number."""
-    crc = int.from_bytes(model[-4:], "little")
-    return zlib.crc32(body, zlib.crc32(np.ascontiguousarray(labels, "<i8").data, crc))
+def _checksums(
+    models: Sequence[bytes], model_R: np.ndarray, gold_N: np.ndarray, position_R1: np.ndarray, bodies: Sequence[bytes]
+) -> Iterator[int]:
+    """crc32 of each row's model, labels and body, from the model's own, which is its end: with that the checksum of any model is the same number."""
+    first = [int.from_bytes(model[-4:], "little") for model in models]
+    labels = memoryview(gold_N.astype("<i8", copy=False)).cast("B")
+    for m, (start, end), body in zip(model_R.tolist(), itertools.pairwise((8 * position_R1).tolist()), bodies, strict=True):
+        yield zlib.crc32(body, zlib.crc32(labels[start:end], first[m]))
 
 
 def _check_labels(labels: Sequence[np.ndarray], lengths: np.ndarray, num_columns: int) -> np.ndarray:
@@ -239,22 +244,24 @@ def decode_rows(models: Sequence[Model], model_R: np.ndarray, blobs: Sequence[by
     header = models[0].header
     if any(model.header.policy != header.policy for model in models):
         raise SoftLabelError(f"soft labels of different kinds in one batch: {sorted({str(model.header.policy) for model in models})}")
-    for i, (blob, gold) in enumerate(zip(blobs, labels, strict=True)):
+    position_R1 = _offsets([len(gold) for gold in labels])
+    gold_N = np.concatenate([np.zeros(0, np.int64), *labels], dtype=np.int64)
+    bodies = [memoryview(blob)[_BLOB.size :] for blob in blobs]
+    sums = _checksums([model.data for model in models], model_R, gold_N, position_R1, bodies)
+    for i, (blob, crc) in enumerate(zip(blobs, sums, strict=True)):
         if len(blob) < _BLOB.size or blob[0] != VERSION:
             raise SoftLabelError(f"row {i}: not soft labels of version {VERSION}: {len(blob)} bytes, beginning {bytes(blob[:5])!r}")
-        if _checksum(models[model_R[i]].data, gold, blob[_BLOB.size :]) != _BLOB.unpack_from(blob)[1]:
+        if crc != _BLOB.unpack_from(blob)[1]:
             raise SoftLabelError(
                 f"row {i}: the checksum of its soft labels differs: they are damaged, or belong to other tokens or another shard's model; "
                 "the row must be scored again"
             )
-    lengths = np.array([len(gold) for gold in labels], np.int64)
-    gold_N = _check_labels(labels, lengths, header.num_columns)
     rows_of = [(model, np.flatnonzero(model_R == i)) for i, model in enumerate(models)]
     if header.kind == SAMPLED:
-        return _decode_sampled(rows_of, blobs, gold_N, _offsets(lengths))
+        return _decode_sampled(rows_of, bodies, gold_N, position_R1)
     if header.kind == TOPK:
-        return _decode_topk(rows_of, blobs, _offsets(lengths))
-    return _decode_dense(models[0], blobs, len(gold_N))
+        return _decode_topk(rows_of, bodies, position_R1)
+    return _decode_dense(models[0], bodies, len(gold_N))
 
 
 def _stream(parts: Sequence[memoryview], position_R1: np.ndarray, ids_R: np.ndarray, num_events: int) -> Stream:
@@ -264,7 +271,9 @@ def _stream(parts: Sequence[memoryview], position_R1: np.ndarray, ids_R: np.ndar
 
 
 def _offsets(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    offsets = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    return offsets
 
 
 def _refuse(row: int) -> None:
@@ -276,10 +285,10 @@ _RowsOf = list[tuple[Model, np.ndarray]]
 """Each model and the numbers of its rows, int64."""
 
 
-def _decode_sampled(rows_of: _RowsOf, blobs: Sequence[bytes], gold_N: np.ndarray, position_R1: np.ndarray) -> SampledTargets:
+def _decode_sampled(rows_of: _RowsOf, bodies: Sequence[memoryview], gold_N: np.ndarray, position_R1: np.ndarray) -> SampledTargets:
     header, num = rows_of[0][0].header, len(gold_N)
-    ids_R = np.array([struct.unpack_from("<I", blob, _BLOB.size)[0] for blob in blobs], np.int64)
-    stream = _stream([memoryview(blob)[_BLOB.size + 4 :] for blob in blobs], position_R1, ids_R, header.size + 8)
+    ids_R = np.array([struct.unpack_from("<I", body)[0] for body in bodies], np.int64)
+    stream = _stream([body[4:] for body in bodies], position_R1, ids_R, header.size + 8)
     ids_E, counts_E = np.empty(int(ids_R.sum()), np.int64), np.empty(int(ids_R.sum()), np.int64)
     out = SampledRow(np.zeros(num + 1, np.int64), ids_E, counts_E, gold_N, *(np.empty(num, np.int64) for _ in range(3)))
     draws = _draws(header.size, header.temperatures[0])
@@ -297,22 +306,22 @@ def _decode_sampled(rows_of: _RowsOf, blobs: Sequence[bytes], gold_N: np.ndarray
     )
 
 
-def _decode_topk(rows_of: _RowsOf, blobs: Sequence[bytes], position_R1: np.ndarray) -> TopKTargets:
+def _decode_topk(rows_of: _RowsOf, bodies: Sequence[memoryview], position_R1: np.ndarray) -> TopKTargets:
     header, num = rows_of[0][0].header, int(position_R1[-1])
     grid = header.temperatures
     widths = (len(grid) if header.size < header.num_columns else 0, sum(temperature != 1.0 for temperature in grid))
     exact: list[list[np.ndarray]] = [[], []]
     parts = []
-    for blob, rows in zip(blobs, np.diff(position_R1).tolist(), strict=True):
-        at = _BLOB.size
+    for body, rows in zip(bodies, np.diff(position_R1).tolist(), strict=True):
+        at = 0
         for arrays, width in zip(exact, widths, strict=True):
-            arrays.append(np.frombuffer(blob, "<f4", rows * width, at).reshape(rows, width))
+            arrays.append(np.frombuffer(body, "<f4", rows * width, at).reshape(rows, width))
             at += 4 * rows * width
-        parts.append(memoryview(blob)[at:])
+        parts.append(body[at:])
     out = TopKRow(
         np.empty((num, header.size), np.int64), np.empty((num, header.size), np.int64), np.empty(num, np.int64), np.empty(num, np.int64)
     )
-    stream, logprobs_NK = _stream(parts, position_R1, np.zeros(len(blobs)), 8), np.empty((num, header.size), np.float32)
+    stream, logprobs_NK = _stream(parts, position_R1, np.zeros(len(bodies), np.int64), 8), np.empty((num, header.size), np.float32)
     for model, rows in rows_of:
         _refuse(decode_topk(stream, rows, model.tables, model.id_of_rank_V, out))
         logprob_L = _logprob_of_level(model.header.num_levels, model.header.lowest, grid).astype(np.float32)
@@ -332,8 +341,8 @@ def _decode_topk(rows_of: _RowsOf, blobs: Sequence[bytes], position_R1: np.ndarr
     )
 
 
-def _decode_dense(model: Model, blobs: Sequence[bytes], num: int) -> DenseTargets:
-    planes = [np.frombuffer(zlib.decompress(blob[_BLOB.size :]), np.uint8).reshape(4, -1).T for blob in blobs]
+def _decode_dense(model: Model, bodies: Sequence[memoryview], num: int) -> DenseTargets:
+    planes = [np.frombuffer(zlib.decompress(body), np.uint8).reshape(4, -1).T for body in bodies]
     floats = np.concatenate([np.zeros((0, 4), np.uint8), *planes]).view("<f4").astype(np.float32)
     values = torch.from_numpy(floats.reshape(num, model.header.num_columns + 2))
     return DenseTargets(Common(values[:, 0].clone(), values[:, 1].clone(), model.header.num_columns), values[:, 2:].clone())

@@ -46,16 +46,16 @@ class Group:
 
     Attributes:
         ids: token ids of all of them, one after the other, int32.
-        offsets: where each row's ids begin, and the end of the last; int64.
-        first_supervised: index of each row's first answer token, int32.
+        offsets: where each row's ids begin, and the end of the last.
+        first_supervised: index of each row's first answer token.
         targets: packed soft labels of each row; None where there are none.
         model: what decodes them.
         states: packed hidden states of each row; None where there are none.
     """
 
     ids: np.ndarray
-    offsets: np.ndarray
-    first_supervised: np.ndarray
+    offsets: list[int]
+    first_supervised: list[int]
     targets: list[bytes] | None
     model: Any
     states: list[bytes] | None = None
@@ -63,24 +63,29 @@ class Group:
     @classmethod
     def of(cls, table: pa.Table, model: Any) -> "Group":
         """From columns ids, first_supervised and perhaps targets or states."""
-        lists = table["ids"].combine_chunks()
-        offsets = lists.offsets.to_numpy().astype(np.int64)
-        targets, states = (_blobs(table[name]) if name in table.column_names else None for name in ("targets", "states"))
-        return cls(lists.flatten().to_numpy(), offsets - offsets[0], table["first_supervised"].to_numpy(), targets, model, states)
+        lists = _whole(table["ids"])
+        offsets = lists.offsets.to_numpy()
+        targets, states = (_blobs(_whole(table[name])) if name in table.column_names else None for name in ("targets", "states"))
+        ids = lists.values.to_numpy()[offsets[0] : offsets[-1]]
+        return cls(ids, (offsets - offsets[0]).tolist(), table["first_supervised"].to_pylist(), targets, model, states)
 
     def tokens(self, row: int) -> TokenRow:
         """One row."""
         ids: Any = self.ids[self.offsets[row] : self.offsets[row + 1]]
-        return TokenRow(ids, int(self.first_supervised[row]))
+        return TokenRow(ids, self.first_supervised[row])
 
     def labels(self, row: int) -> np.ndarray:
-        """The supervised tokens of a row, int64."""
-        return self.ids[self.offsets[row] + self.first_supervised[row] : self.offsets[row + 1]].astype(np.int64)
+        """The supervised tokens of a row, int32."""
+        return self.ids[self.offsets[row] + self.first_supervised[row] : self.offsets[row + 1]]
 
 
-def _blobs(column: pa.ChunkedArray) -> list[bytes]:
-    """The values of a binary column, in place."""
-    array = column.combine_chunks()
+def _whole(column: pa.ChunkedArray) -> Any:
+    """A column in one piece, in place where it is one: a row group is."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _blobs(array: pa.Array) -> list[bytes]:
+    """The values of a binary array, in place."""
     _, offsets, data = array.buffers()
     ends = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1].tolist()
     whole: Any = memoryview(data)
@@ -180,29 +185,32 @@ class StoredRows:
 
     def prefetch(self, numbers: Sequence[int], *, soft: bool) -> None:
         """Start to fetch the groups of a batch and, with ``soft``, to decode its soft labels, for one call of ``targets``."""
-        self._ask(np.unique(self._group[list(numbers)]))
+        self._ask(self._group[list(numbers)].tolist())
         wanted = tuple(numbers)
         if soft and wanted not in self._ahead:
             self._ahead[wanted] = self._decoders.submit(self._decode, wanted)
 
-    def _ask(self, groups: np.ndarray) -> dict[int, Future[Group]]:
+    def _ask(self, groups: Sequence[int]) -> dict[int, Future[Group]]:
         """Groups that are at hand or on their way."""
-        apart = -(-len(groups) // _FETCHERS)  # neighbours may come in one request: fetchers begin far from each other
+        wanted = sorted(set(groups))
+        apart = -(-len(wanted) // _FETCHERS)  # neighbours may come in one request: fetchers begin far from each other
+        asked = {}
         with self._lock:
-            for group in (group for first in range(apart) for group in groups[first::apart].tolist()):
+            for group in (group for first in range(apart) for group in wanted[first::apart]):
                 if group not in self._held:
                     self._held[group] = self._fetchers.submit(self._groups.load, group)
                 self._held.move_to_end(group)
-            asked = {group: self._held[group] for group in groups.tolist()}
+                asked[group] = self._held[group]
             while len(self._held) > _HELD_GROUPS:
                 self._held.popitem(last=False)
         return asked
 
     def _find(self, numbers: Sequence[int]) -> list[tuple[Group, int]]:
         """(group, row in it) of each row; groups that are not at hand are fetched side by side."""
-        groups = self._group[list(numbers)]
-        asked = self._ask(np.unique(groups))
-        return [(asked[group].result(), int(self._row[i])) for group, i in zip(groups.tolist(), numbers, strict=True)]
+        index = list(numbers)
+        groups = self._group[index].tolist()
+        found = {group: asked.result() for group, asked in self._ask(groups).items()}
+        return [(found[group], row) for group, row in zip(groups, self._row[index].tolist(), strict=True)]
 
     def read(self, numbers: Sequence[int]) -> list[TokenRow]:
         """Rows, in the order asked for; soft labels that were decoded for them and not taken are let go: their weight is 0 by now."""
