@@ -94,7 +94,7 @@ class RangeCache:
             return pieces[part]
 
     def _path(self, sha256: str) -> Path:
-        return self._directory / sha256[:2] / sha256
+        return self._directory / sha256
 
     def _copy(self, part: ByteRange) -> bytes | None:
         with self._lock:
@@ -110,9 +110,10 @@ class RangeCache:
         return None
 
     def _keep(self, path: Path, data: bytes) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        if self._size is None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self._directory)
+        with os.fdopen(handle, "wb", buffering=0) as file:
             file.write(data)
         os.replace(name, path)
         with self._lock:
@@ -122,7 +123,7 @@ class RangeCache:
 
     def _files(self) -> list[tuple[float, int, Path]]:
         found = []
-        for path in self._directory.glob("*/*"):
+        for path in self._directory.iterdir():
             with suppress(OSError):
                 status = path.stat()
                 found.append((status.st_mtime, status.st_size, path))

@@ -77,7 +77,7 @@ def work_in_shards(
     held, tried = cache.snapshot(), set[str]()
     with _Writer(cache, pack, done) as writer:
         for only_mine in (True, False) if num_workers > 1 else (False,):
-            shards = _missing(rows(), held.places, shard_rows)
+            shards = _missing(rows(), held.lines, shard_rows)
             for number, (num_held, shard) in enumerate(shards if only_mine or num_workers == 1 else _shuffled(shards, worker)):
                 if only_mine or num_workers == 1:
                     done(num_held)
@@ -85,7 +85,7 @@ def work_in_shards(
                     continue
                 if num_workers > 1:  # others may have been here since
                     held = cache.snapshot(held)
-                    shard = [(key, row) for key, row in shard if key not in held.places and key not in tried]
+                    shard = [(key, row) for key, row in shard if key not in held.lines and key not in tried]
                 if shard:
                     tried.update(key for key, _ in shard)
                     writer.put(compute(shard), len(shard))

@@ -10,7 +10,9 @@ a snapshot (the list of commits). A row that was computed twice is resolved the 
 with the smallest checksum wins. Nothing is overwritten. How a shard looks inside is ``shard_files``' business.
 """
 
+import itertools
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -76,18 +78,26 @@ class Snapshot:
     commits: tuple[Commit, ...]
 
     @cached_property
-    def places(self) -> Mapping[str, Place]:
-        """Row key -> where it is; a row that stands in several shards is the one of the smallest checksum."""
-        found: dict[str, Place] = {}
-        for commit in self.commits:
-            for row, key in enumerate(commit.keys):
-                if key not in found:
-                    found[key] = Place(commit, row)
+    def first_lines(self) -> list[int]:
+        """Of each commit, where the rows of all commits stand one after the other; and the number of lines."""
+        return list(itertools.accumulate((len(commit.keys) for commit in self.commits), initial=0))
+
+    @cached_property
+    def lines(self) -> Mapping[str, int]:
+        """Row key -> its line; a row that stands in several shards is the one of the smallest checksum."""
+        found: dict[str, int] = {}
+        for commit, first in zip(reversed(self.commits), reversed(self.first_lines[:-1]), strict=True):
+            found.update(zip(commit.keys, range(first, first + len(commit.keys)), strict=True))
         return found
+
+    def place(self, line: int) -> Place:
+        """Where a line is."""
+        i = bisect_right(self.first_lines, line) - 1
+        return Place(self.commits[i], line - self.first_lines[i])
 
     def keys(self) -> set[str]:
         """Every row key that is there."""
-        return set(self.places)
+        return set(self.lines)
 
     def size_bytes(self) -> int:
         """Bytes of all shards."""
@@ -109,7 +119,7 @@ class Snapshot:
 
     def of(self, keys: Iterable[str]) -> "Snapshot":
         """The commits that own these rows; keys that are not there own none."""
-        owners = {place.commit.sha256 for key in keys if (place := self.places.get(key)) is not None}
+        owners = {self.place(self.lines[key]).commit.sha256 for key in keys if key in self.lines}
         return Snapshot(tuple(commit for commit in self.commits if commit.sha256 in owners))
 
 
@@ -214,20 +224,19 @@ class RowCache:
                 f"{self.store.uri}/{key}: not a valid commit ({error}); kd cache repair moves it aside, and its rows are computed again"
             ) from error
 
-    def locate(self, snapshot: Snapshot, keys: Iterable[str]) -> list[Place]:
-        """Where each row is, in the order asked for.
+    def lines(self, snapshot: Snapshot, keys: Sequence[str]) -> list[int]:
+        """``Snapshot.lines`` of rows, in the order asked for.
 
         Raises:
             ArtifactError: a key is in no commit of the snapshot.
         """
-        places = snapshot.places
-        wanted = list(keys)
-        missing = [key for key in wanted if key not in places]
+        lines = snapshot.lines
+        missing = [key for key in keys if key not in lines]
         if missing:
             raise ArtifactError(
-                f"{self.prefix}: {len(missing)} of {len(wanted)} rows are missing, first {missing[0]}; run the recipe again to compute them"
+                f"{self.prefix}: {len(missing)} of {len(keys)} rows are missing, first {missing[0]}; run the recipe again to compute them"
             )
-        return [places[key] for key in wanted]
+        return [lines[key] for key in keys]
 
     def read(self, snapshot: Snapshot, keys: Sequence[str]) -> pa.Table:
         """The rows of ``keys``, in that order, in memory, checksums verified.
@@ -239,7 +248,7 @@ class RowCache:
         assert keys, "a stage that asks for no rows has nothing to do"
         rows_of: dict[str, list[int]] = {}
         commits: dict[str, Commit] = {}
-        for place in self.locate(snapshot, dict.fromkeys(keys)):
+        for place in map(snapshot.place, self.lines(snapshot, list(dict.fromkeys(keys)))):
             rows_of.setdefault(place.commit.sha256, []).append(place.row)
             commits[place.commit.sha256] = place.commit
         parts = [self.read_shard(commits[sha]).take(pa.array(rows)) for sha, rows in rows_of.items()]

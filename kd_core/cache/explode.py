@@ -108,17 +108,20 @@ def explode(cache: RowCache, snapshot: Snapshot, *, keys: Collection[str] | None
         SoftLabelError: a row cannot be decoded.
         IntegrityError: a shard is damaged.
     """
-    places = snapshot.places
-    missing = sorted(set(keys or ()) - places.keys())
+    missing = sorted(set(keys or ()) - snapshot.lines.keys())
     if missing:
         raise ArtifactError(
             f'{cache.store.uri}/{cache.prefix} has no row {missing[0]}; kd cache sql "SELECT key FROM soft_labels" lists them'
         )
-    left = len(places) if limit is None else limit
+    left = len(snapshot.lines) if limit is None else limit
     for commit in (snapshot if keys is None else snapshot.of(keys)).commits:
         if left <= 0:
             return
-        wanted = [row for row, key in enumerate(commit.keys) if places[key].commit == commit and (keys is None or key in keys)][:left]
+        wanted = [
+            row
+            for row, key in enumerate(commit.keys)
+            if snapshot.place(snapshot.lines[key]).commit is commit and (keys is None or key in keys)
+        ][:left]
         left -= len(wanted)
         shard = read_shard(cache, commit)
         for start in range(0, len(wanted), _ROWS):

@@ -118,13 +118,13 @@ def live_parity(recipe: Recipe, store: Store, *, num_rows: int, tick: Ticker = s
     record = open_node(store, node)
     cache = RowCache(store, "soft_labels", soft_label_namespace(policy, record))
     snapshot = cache.snapshot()
-    if not snapshot.places:
+    if not snapshot.lines:
         raise ArtifactError(f"{store.uri}/{cache.prefix}: no soft labels of this teacher and policy; run the recipe first")
-    keys = sorted(random.sample(sorted(snapshot.places), min(num_rows, len(snapshot.places))))
+    keys = sorted(random.sample(sorted(snapshot.lines), min(num_rows, len(snapshot.lines))))
     tick(Tick(0, len(keys), "rows"))
     rows = {
         key: read_shard(cache, place.commit).take(pa.array([place.row]))
-        for key, place in zip(keys, cache.locate(snapshot, keys), strict=True)
+        for key, place in zip(keys, map(snapshot.place, cache.lines(snapshot, keys)), strict=True)
     }
     wanted = [(key, TokenRow(tuple(row["ids"][0].as_py()), row["first_supervised"][0].as_py())) for key, row in rows.items()]
     with TemporaryDirectory(prefix="kd-") as directory:

@@ -109,10 +109,10 @@ class _Capture:
         Raises:
             SoftLabelError: more rows were refused than is allowed.
         """
-        kept = [i for i, key in enumerate(self.keys) if key in snapshot.places]
+        kept = [i for i, key in enumerate(self.keys) if key in snapshot.lines]
         missing = len(self.keys) - len(kept)
         if missing > allowed:
-            gone = next(key for key in self.keys if key not in snapshot.places)
+            gone = next(key for key in self.keys if key not in snapshot.lines)
             first, reason = next(iter(self.refused.items()), (gone, "its shard went away while this stage ran; run again"))
             raise SoftLabelError(
                 f"{missing} of {len(self.keys)} rows have no usable teacher output, and max_refused_rows allows {allowed}; "
@@ -164,8 +164,10 @@ def _model_before(cache: RowCache, keys: Sequence[str], key: str) -> bytes:
     Raises:
         StoreError: that shard is gone; QuarantinedError if it is damaged, as its rows are then to be computed again first.
     """
-    places, read = cache.snapshot().places, cache.store.get_range
-    held = next((places[earlier].commit for earlier in reversed(keys[: keys.index(key)]) if earlier in places), None)
+    snapshot, read = cache.snapshot(), cache.store.get_range
+    held = next(
+        (snapshot.place(snapshot.lines[earlier]).commit for earlier in reversed(keys[: keys.index(key)]) if earlier in snapshot.lines), None
+    )
     if held is None or not held.ranges:
         return b""
     return Shard.open(cache, held, lambda key, part: part.verified(read(key, part.start, part.length))).metadata.get(CODEC_MODEL, b"")

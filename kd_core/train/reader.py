@@ -131,14 +131,11 @@ class ShardGroups:
         self._models: weakref.WeakValueDictionary[bytes, Any] = weakref.WeakValueDictionary()  # while a group needs it
         self._commits = [replace(commit, keys=()) if commit.ranges else commit for commit in snapshot.commits]
         sizes = [[part.num_rows for part in commit.ranges[:-1]] or [len(commit.keys)] for commit in snapshot.commits]
-        numbers = {commit.sha256: i for i, commit in enumerate(snapshot.commits)}
-        places = ((numbers[place.commit.sha256], place.row) for place in cache.locate(snapshot, keys))
-        shard, row = np.fromiter(places, np.dtype((np.int64, 2)), len(keys)).T
         self._first_group = np.cumsum([0, *map(len, sizes)])  # of each shard, and their number
-        first_row = np.cumsum([0, *(size for part in sizes for size in part)])  # of each group, all shards' rows in one line
-        line = first_row[self._first_group[shard]] + row
-        self.group = np.searchsorted(first_row, line, side="right") - 1
-        self.row = line - first_row[self.group]
+        first_line = np.cumsum([0, *(size for part in sizes for size in part)])  # of each group
+        line = np.array(cache.lines(snapshot, keys), np.int64)
+        self.group = np.searchsorted(first_line, line, side="right") - 1
+        self.row = line - first_line[self.group]
         self._wanted = set(np.unique(self.group).tolist()) if copies.keeps(snapshot.size_bytes()) else set()
         self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
 
