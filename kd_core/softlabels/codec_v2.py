@@ -22,7 +22,7 @@ from torch import Tensor
 from kd_core.errors import SoftLabelError
 from kd_core.softlabels.codec_model import SAMPLED, TOPK, Header, Model, code_rows, dense_model
 from kd_core.softlabels.entropy import Stream
-from kd_core.softlabels.events import Draws, SampledRow, TopKRow, decode_sampled, decode_topk, sampled_events, topk_events
+from kd_core.softlabels.events import DecodedRows, Draws, SampledRow, TopKRow, decode_sampled, decode_topk, sampled_events, topk_events
 from kd_core.softlabels.targets import Common, DenseTargets, SampledTargets, Targets, TopKTargets, concatenate
 
 __all__ = ["VERSION", "decode_rows", "encode_rows"]
@@ -59,11 +59,15 @@ def encode_rows(rows: Sequence[Targets], labels: Sequence[np.ndarray], known: Mo
 
 
 def _checksums(
-    models: Sequence[bytes], model_R: np.ndarray, gold_N: np.ndarray, position_R1: np.ndarray, bodies: Sequence[bytes]
+    models: Sequence[bytes],
+    model_R: np.ndarray,
+    gold_N: np.ndarray,
+    position_R1: np.ndarray,
+    bodies: Sequence[bytes | memoryview],
 ) -> Iterator[int]:
-    """crc32 of each row's model, labels and body, from the model's own, which is its end: with that the checksum of any model is the same number."""
+    """crc32 of each row's model, labels and body, from the model's own, which is its end: with that, any model's is the same number."""
     first = [int.from_bytes(model[-4:], "little") for model in models]
-    labels = memoryview(gold_N.astype("<i8", copy=False)).cast("B")
+    labels = gold_N.astype("<i8", copy=False).data.cast("B")
     for m, (start, end), body in zip(model_R.tolist(), itertools.pairwise((8 * position_R1).tolist()), bodies, strict=True):
         yield zlib.crc32(body, zlib.crc32(labels[start:end], first[m]))
 
@@ -112,7 +116,8 @@ def _gold_logprob(quantised_N: np.ndarray) -> Tensor:
 def _draws(num_draws: int, temperature: float) -> Draws:
     counts = np.arange(num_draws + 1)
     entropy = np.rint(16 * _ENTROPY_STEPS * counts * np.log(np.maximum(counts, 1))).astype(np.int64)
-    return Draws(num_draws, temperature == 1.0, entropy, _quantise_gold(np.log(np.maximum(counts, 1) / num_draws)))
+    gold = _quantise_gold(np.log(np.maximum(counts, 1) / num_draws))
+    return Draws(num_draws, temperature == 1.0, entropy, gold, float(_ENTROPY_STEPS), _GOLD_LOGPROB)
 
 
 def _encode_sampled(targets: SampledTargets, gold_N: np.ndarray, position_R1: np.ndarray, known: Model | None) -> tuple[bytes, list[bytes]]:
@@ -289,18 +294,18 @@ def _decode_sampled(rows_of: _RowsOf, bodies: Sequence[memoryview], gold_N: np.n
     header, num = rows_of[0][0].header, len(gold_N)
     ids_R = np.array([struct.unpack_from("<I", body)[0] for body in bodies], np.int64)
     stream = _stream([body[4:] for body in bodies], position_R1, ids_R, header.size + 8)
-    ids_E, counts_E = np.empty(int(ids_R.sum()), np.int64), np.empty(int(ids_R.sum()), np.int64)
-    out = SampledRow(np.zeros(num + 1, np.int64), ids_E, counts_E, gold_N, *(np.empty(num, np.int64) for _ in range(3)))
+    offsets_N1, (ids_E, counts_E) = np.zeros(num + 1, np.int64), np.empty((2, int(ids_R.sum())), np.int64)
+    out = DecodedRows(gold_N, offsets_N1, ids_E, counts_E, *np.empty((3, num), np.float32))
     draws = _draws(header.size, header.temperatures[0])
     for model, rows in rows_of:
         _refuse(decode_sampled(stream, rows, model.tables, draws, model.id_of_rank_V, out))
-    common = Common(_gold_logprob(out.gold_q_N), _entropy(out.entropy_q_N), header.num_columns)
+    offset_N, entropy_N, gold_logprob_N = map(torch.from_numpy, (out.cross_entropy_offset_N, out.entropy_N, out.gold_logprob_N))
     return SampledTargets(
-        common,
+        Common(gold_logprob_N, entropy_N, header.num_columns),
         header.temperatures[0],
         header.size,
-        _entropy(out.offset_q_N),
-        torch.from_numpy(out.offsets_N1),
+        offset_N,
+        torch.from_numpy(offsets_N1),
         torch.from_numpy(ids_E),
         torch.from_numpy(counts_E),
     )

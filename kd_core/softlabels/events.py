@@ -17,7 +17,7 @@ import numpy as np
 
 from kd_core.softlabels.entropy import Stream, Tables, bucket, compiled, inlined, octave, open_row, pop_raw, pop_symbol, pop_value
 
-__all__ = ["FAMILIES", "Draws", "SampledRow", "TopKRow", "decode_sampled", "decode_topk", "sampled_events", "topk_events"]
+__all__ = ["FAMILIES", "DecodedRows", "Draws", "SampledRow", "TopKRow", "decode_sampled", "decode_topk", "sampled_events", "topk_events"]
 
 _IDS = 0  # number of ids
 _FLAG = 1  # is the gold id drawn: by number of ids
@@ -83,16 +83,20 @@ class Draws(NamedTuple):
         own_temperature: drawn at T = 1, so the draws' entropy is the entropy.
         count_entropy: int64, by count c: 1024 c ln c, rounded.
         count_gold: int64, by count c: quantised gold log-probability if c / num_draws were the probability.
+        entropy_steps: of a nat.
+        logprob_of_gold: float32, by quantised gold log-probability.
     """
 
     num_draws: int
     own_temperature: bool
     count_entropy: np.ndarray
     count_gold: np.ndarray
+    entropy_steps: float
+    logprob_of_gold: np.ndarray
 
 
 class SampledRow(NamedTuple):
-    """Sampled targets in whole numbers; ``gold_N`` is the rank (decoding: the id) of the token that stands there."""
+    """Sampled targets in whole numbers; ``gold_N`` is the rank of the token that stands there."""
 
     offsets_N1: np.ndarray
     ranks_E: np.ndarray
@@ -101,6 +105,21 @@ class SampledRow(NamedTuple):
     offset_q_N: np.ndarray
     entropy_q_N: np.ndarray
     gold_q_N: np.ndarray
+
+
+class DecodedRows(NamedTuple):
+    """Sampled targets of some rows as a student reads them; ``gold_N`` are the tokens that stand there, which the decoder knows.
+
+    Whole numbers are int64, the others float32.
+    """
+
+    gold_N: np.ndarray
+    offsets_N1: np.ndarray
+    ids_E: np.ndarray
+    counts_E: np.ndarray
+    cross_entropy_offset_N: np.ndarray
+    entropy_N: np.ndarray
+    gold_logprob_N: np.ndarray
 
 
 class TopKRow(NamedTuple):
@@ -207,8 +226,8 @@ def _pop_residual(stream: Stream, tables: Tables, context: int, low_bits: int, s
 
 
 @compiled
-def decode_sampled(stream: Stream, rows: np.ndarray, tables: Tables, draws: Draws, id_of_rank_V: np.ndarray, out: SampledRow) -> int:
-    """Fill ``out`` (ids, not ranks, in ``ranks_E``) from some rows of a stream; a position's ids come as they were coded, gold last.
+def decode_sampled(stream: Stream, rows: np.ndarray, tables: Tables, draws: Draws, id_of_rank_V: np.ndarray, out: DecodedRows) -> int:
+    """Fill ``out`` from some rows of a stream; a position's ids come as they were coded, gold last.
 
     Args:
         stream: of all rows that ``out`` has room for.
@@ -241,7 +260,7 @@ def decode_sampled(stream: Stream, rows: np.ndarray, tables: Tables, draws: Draw
                     gold_count, state, at = pop_value(stream, tables, _GOLD_COUNT + min(num, 16) - 1, state, at)
                     gold_count += 1
                 left, todo_draws = num - 1, draws.num_draws - gold_count
-                out.ranks_E[low + left] = out.gold_N[n]
+                out.ids_E[low + left] = out.gold_N[n]
                 out.counts_E[low + left] = gold_count
             draws_entropy = draws.count_entropy[draws.num_draws] - draws.count_entropy[gold_count]
             for i in range(left):
@@ -267,17 +286,18 @@ def decode_sampled(stream: Stream, rows: np.ndarray, tables: Tables, draws: Draw
                         last += gap + 1
                         if last >= num_columns or at > end:
                             return row
-                        out.ranks_E[j] = id_of_rank_V[last]
+                        out.ids_E[j] = id_of_rank_V[last]
                     first = i
             residual, state, at = _pop_residual(stream, tables, _ENTROPY + min(bucket(draws_entropy)[0], 23), 2, state, at)
             entropy = draws_entropy + residual
-            out.offset_q_N[n] = entropy
+            out.cross_entropy_offset_N[n] = entropy / draws.entropy_steps
             if not draws.own_temperature:
                 residual, state, at = _pop_residual(stream, tables, _ENTROPY_2 + min(bucket(entropy)[0], 23), 2, state, at)
                 entropy += residual
-            out.entropy_q_N[n] = entropy
+            out.entropy_N[n] = entropy / draws.entropy_steps
             residual, state, at = _pop_residual(stream, tables, _gold_context(gold_count, draws.num_draws, entropy), 0, state, at)
-            out.gold_q_N[n] = draws.count_gold[gold_count] + residual
+            gold = draws.count_gold[gold_count] + residual
+            out.gold_logprob_N[n] = draws.logprob_of_gold[min(max(gold, 0), len(draws.logprob_of_gold) - 1)]
             out.offsets_N1[n + 1] = high
             e = high
         if e != stream.ids_R1[row + 1] or at != end or state != 1 << 16:

@@ -128,6 +128,7 @@ class ShardGroups:
             ArtifactError: a row is in no shard.
         """
         self._cache, self._copies = cache, copies
+        self._lock = threading.Lock()
         self._models: weakref.WeakValueDictionary[bytes, Any] = weakref.WeakValueDictionary()  # while a group needs it
         self._commits = [replace(commit, keys=()) if commit.ranges else commit for commit in snapshot.commits]
         sizes = [[part.num_rows for part in commit.ranges[:-1]] or [len(commit.keys)] for commit in snapshot.commits]
@@ -147,10 +148,12 @@ class ShardGroups:
             return Group.of(self._cache.read_shard(commit), parse_model(b""))
         shard = self._shard(i)
         packed = shard.metadata.get(CODEC_MODEL, b"")
-        model = self._models.get(packed)
-        if model is None and packed:  # whichever thread was first: rows of one model are decoded together
-            model = self._models.setdefault(packed, parse_model(packed))
-        return Group.of(shard.group(index, _COLUMNS), model)
+        table = shard.group(index, _COLUMNS)
+        with self._lock:  # one for all threads: rows of one model are decoded together
+            model = self._models.get(packed)
+            if model is None and packed:
+                self._models[packed] = model = parse_model(packed)
+        return Group.of(table, model)
 
     def _open(self, number: int) -> Shard:
         """A shard whose neighbouring groups come in one request where all of them will be read and kept."""
@@ -158,6 +161,10 @@ class ShardGroups:
         wanted = [first + i in self._wanted for i in range(len(commit.ranges) - 1)]
         window_of = {part: window for window in request_windows(commit.ranges, [*wanted, any(wanted)]) for part in window}
         return Shard.open(self._cache, commit, lambda key, part: self._copies.read(key, part, window_of.get(part, ())))
+
+
+_Asked = list[tuple[Future[Group], int]]
+"""The group of each row, and the row's number in it."""
 
 
 class StoredRows:
@@ -182,42 +189,35 @@ class StoredRows:
 
     def prefetch(self, numbers: Sequence[int], *, soft: bool) -> None:
         """Start to fetch the groups of a batch and, with ``soft``, to decode its soft labels, for one call of ``targets``."""
-        self._ask(self._group[list(numbers)].tolist())
-        wanted = tuple(numbers)
+        asked, wanted = self._ask(numbers), tuple(numbers)
         if soft and wanted not in self._ahead:
-            self._ahead[wanted] = self._decoders.submit(self._decode, wanted)
+            self._ahead[wanted] = self._decoders.submit(_decode, asked)
 
-    def _ask(self, groups: Sequence[int]) -> dict[int, Future[Group]]:
-        """Groups that are at hand or on their way."""
+    def _ask(self, numbers: Sequence[int]) -> _Asked:
+        """Where each row is, or will be: groups that are not at hand are fetched side by side."""
+        index = list(numbers)
+        groups = self._group[index].tolist()
         wanted = sorted(set(groups))
         apart = -(-len(wanted) // _FETCHERS)  # neighbours may come in one request: fetchers begin far from each other
-        asked = {}
         with self._lock:
             for group in (group for first in range(apart) for group in wanted[first::apart]):
                 if group not in self._held:
                     self._held[group] = self._fetchers.submit(self._groups.load, group)
                 self._held.move_to_end(group)
-                asked[group] = self._held[group]
+            asked = [self._held[group] for group in groups]
             while len(self._held) > _HELD_GROUPS:
                 self._held.popitem(last=False)
-        return asked
-
-    def _find(self, numbers: Sequence[int]) -> list[tuple[Group, int]]:
-        """(group, row in it) of each row; groups that are not at hand are fetched side by side."""
-        index = list(numbers)
-        groups = self._group[index].tolist()
-        found = {group: asked.result() for group, asked in self._ask(groups).items()}
-        return [(found[group], row) for group, row in zip(groups, self._row[index].tolist(), strict=True)]
+        return list(zip(asked, self._row[index].tolist(), strict=True))
 
     def read(self, numbers: Sequence[int]) -> list[TokenRow]:
         """Rows, in the order asked for; soft labels that were decoded for them and not taken are let go: their weight is 0 by now."""
         self._ahead.pop(tuple(numbers), None)
-        return [group.tokens(row) for group, row in self._find(numbers)]
+        return [asked.result().tokens(row) for asked, row in self._ask(numbers)]
 
     def targets(self, numbers: Sequence[int]) -> Targets:
         """Soft labels of rows, in the order asked for; those of a prefetched batch are decoded already."""
         ahead = self._ahead.pop(tuple(numbers), None)
-        return self._decode(numbers) if ahead is None else ahead.result()
+        return _decode(self._ask(numbers)) if ahead is None else ahead.result()
 
     def states(self, numbers: Sequence[int]) -> list[RowStates]:
         """Hidden states of rows, in the order asked for.
@@ -225,21 +225,23 @@ class StoredRows:
         Raises:
             SoftLabelError: these rows have none.
         """
-        blobs = [group.states[row] for group, row in self._find(numbers) if group.states is not None]
+        found = [(asked.result(), row) for asked, row in self._ask(numbers)]
+        blobs = [group.states[row] for group, row in found if group.states is not None]
         if len(blobs) < len(numbers):
             raise SoftLabelError("the objective has features and these rows have no hidden states")
         return [decode_states(blob) for blob in blobs]
 
-    def _decode(self, numbers: Sequence[int]) -> Targets:
-        """Compiled; it runs beside Python."""
-        found = self._find(numbers)
-        blobs = [group.targets[row] for group, row in found if group.targets is not None]
-        if len(blobs) < len(found):
-            raise SoftLabelError("the objective has a soft part and these rows have no soft labels")
-        models = {id(group.model): group.model for group, _ in found}
-        index = {name: i for i, name in enumerate(models)}
-        model_R = np.array([index[id(group.model)] for group, _ in found])
-        return decode_mixed_rows(list(models.values()), model_R, blobs, [group.labels(row) for group, row in found])
+
+def _decode(asked: _Asked) -> Targets:
+    """Soft labels of rows; compiled, it runs beside Python."""
+    found = [(group.result(), row) for group, row in asked]
+    blobs = [group.targets[row] for group, row in found if group.targets is not None]
+    if len(blobs) < len(found):
+        raise SoftLabelError("the objective has a soft part and these rows have no soft labels")
+    models = {id(group.model): group.model for group, _ in found}
+    index = {name: i for i, name in enumerate(models)}
+    model_R = np.array([index[id(group.model)] for group, _ in found])
+    return decode_mixed_rows(list(models.values()), model_R, blobs, [group.labels(row) for group, row in found])
 
 
 def file_rows(path: Path, numbers: np.ndarray | None) -> StoredRows:
