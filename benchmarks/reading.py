@@ -9,6 +9,7 @@ import itertools
 import os
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,13 +80,14 @@ def open_rows(store: Store, namespace: str, keyed: list[tuple[str, int, int]], c
 
 def training_batches(rows: StoredRows, num_rows: int) -> Iterator[dict[str, torch.Tensor]]:
     """One epoch in training order, steps asked for as far ahead as the training loop does."""
-    steps = -(-num_rows // _BATCH)
-    for ahead in range(min(PREFETCH_STEPS, steps)):
-        rows.prefetch(_step(num_rows, ahead), soft=True)
-    for step in range(steps):
-        numbers = _step(num_rows, step)
-        if step + PREFETCH_STEPS < steps:
-            rows.prefetch(_step(num_rows, step + PREFETCH_STEPS), soft=True)
+    ahead: deque[list[int]] = deque()
+    for start in range(0, num_rows + PREFETCH_STEPS * _BATCH, _BATCH):
+        if start < num_rows:
+            ahead.append(step_rows(num_rows, _BATCH, seed=0, step=start // _BATCH)[: num_rows - start])
+            rows.prefetch(ahead[-1], soft=True)
+        if start < PREFETCH_STEPS * _BATCH:
+            continue
+        numbers = ahead.popleft()
         targets, tokens = rows.targets(numbers), rows.read(numbers)
         assert isinstance(targets, SampledTargets)
         yield {
@@ -98,10 +100,6 @@ def training_batches(rows: StoredRows, num_rows: int) -> Iterator[dict[str, torc
             "entropy": targets.common.entropy_N,
             "offset": targets.cross_entropy_offset_N,
         }
-
-
-def _step(num_rows: int, step: int) -> list[int]:
-    return step_rows(num_rows, _BATCH, seed=0, step=step)[: num_rows - step * _BATCH]
 
 
 # ---------------------------------------------------------------------------------------------- the comparison
