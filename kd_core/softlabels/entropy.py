@@ -29,6 +29,7 @@ __all__ = [
     "make_tables",
     "octave",
     "open_row",
+    "place",
     "pop_raw",
     "pop_symbol",
     "pop_value",
@@ -75,10 +76,9 @@ def bucket(value: int) -> tuple[int, int]:
 
 @inlined
 def bucket_base(symbol: int) -> tuple[int, int]:
-    """Smallest value of a bucket and its number of raw bits: the inverse of ``bucket``."""
-    if symbol < 4:
-        return symbol, 0
-    return (4 + (symbol & 3)) << ((symbol >> 2) - 1), (symbol >> 2) - 1
+    """Smallest value of a bucket and its number of raw bits: the inverse of ``bucket``, without a branch."""
+    bits = max((symbol >> 2) - 1, 0)
+    return ((4 if symbol > 3 else 0) + (symbol & 3)) << bits, bits
 
 
 class Tables(NamedTuple):
@@ -205,7 +205,8 @@ def open_row(stream: Stream, row: int) -> tuple[int, int]:
 
 
 @inlined
-def _place(index: Any) -> Any:
+def place(index: Any) -> Any:
+    """An index that is not below 0: numba looks whether a signed one counts from the end, and the next symbol waits for that."""
     return np.uint64(index)
 
 
@@ -218,18 +219,15 @@ def _signed(value: Any) -> Any:
 def _refill(stream: Stream, state: int, at: int) -> tuple[int, int]:
     """State and next word after a word was read if it was time: half the time it is, so no branch could be foreseen."""
     low = _signed(state < _LOW)
-    return (state << (low << 4)) | (_signed(stream.words[at]) & -low), at + low
+    return (state << (low << 4)) | (_signed(stream.words[place(at)]) & -low), at + low
 
 
 @inlined
 def pop_symbol(stream: Stream, tables: Tables, context: int, state: int, at: int) -> tuple[int, int, int]:
-    """One symbol off the stream: (symbol, state, next word).
-
-    Places are unsigned: numba looks whether a signed one counts from the end, and every symbol waits for that.
-    """
-    first, slot = _signed(tables.first_C[_place(context)]), state & ((1 << PRECISION) - 1)
-    symbol = _signed(tables.symbol_S[_place(first + slot)])
-    share = _signed(tables.share_X[_place((first >> (PRECISION - _SYMBOL_BITS)) + symbol)])
+    """One symbol off the stream: (symbol, state, next word)."""
+    first, slot = _signed(tables.first_C[place(context)]), state & ((1 << PRECISION) - 1)
+    symbol = _signed(tables.symbol_S[place(first + slot)])
+    share = _signed(tables.share_X[place((first >> (PRECISION - _SYMBOL_BITS)) + symbol)])
     state, at = _refill(stream, (share >> 16) * (state >> PRECISION) + slot - (share & 0xFFFF), at)
     return symbol, state, at
 

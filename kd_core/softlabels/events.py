@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kd_core.softlabels.entropy import Stream, Tables, bucket, compiled, inlined, octave, open_row, pop_raw, pop_symbol, pop_value
+from kd_core.softlabels.entropy import Stream, Tables, bucket, compiled, inlined, octave, open_row, place, pop_raw, pop_symbol, pop_value
 
 __all__ = ["FAMILIES", "DecodedRows", "Draws", "SampledRow", "TopKRow", "decode_sampled", "decode_topk", "sampled_events", "topk_events"]
 
@@ -260,8 +260,8 @@ def decode_sampled(stream: Stream, rows: np.ndarray, tables: Tables, draws: Draw
                     gold_count, state, at = pop_value(stream, tables, _GOLD_COUNT + min(num, 16) - 1, state, at)
                     gold_count += 1
                 left, todo_draws = num - 1, draws.num_draws - gold_count
-                out.ids_E[low + left] = out.gold_N[n]
-                out.counts_E[low + left] = gold_count
+                out.ids_E[place(low + left)] = out.gold_N[n]
+                out.counts_E[place(low + left)] = gold_count
             draws_entropy = draws.count_entropy[draws.num_draws] - draws.count_entropy[gold_count]
             for i in range(left):
                 todo = left - i
@@ -271,22 +271,22 @@ def decode_sampled(stream: Stream, rows: np.ndarray, tables: Tables, draws: Draw
                     count += (todo_draws + todo - 1) // todo
                 if count < 1 or count > draws.num_draws:
                     return row
-                out.counts_E[low + i] = count
-                draws_entropy -= draws.count_entropy[count]
+                out.counts_E[place(low + i)] = count
+                draws_entropy -= draws.count_entropy[place(count)]
                 todo_draws -= count
             if todo_draws != 0:
                 return row
             draws_entropy //= draws.num_draws * 16
             first = low
             for i in range(low + 1, low + left + 1):
-                if i == low + left or out.counts_E[i] != out.counts_E[first]:
+                if i == low + left or out.counts_E[place(i)] != out.counts_E[place(first)]:
                     last = -1
                     for j in range(first, i):
                         gap, state, at = pop_value(stream, tables, _gap_context(last, i - j), state, at)
                         last += gap + 1
                         if last >= num_columns or at > end:
                             return row
-                        out.ids_E[j] = id_of_rank_V[last]
+                        out.ids_E[place(j)] = id_of_rank_V[place(last)]
                     first = i
             residual, state, at = _pop_residual(stream, tables, _ENTROPY + min(bucket(draws_entropy)[0], 23), 2, state, at)
             entropy = draws_entropy + residual
@@ -332,7 +332,7 @@ def decode_topk(stream: Stream, rows: np.ndarray, tables: Tables, id_of_rank_V: 
                         rank += gap + 1
                         if rank >= num_columns or at > end:
                             return row
-                        out.ranks_NK[n, j] = id_of_rank_V[rank]
+                        out.ranks_NK[n, j] = id_of_rank_V[place(rank)]
                     first = i
             out.entropy_q_N[n], state, at = pop_value(stream, tables, _WHOLE, state, at)
             out.gold_q_N[n], state, at = pop_value(stream, tables, _WHOLE + 1, state, at)
