@@ -65,25 +65,25 @@ def _codec(quick: bool) -> list[Figure]:
     if first is not zipf:
         coded.append(Coded(f"sampled, {first.name}", sampled, None, None))
     coded.append(Coded(f"topk k = 128, {first.name}", topk, None, None))
-    return figures + codec_speed.run(coded, positions=1024 if quick else 16_384, repeats=3 if quick else 5)
+    return figures + codec_speed.run(coded, positions=1024 if quick else 16_384, repeats=2 if quick else 5)
 
 
 def _scoring(quick: bool) -> list[Figure]:
     real = _real(quick)
     if quick or isinstance(real, str):
         teacher = synthetic_teacher(num_layers=2, hidden_size=576, num_columns=49_152)
-        rows = token_rows(12, num_columns=49_152, mean_tokens=16)
-        return scoring.run(teacher, rows, label="random weights, 2 of SmolLM2's 30 blocks", goal=None, repeats=2)
+        rows = token_rows(8, num_columns=49_152, mean_tokens=16)
+        return scoring.run(teacher, rows, label="random weights, 2 of SmolLM2's 30 blocks", goal=None, repeats=1)
     loaded, rows = real
     return scoring.run(loaded, rows[:24], label="SmolLM2-135M on GSM8K", goal=times_better(3), repeats=5)
 
 
 def _reading(quick: bool) -> list[Figure]:
-    return reading.run(num_rows=512 if quick else 4096, shard_rows=512, object_rows=32 if quick else 512, repeats=3 if quick else 5)
+    return reading.run(num_rows=512 if quick else 4096, shard_rows=512, object_rows=32 if quick else 512, repeats=2 if quick else 5)
 
 
 def _memory(quick: bool) -> list[Figure]:
-    return memory.run(capture_rows=32 if quick else 200, read_rows=128 if quick else 10_240, judge=not quick)
+    return memory.run(capture_rows=32 if quick else 200, read_rows=64 if quick else 10_240, judge=not quick)
 
 
 _MEASURES = {Section.CODEC: _codec, Section.SCORING: _scoring, Section.READING: _reading, Section.MEMORY: _memory}
