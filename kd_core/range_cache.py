@@ -5,6 +5,7 @@ that was broken on this disk is fetched again. A store on this machine is read i
 """
 
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,8 @@ _REQUEST_BYTES = 4 << 20
 
 _FRESH_BYTES = 32 << 20
 """In memory of ranges that came with others: they are asked for soon, or read from their copies."""
+
+_COPY = re.compile("[0-9a-f]{64}")
 
 
 def request_windows(parts: Sequence[ByteRange], wanted: Sequence[bool]) -> Iterator[tuple[ByteRange, ...]]:
@@ -110,10 +113,9 @@ class RangeCache:
         return None
 
     def _keep(self, path: Path, data: bytes) -> None:
-        if self._size is None:
-            self._directory.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self._directory)
-        with os.fdopen(handle, "wb", buffering=0) as file:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=path.name, dir=self._directory)
+        with os.fdopen(handle, "wb") as file:
             file.write(data)
         os.replace(name, path)
         with self._lock:
@@ -122,11 +124,13 @@ class RangeCache:
                 self._evict()
 
     def _files(self) -> list[tuple[float, int, Path]]:
+        """Copies, finished or not; nothing else that may lie in the directory is ours to remove."""
         found = []
         for path in self._directory.iterdir():
             with suppress(OSError):
-                status = path.stat()
-                found.append((status.st_mtime, status.st_size, path))
+                if _COPY.match(path.name):
+                    status = path.stat()
+                    found.append((status.st_mtime, status.st_size, path))
         return sorted(found)
 
     def _total(self) -> int:

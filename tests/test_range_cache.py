@@ -1,5 +1,6 @@
 """Copies of a remote store's ranges on this disk: bounded, shared, verified; a store on this machine is read in place."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,26 @@ def test_the_directory_stays_below_its_limit_and_keeps_the_newest(remote: Remote
     assert remote.asked == []
     read(copies, "shard-0")
     assert remote.asked == ["shard-0"]
+
+
+def test_what_is_not_a_copy_is_never_removed(remote: Remote, tmp_path: Path) -> None:
+    """The directory is a setting: it may be somebody's own."""
+    mine = [tmp_path / "copies" / name for name in ("thesis.txt", "ab/thesis.txt")]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * 2000)
+    copies = RangeCache(remote, tmp_path / "copies", 1000)
+    for key in DATA:
+        read(copies, key)
+    assert all(path.exists() for path in mine)
+    assert sum(file.stat().st_size for file in (tmp_path / "copies").iterdir() if len(file.name) >= 64) <= 1000
+
+
+def test_a_directory_that_was_removed_is_made_again(remote: Remote, tmp_path: Path) -> None:
+    copies = RangeCache(remote, tmp_path / "copies", 10_000)
+    read(copies, "shard-1")
+    shutil.rmtree(tmp_path / "copies")
+    assert read(copies, "shard-2") == DATA["shard-2"][100:900]
 
 
 def test_a_broken_copy_is_fetched_again(remote: Remote, tmp_path: Path) -> None:

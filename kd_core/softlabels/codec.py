@@ -61,7 +61,7 @@ def decode_rows(model: "Model | None", blobs: Sequence[bytes], labels: Sequence[
     Args:
         model: what ``parse_model`` gave for the shard.
         blobs: at least one if the shard has no model.
-        labels: gold ids at each row's supervised positions, int64.
+        labels: gold ids at each row's supervised positions, int64 or int32.
 
     Raises:
         SoftLabelError: a damaged blob, one of an unknown version, or one that belongs to other labels or another model.
