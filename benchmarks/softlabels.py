@@ -72,14 +72,14 @@ def _scoring(quick: bool) -> list[Figure]:
     real = _real(quick)
     if quick or isinstance(real, str):
         teacher = synthetic_teacher(num_layers=2, hidden_size=576, num_columns=49_152)
-        rows = token_rows(8, num_columns=49_152, mean_tokens=16)
+        rows = token_rows(6, num_columns=49_152, mean_tokens=16)
         return scoring.run(teacher, rows, label="random weights, 2 of SmolLM2's 30 blocks", goal=None, repeats=1)
     loaded, rows = real
     return scoring.run(loaded, rows[:24], label="SmolLM2-135M on GSM8K", goal=times_better(3), repeats=5)
 
 
 def _reading(quick: bool) -> list[Figure]:
-    return reading.run(num_rows=512 if quick else 4096, shard_rows=512, object_rows=32 if quick else 512, repeats=2 if quick else 5)
+    return reading.run(num_rows=512 if quick else 4096, shard_rows=512, object_rows=16 if quick else 512, repeats=2 if quick else 5)
 
 
 def _memory(quick: bool) -> list[Figure]:
