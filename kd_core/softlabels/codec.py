@@ -1,15 +1,16 @@
 """Soft labels of rows as bytes and back: the binary column of a soft-label shard, versioned.
 
-Version 2 is written: a model a shard (in the Parquet footer) and a blob a row. A blob is decoded with its shard's model and its
+Version 3 is written: a model a shard (in the Parquet footer) and a blob a row. A blob is decoded with its shard's model and its
 row's own tokens (``labels``: the ids at its supervised positions, which the shard holds anyway); its checksum covers all
-three, so damage and what does not belong together raise SoftLabelError. Rows of version 1 need neither and go on being read.
+three, so damage and what does not belong together raise SoftLabelError. Rows of versions 1 and 2 go on
+being read; those of version 1 need neither.
 
 What comes back: ids, counts, dense log-probabilities, normalisers and tails as they were; entropies within 1/128 nat; the gold
 log-probability -x within 1/250 + x/60 nat; top-k log-probabilities as levels of p^(1/2Tmax), so fine that the KL
 from the kept distribution to the decoded one is about 1e-4 nat on average, at every temperature of the grid. Drawn ids
 come back by falling count, the gold id last; top-k ids by falling log-probability. Where T0 is 1 the entropy at T0 is the entropy.
 
-The compiler behind version 2 takes 0.4 s to import: it is imported where rows are coded, not here.
+The compiler behind versions 2 and 3 takes 0.4 s to import: it is imported where rows are coded, not here.
 """
 
 from collections.abc import Sequence
@@ -39,9 +40,9 @@ def encode_rows(rows: Sequence[Targets], labels: Sequence[np.ndarray], known: by
         SoftLabelError: rows of different kinds, labels that do not fit them, an id outside the vocabulary or twice at one
             position, draws that do not add up, NaN, or more than 2^20 columns.
     """
-    from kd_core.softlabels import codec_v2
+    from kd_core.softlabels import codec_v3
 
-    return codec_v2.encode_rows(rows, labels, parse_model(known))
+    return codec_v3.encode_rows(rows, labels, parse_model(known))
 
 
 def parse_model(data: bytes) -> "Model | None":
@@ -85,9 +86,9 @@ def decode_mixed_rows(
     """
     known = [model for model in models if model is not None]
     if len(known) == len(models):
-        from kd_core.softlabels import codec_v2
+        from kd_core.softlabels import codec_v3
 
-        return codec_v2.decode_rows(known, model_R, blobs, labels)
+        return codec_v3.decode_rows(known, model_R, blobs, labels)
     if known:
         return concatenate([decode_rows(models[m], [blob], [gold]) for m, blob, gold in zip(model_R, blobs, labels, strict=True)])
     rows = [codec_v1.decode(blob) for blob in blobs]

@@ -1,4 +1,4 @@
-"""What all rows of a shard share in version 2 of the codec: the policy, ids by frequency, and the entropy coder's tables.
+"""What all rows of a shard share in versions 2 and 3 of the codec: the policy, ids by frequency, and the entropy coder's tables.
 
     model  header, temperatures, class map of ids, tables of the entropy coder, crc32
 
@@ -139,7 +139,7 @@ def _histogram(events: Callable[[int, np.ndarray], int], room: np.ndarray, num_r
 
 
 def _words(events: Callable[[int, np.ndarray], int], room: np.ndarray, num_rows: int, tables: Tables) -> list[bytes]:
-    words, bodies = np.zeros(2 + 3 * len(room), np.uint16), []
+    words, bodies = np.zeros(3 + 3 * len(room), np.uint16), []
     for row in range(num_rows):
         first = encode_events(room[: events(row, room)], tables, words)
         bodies.append(words[first:].astype("<u2").tobytes())

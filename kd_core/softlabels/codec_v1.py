@@ -1,6 +1,6 @@
 """Version 1 of the binary column of a soft-label shard: one row's targets as plain little-endian arrays after a header.
 
-``codec.py`` writes version 2; caches hold rows of this one, and they go on being read. Ids take 32 bits. There is no
+``codec.py`` writes version 3; caches hold rows of this one, and they go on being read. Ids take 32 bits. There is no
 checksum here (the shard has one), and the exact tail is computed from the kept log-probabilities, which are exact.
 """
 

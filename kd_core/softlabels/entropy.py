@@ -1,6 +1,8 @@
 """Range asymmetric numeral systems (rANS) with static tables: events to bytes and back, compiled.
 
 An event is (context, symbol, raw bits): the symbol is coded with its context's table, the raw bits are stored as they are.
+A row's words are the symbols', in reading order, then the raw bits', last word first: a decoder goes from both ends to
+the middle, and does not wait for the state to know the raw bits. In version 2 they went through the state.
 The state lives in [2^16, 2^32) and moves 16-bit words; tables are quantised to 10 bits, so a symbol costs at least 1/710 bit.
 Source: Duda 2013 (arXiv 1311.2540), the static table form; events and table format ours.
 
@@ -17,11 +19,13 @@ from numba.cpython.unsafe.numbers import leading_zeros
 
 __all__ = [
     "ALPHABET",
+    "Cursor",
     "Stream",
     "Tables",
     "add_events",
     "bucket",
     "bucket_base",
+    "closes",
     "code_bits",
     "compiled",
     "encode_events",
@@ -29,6 +33,7 @@ __all__ = [
     "make_tables",
     "octave",
     "open_row",
+    "overran",
     "place",
     "pop_raw",
     "pop_symbol",
@@ -107,14 +112,23 @@ class Stream(NamedTuple):
     """Words of R rows, one after the other, and what each row begins with.
 
     Attributes:
-        words: uint16, and some more than the rows have, to read ahead.
+        words: uint16, and some before and after those of the rows, to be read before it is seen that a row is over.
+        apart_R: bool, whether raw bits are at the end of the row's words, not in the state (version 2).
         words_R1, positions_R1, ids_R1: int64 offsets of each row's words, positions and ids.
     """
 
     words: np.ndarray
+    apart_R: np.ndarray
     words_R1: np.ndarray
     positions_R1: np.ndarray
     ids_R1: np.ndarray
+
+
+Cursor = tuple[int, int, int]
+"""Where a decoder is in a row: (state, next word, 16 x the words to the next raw bits' end, less the bits taken from it).
+
+The third is minus the row's end where raw bits go through the state.
+"""
 
 
 def quantise_tables(histogram_CA: np.ndarray) -> np.ndarray:
@@ -167,24 +181,25 @@ def encode_events(events_X4: np.ndarray, tables: Tables, words: np.ndarray) -> i
     Args:
         events_X4: int64 (context, symbol, number of raw bits, raw bits), in decoding order.
         tables: with a frequency for every symbol that occurs.
-        words: room, at least 2 + 3 x events words.
+        words: room, at least 3 + 3 x events words.
 
     Returns:
         First used index of ``words``: the stream is words[index:].
     """
-    at = len(words)
+    at, held, num_held = len(words), 0, 0
+    for x in range(len(events_X4)):
+        held |= events_X4[x, 3] << num_held
+        num_held += events_X4[x, 2]
+        while num_held >= 16:
+            at -= 1
+            words[at] = held & 0xFFFF
+            held >>= 16
+            num_held -= 16
+    if num_held:
+        at -= 1
+        words[at] = held
     state = _LOW
     for x in range(len(events_X4) - 1, -1, -1):
-        left, raw = events_X4[x, 2], events_X4[x, 3]
-        while left > 0:  # low bits first: the decoder meets the high ones first
-            take = min(left, 16)
-            if state >> (32 - take):
-                at -= 1
-                words[at] = state & 0xFFFF
-                state >>= 16
-            state = (state << take) | (raw & ((1 << take) - 1))
-            raw >>= take
-            left -= take
         share = tables.share_X[(tables.first_C[events_X4[x, 0]] >> (PRECISION - _SYMBOL_BITS)) + events_X4[x, 1]]
         freq, start = share >> 16, share & 0xFFFF
         if state >= freq << (32 - PRECISION):
@@ -195,13 +210,6 @@ def encode_events(events_X4: np.ndarray, tables: Tables, words: np.ndarray) -> i
     words[at - 1] = state & 0xFFFF
     words[at - 2] = state >> 16
     return at - 2
-
-
-@compiled
-def open_row(stream: Stream, row: int) -> tuple[int, int]:
-    """State and next word at the start of a row."""
-    at = stream.words_R1[row]
-    return (_signed(stream.words[at]) << 16) | _signed(stream.words[at + 1]), at + 2
 
 
 @inlined
@@ -216,6 +224,30 @@ def _signed(value: Any) -> Any:
 
 
 @inlined
+def open_row(stream: Stream, row: int) -> Cursor:
+    """The start of a row."""
+    at, end = stream.words_R1[row], stream.words_R1[row + 1]
+    return (_signed(stream.words[at]) << 16) | _signed(stream.words[at + 1]), at + 2, end << 4 if stream.apart_R[row] else -end
+
+
+@inlined
+def _symbols_end(cursor: Cursor) -> int:
+    return cursor[2] >> 4 if cursor[2] >= 0 else -cursor[2]
+
+
+@inlined
+def overran(cursor: Cursor) -> bool:
+    """Whether more was taken from a row than it has."""
+    return cursor[1] > _symbols_end(cursor)
+
+
+@inlined
+def closes(cursor: Cursor) -> bool:
+    """Whether this is the end of a row."""
+    return cursor[0] == _LOW and cursor[1] == _symbols_end(cursor)
+
+
+@inlined
 def _refill(stream: Stream, state: int, at: int) -> tuple[int, int]:
     """State and next word after a word was read if it was time: half the time it is, so no branch could be foreseen."""
     low = _signed(state < _LOW)
@@ -223,33 +255,44 @@ def _refill(stream: Stream, state: int, at: int) -> tuple[int, int]:
 
 
 @inlined
-def pop_symbol(stream: Stream, tables: Tables, context: int, state: int, at: int) -> tuple[int, int, int]:
-    """One symbol off the stream: (symbol, state, next word)."""
+def pop_symbol(stream: Stream, tables: Tables, context: int, cursor: Cursor) -> tuple[int, Cursor]:
+    """One symbol off the stream."""
+    state, at, raw = cursor
     first, slot = _signed(tables.first_C[place(context)]), state & ((1 << PRECISION) - 1)
     symbol = _signed(tables.symbol_S[place(first + slot)])
     share = _signed(tables.share_X[place((first >> (PRECISION - _SYMBOL_BITS)) + symbol)])
     state, at = _refill(stream, (share >> 16) * (state >> PRECISION) + slot - (share & 0xFFFF), at)
-    return symbol, state, at
+    return symbol, (state, at, raw)
 
 
 @inlined
-def pop_raw(stream: Stream, bits: int, state: int, at: int) -> tuple[int, int, int]:
-    """``bits`` raw bits (32 at most) off the stream: (value, state, next word)."""
-    value = 0
-    if bits > 16:
-        bits -= 16
-        value = (state & ((1 << bits) - 1)) << 16
-        state, at = _refill(stream, state >> bits, at)
-        bits = 16
+def pop_raw(stream: Stream, bits: int, cursor: Cursor) -> tuple[int, Cursor]:
+    """``bits`` raw bits (17 at most) off the stream: two words always have them."""
+    state, at, raw = cursor
+    if raw < 0:
+        return _pop_raw_2(stream, bits, cursor)
+    word = (raw - 1) >> 4
+    window = _signed(stream.words[place(word)]) | (_signed(stream.words[place(word - 1)]) << 16)
+    return (window >> (-raw & 15)) & ((1 << bits) - 1), (state, at, raw - bits)
+
+
+@inlined
+def _pop_raw_2(stream: Stream, bits: int, cursor: Cursor) -> tuple[int, Cursor]:
+    """From the state, high bits first."""
+    state, at, raw = cursor
+    high = max(bits - 16, 0)
+    value = (state & ((1 << high) - 1)) << 16
+    state, at = _refill(stream, state >> high, at)
+    bits -= high
     value |= state & ((1 << bits) - 1)
     state, at = _refill(stream, state >> bits, at)
-    return value, state, at
+    return value, (state, at, raw)
 
 
 @inlined
-def pop_value(stream: Stream, tables: Tables, context: int, state: int, at: int) -> tuple[int, int, int]:
-    """One number that was put as its bucket: (value, state, next word)."""
-    symbol, state, at = pop_symbol(stream, tables, context, state, at)
+def pop_value(stream: Stream, tables: Tables, context: int, cursor: Cursor) -> tuple[int, Cursor]:
+    """One number that was put as its bucket."""
+    symbol, cursor = pop_symbol(stream, tables, context, cursor)
     base, bits = bucket_base(symbol)
-    raw, state, at = pop_raw(stream, bits, state, at)
-    return base + raw, state, at
+    raw, cursor = pop_raw(stream, bits, cursor)
+    return base + raw, cursor

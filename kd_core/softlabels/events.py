@@ -15,7 +15,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kd_core.softlabels.entropy import Stream, Tables, bucket, compiled, inlined, octave, open_row, place, pop_raw, pop_symbol, pop_value
+from kd_core.softlabels.entropy import (
+    Cursor,
+    Stream,
+    Tables,
+    bucket,
+    closes,
+    compiled,
+    inlined,
+    octave,
+    open_row,
+    overran,
+    place,
+    pop_raw,
+    pop_symbol,
+    pop_value,
+)
 
 __all__ = ["FAMILIES", "DecodedRows", "Draws", "SampledRow", "TopKRow", "decode_sampled", "decode_topk", "sampled_events", "topk_events"]
 
@@ -51,7 +66,8 @@ def _put_residual(events: np.ndarray, at: int, context: int, residual: int, low_
     events[at, 0] = context
     events[at, 1] = symbol if inside else _RESIDUAL_END
     events[at, 2] = low_bits if inside else 32
-    events[at, 3] = residual & ((1 << low_bits) - 1) if inside else residual + (1 << 31)
+    wide = residual + (1 << 31)
+    events[at, 3] = residual & ((1 << low_bits) - 1) if inside else (wide & 0xFFFF) << 16 | wide >> 16  # read in halves, high first
     return at + 1
 
 
@@ -216,13 +232,70 @@ def topk_events(row: TopKRow, events: np.ndarray) -> int:
 
 
 @inlined
-def _pop_residual(stream: Stream, tables: Tables, context: int, low_bits: int, state: int, at: int) -> tuple[int, int, int]:
-    symbol, state, at = pop_symbol(stream, tables, context, state, at)
+def _pop_residual(stream: Stream, tables: Tables, context: int, low_bits: int, cursor: Cursor) -> tuple[int, Cursor]:
+    symbol, cursor = pop_symbol(stream, tables, context, cursor)
     if symbol == _RESIDUAL_END:
-        raw, state, at = pop_raw(stream, 32, state, at)
-        return raw - (1 << 31), state, at
-    raw, state, at = pop_raw(stream, low_bits, state, at)
-    return ((symbol - _RESIDUAL_BIAS) << low_bits) + raw, state, at
+        high, cursor = pop_raw(stream, 16, cursor)
+        low, cursor = pop_raw(stream, 16, cursor)
+        return (high << 16) + low - (1 << 31), cursor
+    raw, cursor = pop_raw(stream, low_bits, cursor)
+    return ((symbol - _RESIDUAL_BIAS) << low_bits) + raw, cursor
+
+
+@inlined
+def _pop_counts(
+    stream: Stream, tables: Tables, draws: Draws, counts: np.ndarray, first: int, end: int, todo_draws: int, cursor: Cursor
+) -> tuple[int, Cursor]:
+    """Counts of entries first:end, falling: (their part of the draws' entropy, or -1 where they do not add up; cursor)."""
+    entropy, todo = 0, end - first
+    while todo > 1 and todo_draws > todo:
+        count, cursor = pop_value(stream, tables, _count_context(todo_draws - todo, todo), cursor)
+        count += (todo_draws + todo - 1) // todo
+        if count > draws.num_draws:
+            return -1, cursor
+        counts[place(end - todo)] = count
+        entropy += draws.count_entropy[place(count)]
+        todo_draws -= count
+        todo -= 1
+    rest = todo_draws if todo == 1 else 1
+    if rest < 1 or rest * todo != todo_draws:
+        return -1, cursor
+    for e in range(end - todo, end):
+        counts[place(e)] = rest
+    return entropy + todo * draws.count_entropy[place(rest)], cursor
+
+
+@inlined
+def _pop_groups(
+    stream: Stream,
+    tables: Tables,
+    id_of_rank_V: np.ndarray,
+    levels: np.ndarray,
+    ids: np.ndarray,
+    first: int,
+    end: int,
+    cursor: Cursor,
+) -> tuple[bool, Cursor]:
+    """Ids of entries first:end, whose levels are known: what ``_put_groups`` put; (whether they are in the vocabulary, cursor).
+
+    One loop over all levels: where one level ends could not be foreseen, and a loop for each would wait for it.
+    """
+    left, level = 0, -1
+    for e in range(end - 1, first - 1, -1):
+        left = (left if levels[place(e)] == level else 0) + 1
+        level = levels[place(e)]
+        ids[place(e)] = left  # of this level, from here on
+    last, left = -1, 0
+    for e in range(first, end):
+        last = -1 if left == 0 else last
+        left = ids[place(e)] if left == 0 else left
+        gap, cursor = pop_value(stream, tables, _gap_context(last, left), cursor)
+        last += gap + 1
+        if last >= len(id_of_rank_V):
+            return False, cursor
+        ids[place(e)] = id_of_rank_V[place(last)]
+        left -= 1
+    return True, cursor
 
 
 @compiled
@@ -240,67 +313,50 @@ def decode_sampled(stream: Stream, rows: np.ndarray, tables: Tables, draws: Draw
     Returns:
         -1, or the first row whose stream does not say what its header says.
     """
-    num_columns = len(id_of_rank_V)
     for which in range(len(rows)):
         row = int(rows[which])
-        state, at = open_row(stream, row)
-        end = stream.words_R1[row + 1]
-        e = stream.ids_R1[row]
+        cursor = open_row(stream, row)
+        low, last = stream.ids_R1[row], stream.ids_R1[row + 1]
         for n in range(stream.positions_R1[row], stream.positions_R1[row + 1]):
-            num, state, at = pop_value(stream, tables, _IDS, state, at)
+            num, cursor = pop_value(stream, tables, _IDS, cursor)
             num += 1
-            low, high = e, e + num
-            if high > stream.ids_R1[row + 1] or num > draws.num_draws or at > end:
+            high = low + num
+            if high > last or num > draws.num_draws or overran(cursor):
                 return row
-            flag, state, at = pop_symbol(stream, tables, _FLAG + min(num, 16) - 1, state, at)
-            left, todo_draws, gold_count = num, draws.num_draws, 0
+            flag, cursor = pop_symbol(stream, tables, _FLAG + min(num, 16) - 1, cursor)
+            end, gold_count = high, 0
             if flag:
                 gold_count = draws.num_draws
                 if num > 1:
-                    gold_count, state, at = pop_value(stream, tables, _GOLD_COUNT + min(num, 16) - 1, state, at)
+                    gold_count, cursor = pop_value(stream, tables, _GOLD_COUNT + min(num, 16) - 1, cursor)
                     gold_count += 1
-                left, todo_draws = num - 1, draws.num_draws - gold_count
-                out.ids_E[place(low + left)] = out.gold_N[n]
-                out.counts_E[place(low + left)] = gold_count
-            draws_entropy = draws.count_entropy[draws.num_draws] - draws.count_entropy[gold_count]
-            for i in range(left):
-                todo = left - i
-                count = 1 if todo_draws == todo else todo_draws
-                if todo_draws > todo and todo > 1:
-                    count, state, at = pop_value(stream, tables, _count_context(todo_draws - todo, todo), state, at)
-                    count += (todo_draws + todo - 1) // todo
-                if count < 1 or count > draws.num_draws:
-                    return row
-                out.counts_E[place(low + i)] = count
-                draws_entropy -= draws.count_entropy[place(count)]
-                todo_draws -= count
-            if todo_draws != 0:
+                end -= 1
+                out.ids_E[place(end)] = out.gold_N[n]
+                out.counts_E[place(end)] = gold_count
+            todo_draws = draws.num_draws - gold_count
+            if todo_draws < 0:
                 return row
-            draws_entropy //= draws.num_draws * 16
-            first = low
-            for i in range(low + 1, low + left + 1):
-                if i == low + left or out.counts_E[place(i)] != out.counts_E[place(first)]:
-                    last = -1
-                    for j in range(first, i):
-                        gap, state, at = pop_value(stream, tables, _gap_context(last, i - j), state, at)
-                        last += gap + 1
-                        if last >= num_columns or at > end:
-                            return row
-                        out.ids_E[place(j)] = id_of_rank_V[place(last)]
-                    first = i
-            residual, state, at = _pop_residual(stream, tables, _ENTROPY + min(bucket(draws_entropy)[0], 23), 2, state, at)
-            entropy = draws_entropy + residual
+            found, cursor = _pop_counts(stream, tables, draws, out.counts_E, low, end, todo_draws, cursor)
+            if found < 0:
+                return row
+            known, cursor = _pop_groups(stream, tables, id_of_rank_V, out.counts_E, out.ids_E, low, end, cursor)
+            if not known:
+                return row
+            entropy = draws.count_entropy[draws.num_draws] - draws.count_entropy[place(gold_count)] - found
+            entropy //= draws.num_draws * 16
+            residual, cursor = _pop_residual(stream, tables, _ENTROPY + min(bucket(entropy)[0], 23), 2, cursor)
+            entropy += residual
             out.cross_entropy_offset_N[n] = entropy / draws.entropy_steps
             if not draws.own_temperature:
-                residual, state, at = _pop_residual(stream, tables, _ENTROPY_2 + min(bucket(entropy)[0], 23), 2, state, at)
+                residual, cursor = _pop_residual(stream, tables, _ENTROPY_2 + min(bucket(entropy)[0], 23), 2, cursor)
                 entropy += residual
             out.entropy_N[n] = entropy / draws.entropy_steps
-            residual, state, at = _pop_residual(stream, tables, _gold_context(gold_count, draws.num_draws, entropy), 0, state, at)
-            gold = draws.count_gold[gold_count] + residual
+            residual, cursor = _pop_residual(stream, tables, _gold_context(gold_count, draws.num_draws, entropy), 0, cursor)
+            gold = draws.count_gold[place(gold_count)] + residual
             out.gold_logprob_N[n] = draws.logprob_of_gold[min(max(gold, 0), len(draws.logprob_of_gold) - 1)]
             out.offsets_N1[n + 1] = high
-            e = high
-        if e != stream.ids_R1[row + 1] or at != end or state != 1 << 16:
+            low = high
+        if low != last or not closes(cursor):
             return row
     return -1
 
@@ -308,34 +364,27 @@ def decode_sampled(stream: Stream, rows: np.ndarray, tables: Tables, draws: Draw
 @compiled
 def decode_topk(stream: Stream, rows: np.ndarray, tables: Tables, id_of_rank_V: np.ndarray, out: TopKRow) -> int:
     """Fill ``out`` (ids, not ranks, in ``ranks_NK``, by falling level) from some rows of a stream: see ``decode_sampled``."""
-    num_columns, k = len(id_of_rank_V), out.ranks_NK.shape[1]
+    k, ids, levels = out.ranks_NK.shape[1], out.ranks_NK.reshape(-1), out.levels_NK.reshape(-1)
     for which in range(len(rows)):
         row = int(rows[which])
-        state, at = open_row(stream, row)
-        end = stream.words_R1[row + 1]
+        cursor = open_row(stream, row)
         for n in range(stream.positions_R1[row], stream.positions_R1[row + 1]):
-            last, state, at = pop_value(stream, tables, _FIRST_LEVEL, state, at)
-            out.levels_NK[n, 0] = last
+            level, cursor = pop_value(stream, tables, _FIRST_LEVEL, cursor)
+            levels[n * k] = level
             for i in range(1, k):
-                if last > 0:
-                    drop, state, at = pop_value(stream, tables, _drop_context(last, i), state, at)
-                    last -= drop
-                    if last < 0 or at > end:
+                if level > 0:
+                    drop, cursor = pop_value(stream, tables, _drop_context(level, i), cursor)
+                    level -= drop
+                    if level < 0 or overran(cursor):
                         return row
-                out.levels_NK[n, i] = last
-            first = 0
-            for i in range(1, k + 1):
-                if i == k or out.levels_NK[n, i] != out.levels_NK[n, first]:
-                    rank = -1
-                    for j in range(first, i):
-                        gap, state, at = pop_value(stream, tables, _gap_context(rank, i - j), state, at)
-                        rank += gap + 1
-                        if rank >= num_columns or at > end:
-                            return row
-                        out.ranks_NK[n, j] = id_of_rank_V[place(rank)]
-                    first = i
-            out.entropy_q_N[n], state, at = pop_value(stream, tables, _WHOLE, state, at)
-            out.gold_q_N[n], state, at = pop_value(stream, tables, _WHOLE + 1, state, at)
-        if at != end or state != 1 << 16:
+                levels[n * k + i] = level
+            known, cursor = _pop_groups(stream, tables, id_of_rank_V, levels, ids, n * k, n * k + k, cursor)
+            if not known:
+                return row
+            out.entropy_q_N[n], cursor = pop_value(stream, tables, _WHOLE, cursor)
+            out.gold_q_N[n], cursor = pop_value(stream, tables, _WHOLE + 1, cursor)
+            if overran(cursor):
+                return row
+        if not closes(cursor):
             return row
     return -1

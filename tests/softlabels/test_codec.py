@@ -215,8 +215,8 @@ def test_a_blob_belongs_to_its_labels_and_its_model() -> None:
         decode_rows(parse_model(other), blobs, labels)
     with pytest.raises(SoftLabelError, match="row 2: the checksum"):
         decode_rows(parse_model(model), blobs, [*labels[:2], (labels[2] + 1) % 12])
-    with pytest.raises(SoftLabelError, match="not soft labels of version 2"):
-        decode_rows(parse_model(model), [b"\3" + blobs[0][1:]], labels[:1])
+    with pytest.raises(SoftLabelError, match="not soft labels of version 2 or 3"):
+        decode_rows(parse_model(model), [b"\4" + blobs[0][1:]], labels[:1])
     with pytest.raises(SoftLabelError, match="not soft labels of version 1"):
         decode_rows(None, [blobs[0] + bytes(30)], labels[:1])
 

@@ -1,10 +1,11 @@
-"""Version 2 of the binary column of a soft-label shard: whole rows to entropy-coded bytes and back, compiled.
+"""Version 3 of the binary column of a soft-label shard: whole rows to entropy-coded bytes and back, compiled. It reads version 2.
 
 Axes: N positions of all rows, R rows, E drawn ids, K ids of a top-k position, G temperatures, V columns, L levels,
 C contexts of the coder.
 
-    blob   version (1 byte), crc32 of model, labels and rest (4), [number of ids (4)], [exact float32 arrays], rANS words
+    blob   version (1 byte), crc32 of model, version, labels and rest (4), [number of ids (4)], [exact float32 arrays], rANS words
 
+Version 2 had its raw bits in the words of the symbols, and no version in its checksum: both are read, in one batch too.
 The model is ``codec_model.py``'s. Everything numeric that both sides must agree on goes through whole numbers: rounded
 once, far from a tie.
 """
@@ -27,7 +28,9 @@ from kd_core.softlabels.targets import Common, DenseTargets, SampledTargets, Tar
 
 __all__ = ["VERSION", "decode_rows", "encode_rows"]
 
-VERSION = 2
+VERSION = 3
+_SUMMED = {2: b"", VERSION: bytes([VERSION])}
+"""The versions that are read, and what of the version goes into a row's checksum."""
 _BLOB = struct.Struct("<BI")
 _ENTROPY_STEPS = 64  # a nat
 _GOLD_LOST = 4095  # quantised gold log-probability of -inf
@@ -40,7 +43,7 @@ _LEVEL_CHOICES = np.unique(np.rint(2.0 ** np.arange(2, 16.1, 0.125)).astype(np.i
 
 
 def encode_rows(rows: Sequence[Targets], labels: Sequence[np.ndarray], known: Model | None = None) -> tuple[bytes, list[bytes]]:
-    """``codec.encode_rows`` of version 2."""
+    """``codec.encode_rows`` of version 3."""
     whole = concatenate(list(rows))
     position_R1 = np.concatenate([[0], np.cumsum([len(row.common.gold_logprob_N) for row in rows])]).astype(np.int64)
     gold_N = _check_labels(labels, np.diff(position_R1), whole.common.num_columns)
@@ -54,22 +57,24 @@ def encode_rows(rows: Sequence[Targets], labels: Sequence[np.ndarray], known: Mo
         case DenseTargets():
             model = dense_model(whole.common.num_columns)
             bodies = [_dense_body(whole, first, end) for first, end in itertools.pairwise(position_R1)]
-    sums = _checksums([model], np.zeros(len(bodies), np.int64), gold_N, position_R1, bodies)
+    sums = _checksums([model], np.zeros(len(bodies), np.int64), [VERSION] * len(bodies), gold_N, position_R1, bodies)
     return model, [_BLOB.pack(VERSION, crc) + body for crc, body in zip(sums, bodies, strict=True)]
 
 
 def _checksums(
     models: Sequence[bytes],
     model_R: np.ndarray,
+    versions: Sequence[int],
     gold_N: np.ndarray,
     position_R1: np.ndarray,
     bodies: Sequence[bytes | memoryview],
 ) -> Iterator[int]:
-    """crc32 of each row's model, labels and body, from the model's own, which is its end: with that, any model's is the same number."""
+    """crc32 of each row's model, version, labels and body, from the model's own, which is its end: with that, any model's is the same."""
     first = [int.from_bytes(model[-4:], "little") for model in models]
     labels = gold_N.astype("<i8", copy=False).data.cast("B")
-    for m, (start, end), body in zip(model_R.tolist(), itertools.pairwise((8 * position_R1).tolist()), bodies, strict=True):
-        yield zlib.crc32(body, zlib.crc32(labels[start:end], first[m]))
+    spans = itertools.pairwise((8 * position_R1).tolist())
+    for m, version, (start, end), body in zip(model_R.tolist(), versions, spans, bodies, strict=True):
+        yield zlib.crc32(body, zlib.crc32(labels[start:end], zlib.crc32(_SUMMED[version], first[m])))
 
 
 def _check_labels(labels: Sequence[np.ndarray], lengths: np.ndarray, num_columns: int) -> np.ndarray:
@@ -245,34 +250,39 @@ def _dense_body(targets: DenseTargets, first: int, end: int) -> bytes:
 
 
 def decode_rows(models: Sequence[Model], model_R: np.ndarray, blobs: Sequence[bytes], labels: Sequence[np.ndarray]) -> Targets:
-    """``codec.decode_mixed_rows`` of version 2."""
+    """``codec.decode_mixed_rows`` of versions 2 and 3."""
     header = models[0].header
     if any(model.header.policy != header.policy for model in models):
         raise SoftLabelError(f"soft labels of different kinds in one batch: {sorted({str(model.header.policy) for model in models})}")
     position_R1 = _offsets([len(gold) for gold in labels])
     gold_N = np.concatenate([np.zeros(0, np.int64), *labels], dtype=np.int64)
     bodies = [memoryview(blob)[_BLOB.size :] for blob in blobs]
-    sums = _checksums([model.data for model in models], model_R, gold_N, position_R1, bodies)
+    versions = [blob[0] if len(blob) >= _BLOB.size else 0 for blob in blobs]
+    for i, version in enumerate(versions):
+        if version not in _SUMMED:
+            known, blob = " or ".join(map(str, _SUMMED)), blobs[i]
+            raise SoftLabelError(f"row {i}: not soft labels of version {known}: {len(blob)} bytes, beginning {bytes(blob[:5])!r}")
+    sums = _checksums([model.data for model in models], model_R, versions, gold_N, position_R1, bodies)
     for i, (blob, crc) in enumerate(zip(blobs, sums, strict=True)):
-        if len(blob) < _BLOB.size or blob[0] != VERSION:
-            raise SoftLabelError(f"row {i}: not soft labels of version {VERSION}: {len(blob)} bytes, beginning {bytes(blob[:5])!r}")
         if crc != _BLOB.unpack_from(blob)[1]:
             raise SoftLabelError(
                 f"row {i}: the checksum of its soft labels differs: they are damaged, or belong to other tokens or another shard's model; "
                 "the row must be scored again"
             )
     rows_of = [(model, np.flatnonzero(model_R == i)) for i, model in enumerate(models)]
+    apart_R = np.array(versions) == VERSION
     if header.kind == SAMPLED:
-        return _decode_sampled(rows_of, bodies, gold_N, position_R1)
+        return _decode_sampled(rows_of, bodies, apart_R, gold_N, position_R1)
     if header.kind == TOPK:
-        return _decode_topk(rows_of, bodies, position_R1)
+        return _decode_topk(rows_of, bodies, apart_R, position_R1)
     return _decode_dense(models[0], bodies, len(gold_N))
 
 
-def _stream(parts: Sequence[memoryview], position_R1: np.ndarray, ids_R: np.ndarray, num_events: int) -> Stream:
-    """``num_events``: as many as are decoded before the end is looked for, of three words each."""
-    words = np.frombuffer(b"".join([*parts, bytes(6 * num_events + 2)]), "<u2")
-    return Stream(words, _offsets([len(part) // 2 for part in parts]), position_R1, _offsets(ids_R))
+def _stream(parts: Sequence[memoryview], apart_R: np.ndarray, position_R1: np.ndarray, ids_R: np.ndarray, num_events: int) -> Stream:
+    """``num_events``: as many as are decoded before the end is looked for, of three words at most."""
+    room = bytes(6 * num_events + 2)
+    words = np.frombuffer(b"".join([room, *parts, room]), "<u2")
+    return Stream(words, apart_R, len(room) // 2 + _offsets([len(part) // 2 for part in parts]), position_R1, _offsets(ids_R))
 
 
 def _offsets(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -290,10 +300,12 @@ _RowsOf = list[tuple[Model, np.ndarray]]
 """Each model and the numbers of its rows, int64."""
 
 
-def _decode_sampled(rows_of: _RowsOf, bodies: Sequence[memoryview], gold_N: np.ndarray, position_R1: np.ndarray) -> SampledTargets:
+def _decode_sampled(
+    rows_of: _RowsOf, bodies: Sequence[memoryview], apart_R: np.ndarray, gold_N: np.ndarray, position_R1: np.ndarray
+) -> SampledTargets:
     header, num = rows_of[0][0].header, len(gold_N)
     ids_R = np.array([struct.unpack_from("<I", body)[0] for body in bodies], np.int64)
-    stream = _stream([body[4:] for body in bodies], position_R1, ids_R, header.size + 8)
+    stream = _stream([body[4:] for body in bodies], apart_R, position_R1, ids_R, 2 * header.size + 8)
     offsets_N1, (ids_E, counts_E) = np.zeros(num + 1, np.int64), np.empty((2, int(ids_R.sum())), np.int64)
     out = DecodedRows(gold_N, offsets_N1, ids_E, counts_E, *np.empty((3, num), np.float32))
     draws = _draws(header.size, header.temperatures[0])
@@ -311,7 +323,7 @@ def _decode_sampled(rows_of: _RowsOf, bodies: Sequence[memoryview], gold_N: np.n
     )
 
 
-def _decode_topk(rows_of: _RowsOf, bodies: Sequence[memoryview], position_R1: np.ndarray) -> TopKTargets:
+def _decode_topk(rows_of: _RowsOf, bodies: Sequence[memoryview], apart_R: np.ndarray, position_R1: np.ndarray) -> TopKTargets:
     header, num = rows_of[0][0].header, int(position_R1[-1])
     grid = header.temperatures
     widths = (len(grid) if header.size < header.num_columns else 0, sum(temperature != 1.0 for temperature in grid))
@@ -326,7 +338,8 @@ def _decode_topk(rows_of: _RowsOf, bodies: Sequence[memoryview], position_R1: np
     out = TopKRow(
         np.empty((num, header.size), np.int64), np.empty((num, header.size), np.int64), np.empty(num, np.int64), np.empty(num, np.int64)
     )
-    stream, logprobs_NK = _stream(parts, position_R1, np.zeros(len(bodies), np.int64), 8), np.empty((num, header.size), np.float32)
+    stream = _stream(parts, apart_R, position_R1, np.zeros(len(bodies), np.int64), 2 * header.size + 8)
+    logprobs_NK = np.empty((num, header.size), np.float32)
     for model, rows in rows_of:
         _refuse(decode_topk(stream, rows, model.tables, model.id_of_rank_V, out))
         logprob_L = _logprob_of_level(model.header.num_levels, model.header.lowest, grid).astype(np.float32)
