@@ -19,7 +19,7 @@ import numpy as np
 
 from kd_core.errors import SoftLabelError
 from kd_core.softlabels.entropy import ALPHABET, Tables, add_events, code_bits, encode_events, make_tables, quantise_tables
-from kd_core.softlabels.events import FAMILIES
+from kd_core.softlabels.events import ESCAPE, FAMILIES, RESIDUALS, escape_unknown
 from kd_core.softlabels.ranking import classes_by_count, id_bits, pack_classes, ranks_of_classes, unpack_classes
 
 __all__ = ["DENSE", "SAMPLED", "TOPK", "Header", "Model", "code_rows", "dense_model", "parse_model"]
@@ -139,20 +139,25 @@ def _histogram(events: Callable[[int, np.ndarray], int], room: np.ndarray, num_r
 
 
 def _words(events: Callable[[int, np.ndarray], int], room: np.ndarray, num_rows: int, tables: Tables) -> list[bytes]:
-    words, bodies = np.zeros(3 + 3 * len(room), np.uint16), []
+    words, bodies, frequency_CA = np.zeros(3 + 3 * len(room), np.uint16), [], tables.frequencies()
     for row in range(num_rows):
-        first = encode_events(room[: events(row, room)], tables, words)
+        events_X4 = room[: events(row, room)]
+        escape_unknown(events_X4, frequency_CA)
+        first = encode_events(events_X4, tables, words)
         bodies.append(words[first:].astype("<u2").tobytes())
     return bodies
 
 
 def _serves(tables: Tables, histogram_CA: np.ndarray) -> bool:
-    """Whether tables have every symbol that occurs, and cost about what the best ones would, their own bytes included."""
-    if bool(((histogram_CA > 0) & (tables.frequencies() == 0)).any()):
+    """Whether tables can say all that occurs, and cost about what the best ones would, their own bytes included."""
+    frequency_CA = tables.frequencies()
+    unknown_C = np.where(frequency_CA == 0, histogram_CA, 0).sum(1)
+    escapes_C = np.isin(np.arange(len(unknown_C)), RESIDUALS) & (frequency_CA[:, ESCAPE] > 0)
+    if bool((unknown_C[~escapes_C] > 0).any()):
         return False
     codes_CA = _choose_tables(histogram_CA)
     own_bits = float(code_bits(histogram_CA, make_tables(_own_or_family(codes_CA))).sum()) + 8 * len(zlib.compress(codes_CA.tobytes(), 6))
-    return float(code_bits(histogram_CA, tables).sum()) <= _WORSE * own_bits
+    return float(code_bits(histogram_CA, tables).sum()) + 32 * int(unknown_C.sum()) <= _WORSE * own_bits
 
 
 def _pack(header: Header, class_V: np.ndarray, codes_CA: np.ndarray) -> bytes:
@@ -181,6 +186,7 @@ def _choose_tables(histogram_CA: np.ndarray) -> np.ndarray:
     for f, (first, end) in enumerate(itertools.pairwise(FAMILIES)):
         part_CA = histogram_CA[first:end]
         expected_A = np.convolve(part_CA.sum(0) > 0, np.ones(2 * _NEAR + 1), "same") > 0
+        expected_A[ESCAPE] |= first in RESIDUALS
         own_CA[first:end] = np.maximum(own_CA[first:end], expected_A)
         own_bits_C = code_bits(part_CA, make_tables(own_CA[first:end]))
         shared_CA = np.repeat(np.maximum(quantise_tables(part_CA.sum(0, keepdims=True)), expected_A), len(part_CA), axis=0)

@@ -32,7 +32,20 @@ from kd_core.softlabels.entropy import (
     pop_value,
 )
 
-__all__ = ["FAMILIES", "DecodedRows", "Draws", "SampledRow", "TopKRow", "decode_sampled", "decode_topk", "sampled_events", "topk_events"]
+__all__ = [
+    "ESCAPE",
+    "FAMILIES",
+    "RESIDUALS",
+    "DecodedRows",
+    "Draws",
+    "SampledRow",
+    "TopKRow",
+    "decode_sampled",
+    "decode_topk",
+    "escape_unknown",
+    "sampled_events",
+    "topk_events",
+]
 
 _IDS = 0  # number of ids
 _FLAG = 1  # is the gold id drawn: by number of ids
@@ -46,7 +59,10 @@ _GOLD = 442  # by gold count, or by entropy where every draw fell on gold
 _WHOLE = 474  # entropy and gold log-probability of topk
 FAMILIES = (_IDS, _FLAG, _GOLD_COUNT, _FIRST_LEVEL, _LEVEL, _GAP, _ENTROPY, _ENTROPY_2, _GOLD, _WHOLE, _WHOLE + 1, _WHOLE + 2)
 
-_RESIDUAL_BIAS, _RESIDUAL_END = 24, 95  # residual symbols; the last one says: 32 raw bits follow
+RESIDUALS = range(_ENTROPY, _WHOLE)
+"""Contexts of residuals: any value can be said in them."""
+ESCAPE = 95  # the residual symbol that says: 32 raw bits follow
+_RESIDUAL_BIAS = 24
 
 
 @inlined
@@ -62,13 +78,30 @@ def _put(events: np.ndarray, at: int, context: int, value: int) -> int:
 @inlined
 def _put_residual(events: np.ndarray, at: int, context: int, residual: int, low_bits: int) -> int:
     symbol = (residual >> low_bits) + _RESIDUAL_BIAS
-    inside = 0 <= symbol < _RESIDUAL_END
     events[at, 0] = context
-    events[at, 1] = symbol if inside else _RESIDUAL_END
-    events[at, 2] = low_bits if inside else 32
-    wide = residual + (1 << 31)
-    events[at, 3] = residual & ((1 << low_bits) - 1) if inside else (wide & 0xFFFF) << 16 | wide >> 16  # read in halves, high first
+    events[at, 1] = symbol
+    events[at, 2] = low_bits
+    events[at, 3] = residual & ((1 << low_bits) - 1)
+    if not 0 <= symbol < ESCAPE:
+        _escape(events, at, residual)
     return at + 1
+
+
+@inlined
+def _escape(events: np.ndarray, at: int, residual: int) -> None:
+    wide = residual + (1 << 31)
+    events[at, 1] = ESCAPE
+    events[at, 2] = 32
+    events[at, 3] = (wide & 0xFFFF) << 16 | wide >> 16  # read in halves, the high one first
+
+
+@compiled
+def escape_unknown(events_X4: np.ndarray, frequency_CA: np.ndarray) -> None:
+    """Say in full the residuals for which a model has no symbol: what it was made from did not have them."""
+    for x in range(len(events_X4)):
+        context, symbol = events_X4[x, 0], events_X4[x, 1]
+        if frequency_CA[context, symbol] == 0 and symbol != ESCAPE:
+            _escape(events_X4, x, ((symbol - _RESIDUAL_BIAS) << events_X4[x, 2]) + events_X4[x, 3])
 
 
 @inlined
@@ -234,7 +267,7 @@ def topk_events(row: TopKRow, events: np.ndarray) -> int:
 @inlined
 def _pop_residual(stream: Stream, tables: Tables, context: int, low_bits: int, cursor: Cursor) -> tuple[int, Cursor]:
     symbol, cursor = pop_symbol(stream, tables, context, cursor)
-    if symbol == _RESIDUAL_END:
+    if symbol == ESCAPE:
         high, cursor = pop_raw(stream, 16, cursor)
         low, cursor = pop_raw(stream, 16, cursor)
         return (high << 16) + low - (1 << 31), cursor

@@ -311,6 +311,30 @@ def test_a_model_serves_shards_that_are_like_the_first(policy: SoftLabels) -> No
     assert encode_rows(*dense, known=model) == encode_rows(*dense)
 
 
+def test_one_strange_value_does_not_take_a_model_of_its_own() -> None:
+    """It is said in full; many of them are another shard's statistics."""
+    policy = Sampled(kind="sampled", num_draws=25, temperature=2.0)
+    first, (rows, labels) = (example(policy, lengths=[200] * 4, columns=900, seed=seed) for seed in (0, 1))
+    model, _ = encode_rows(*first)
+
+    def strange(num: int) -> list[Targets]:
+        whole = rows[2]
+        assert isinstance(whole, SampledTargets)
+        entropy_N, gold_N, offset_N = (
+            whole.common.entropy_N.clone(),
+            whole.common.gold_logprob_N.clone(),
+            whole.cross_entropy_offset_N.clone(),
+        )
+        entropy_N[:num], offset_N[:num], gold_N[:num] = 13.8, 9.7, -55.0
+        common = replace(whole.common, entropy_N=entropy_N, gold_logprob_N=gold_N)
+        return [*rows[:2], replace(whole, common=common, cross_entropy_offset_N=offset_N), rows[3]]
+
+    found, blobs = encode_rows(strange(2), labels, known=model)
+    assert found == model
+    check(concatenate(strange(2)), decode_rows(parse_model(model), blobs, labels))
+    assert encode_rows(strange(200), labels, known=model)[0] != model
+
+
 def test_rows_of_several_models_come_back_in_the_order_asked() -> None:
     policy = Sampled(kind="sampled", num_draws=25, temperature=1.0)
     shards = [example(policy, lengths=[3, 0, 7], columns=300, seed=seed, scale=scale) for seed, scale in ((0, 1.0), (1, 8.0))]
