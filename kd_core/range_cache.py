@@ -1,7 +1,7 @@
 """Byte ranges of a remote store, kept on a local disk up to a limit.
 
-Files are named by the sha256 of their bytes, so any number of processes and runs may share one directory, and a file
-that was broken on this disk is fetched again. A store on this machine is read in place.
+A file is what one request brought, named by the sha256 of its ranges, so any number of processes and runs may share one
+directory, and a range that was broken on this disk is fetched again. A store on this machine is read in place.
 """
 
 import os
@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from kd_core.errors import StoreError
+from kd_core.fingerprint import sha256_bytes
 from kd_core.shard_files import ByteRange
 from kd_core.store import Store
 
@@ -77,47 +79,53 @@ class RangeCache:
         """
         if self._limit == 0 or self._store.local_path(key) is not None:
             return part.verified(self._store.get_range(key, part.start, part.length))
-        if (data := self._copy(part)) is not None:
-            return data
         window = window or (part,)
-        with self._locks.setdefault(window[0].sha256, threading.Lock()):  # whoever comes second finds a copy
-            if (data := self._copy(part)) is not None:
+        path, start = self._path(window), window[0].start
+        if (data := self._copy(path, part, start)) is not None:
+            return data
+        with self._locks.setdefault(path.name, threading.Lock()):  # whoever comes second finds a copy
+            if (data := self._copy(path, part, start)) is not None:
                 return data
-            start = window[0].start
             fetched = self._store.get_range(key, start, window[-1].start + window[-1].length - start)
-            pieces = {piece: piece.verified(fetched[piece.start - start : piece.start - start + piece.length]) for piece in window}
-            right = {piece.sha256: data for piece, data in pieces.items() if data is not None}
-            for sha256, data in right.items():
-                self._keep(self._path(sha256), data)
-            right.pop(part.sha256, None)
+            pieces = {piece.sha256: piece.verified(fetched[piece.start - start : piece.start - start + piece.length]) for piece in window}
+            if None not in pieces.values():
+                self._keep(path, fetched)
+            found = pieces.pop(part.sha256)
             with self._lock:
-                self._fresh |= right
+                self._fresh |= {sha256: data for sha256, data in pieces.items() if data is not None}
                 while sum(map(len, self._fresh.values())) > _FRESH_BYTES:
                     del self._fresh[next(iter(self._fresh))]
-            return pieces[part]
+            return found
 
-    def _path(self, sha256: str) -> Path:
-        return self._directory / sha256
+    def _path(self, window: Sequence[ByteRange]) -> Path:
+        return self._directory / sha256_bytes("".join(part.sha256 for part in window).encode())
 
-    def _copy(self, part: ByteRange) -> bytes | None:
+    def _copy(self, path: Path, part: ByteRange, start: int) -> bytes | None:
+        """A range from memory or from the file of its window, which begins at ``start``; None if it is not there, or broken."""
         with self._lock:
             fresh = self._fresh.pop(part.sha256, None)
         if fresh is not None:
             return fresh
-        path = self._path(part.sha256)
-        with suppress(OSError):
-            data = part.verified(path.read_bytes())
+        with suppress(OSError), path.open("rb") as file:
+            file.seek(part.start - start)
+            data = part.verified(file.read(part.length))
             if data is not None:
                 os.utime(path)
             return data
         return None
 
     def _keep(self, path: Path, data: bytes) -> None:
-        self._directory.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=path.name, dir=self._directory)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(name, path)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=path.name, dir=self._directory)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(name, path)
+        except OSError as error:
+            raise StoreError(
+                f"{self._directory}: what was fetched cannot be kept there: {error.strerror}; make room or correct run.disk_cache, "
+                "or set run.disk_cache_bytes to 0"
+            ) from error
         with self._lock:
             self._size = self._total() if self._size is None else self._size + len(data)
             if self._size > self._limit:

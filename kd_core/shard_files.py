@@ -83,7 +83,7 @@ def read_footer(data: bytes) -> Any:
 
 def read_group(footer: Any, index: int, part: ByteRange, data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of one row group from its own bytes alone; those of ``columns`` that there are, None for all."""
-    file = pq.ParquetFile(_Window(part.start, data), metadata=footer)
+    file = pq.ParquetFile(_Window(part.start, data), metadata=footer, pre_buffer=False)  # it is at hand: no thread need read it ahead
     return file.read_row_group(index, columns=columns, use_threads=False)
 
 

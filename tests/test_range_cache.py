@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kd_core.errors import StoreError
 from kd_core.fingerprint import sha256_bytes
 from kd_core.range_cache import RangeCache, request_windows
 from kd_core.shard_files import ByteRange
@@ -90,6 +91,12 @@ def test_a_broken_copy_is_fetched_again(remote: Remote, tmp_path: Path) -> None:
     assert file.read_bytes() == DATA["shard-1"][100:900]
 
 
+def test_a_place_that_cannot_be_written_is_said(remote: Remote, tmp_path: Path) -> None:
+    (tmp_path / "copies").write_bytes(b"a file")
+    with pytest.raises(StoreError, match=r"copies: what was fetched cannot be kept there: .*; make room or correct run.disk_cache"):
+        read(RangeCache(remote, tmp_path / "copies", 10_000), "shard-1")
+
+
 @pytest.mark.parametrize("limit", [10_000, 0])
 def test_wrong_bytes_are_told_and_never_kept(remote: Remote, tmp_path: Path, limit: int) -> None:
     """The reader names the object; a copy of the damage would outlive its repair."""
@@ -114,6 +121,10 @@ def test_one_request_brings_a_window_for_all_threads(remote: Remote, tmp_path: P
         found = list(pool.map(lambda part: copies.read("shard-5", part, WINDOW), [*WINDOW, *WINDOW]))
     assert found == 2 * [DATA["shard-5"][part.start : part.start + part.length] for part in WINDOW]
     assert remote.asked == ["shard-5"]
+    assert [path.read_bytes() for path in (tmp_path / "copies").iterdir()] == [DATA["shard-5"]], "one file for one request"
+    again = RangeCache(remote, tmp_path / "copies", 10_000)
+    assert [again.read("shard-5", part, WINDOW) for part in WINDOW] == found[:4]
+    assert remote.asked == ["shard-5"]
 
 
 def test_a_damaged_range_of_a_window_harms_no_other(remote: Remote, tmp_path: Path) -> None:
@@ -123,7 +134,7 @@ def test_a_damaged_range_of_a_window_harms_no_other(remote: Remote, tmp_path: Pa
         found = [copies.read("shard-5", part, broken) for part in broken]
         assert [data is None for data in found] == [False, True, False, False]
     assert remote.asked == ["shard-5"] * 3, "once for all, and every time for the range that is never right"
-    assert len([path for path in (tmp_path / "copies").rglob("*") if path.is_file()]) == 3
+    assert not (tmp_path / "copies").exists(), "its shard is about to be moved aside"
 
 
 def test_windows_are_neighbours_that_are_wanted_up_to_a_size() -> None:
