@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 
@@ -157,3 +158,12 @@ def test_what_keeps_a_store_from_opening_is_said_in_one_line(s3_environment: Sta
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(StoreError, match=r"^s3://distillery/x: no credentials \(.*\); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
         _open("distillery", endpoint)
+
+
+def test_times_are_read_as_servers_write_them() -> None:
+    wanted = datetime(2026, 11, 22, 18, 50, 20, tzinfo=UTC)
+    for text in ("2026-11-22T18:50:20.000Z", "Sun, 22 Nov 2026 18:50:20 GMT", "2026-11-22T19:50:20+01:00", str(wanted.timestamp())):
+        assert s3._time(text) == wanted
+    assert s3._time(wanted.timestamp()) == wanted
+    with pytest.raises(ValueError, match="Invalid timestamp"):
+        s3._time("yesterday")
