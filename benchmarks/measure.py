@@ -222,7 +222,7 @@ def matmul_flops(shape: tuple[int, int, int], dtype: torch.dtype) -> float:
     """Measured floating-point operations a second of one product (m, k) x (k, n), process time."""
     m, k, n = shape
     a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
-    return 2 * m * k * n / in_turn(lambda: torch.nn.functional.linear(a, b), repeats=5)[0].process
+    return 2 * m * k * n / in_turn(lambda: torch.nn.functional.linear(a, b), repeats=3)[0].process
 
 
 _SHAPES = {"square": (1024, 1024, 1024), "a block of SmolLM2": (2048, 576, 1536), "a tile of its head": (2048, 576, 8192)}
@@ -236,7 +236,7 @@ def machine() -> list[Figure]:
         for label, shape in _SHAPES.items()
     ]
     a, b = torch.randn(1 << 24), torch.empty(1 << 24)
-    seconds = in_turn(lambda: b.copy_(a), repeats=5)[0].process
+    seconds = in_turn(lambda: b.copy_(a), repeats=3)[0].process
     return [*rates, figure("machine: copy", a.numel() * 8 / seconds / 1e9, "GB/s", Check("64 MiB read and 64 MiB written"))]
 
 

@@ -4,8 +4,10 @@ Capture scores rows with a random teacher and commits them shard by shard to a l
 store in training order. The claim is that neither grows with the number of rows.
 """
 
+import os
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -32,22 +34,21 @@ _NAMESPACE = "benchmark"
 
 def run(*, capture_rows: int, read_rows: int, judge: bool) -> list[Figure]:
     """Peak at ten times these rows over the peak at these rows; fewer than a shuffle buffer holds (4,096) cannot be judged."""
-    figures = []
+    cases = [(work, num_rows) for work, rows in ((_capture, capture_rows), (_read, read_rows)) for num_rows in (rows, 10 * rows)]
     with tempfile.TemporaryDirectory() as scratch:
-        for name, work, rows in (("capture", _capture, capture_rows), ("reading", _read, read_rows)):
-            peaks = []
-            for num_rows in (rows, 10 * rows):
-                directory = Path(scratch) / f"{name}-{num_rows}"
-                if work is _read:
-                    _write(num_rows, directory)
-                peaks.append(peak_memory(work, num_rows, directory))
-            text = f"{peaks[0]:,.0f} MB at {rows:,} rows, {peaks[1]:,.0f} MB at {10 * rows:,}: largest resident set of a process of its own"
-            figures.append(
-                figure(
-                    f"peak memory of {name}, 10x rows over 1x", peaks[1] / peaks[0], "x", Check(text), goal=at_most(1.1) if judge else None
-                )
-            )
-    return figures
+        places = [Path(scratch) / str(i) for i in range(len(cases))]
+        for (work, num_rows), place in zip(cases, places, strict=True):
+            if work is _read:
+                _write(num_rows, place)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # a process's memory does not depend on what runs beside it
+            peaks = list(pool.map(lambda case, place: peak_memory(*case, place), cases, places))
+    return [_growth("capture", capture_rows, *peaks[:2], judge=judge), _growth("reading", read_rows, *peaks[2:], judge=judge)]
+
+
+def _growth(name: str, rows: int, peak: float, peak_10: float, *, judge: bool) -> Figure:
+    text = f"{peak:,.0f} MB at {rows:,} rows, {peak_10:,.0f} MB at {10 * rows:,}: largest resident set of a process of its own"
+    goal = at_most(1.1) if judge else None
+    return figure(f"peak memory of {name}, 10x rows over 1x", peak_10 / peak, "x", Check(text), goal=goal)
 
 
 def _keyed(num_rows: int) -> Iterator[tuple[str, TokenRow]]:

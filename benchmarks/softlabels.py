@@ -61,7 +61,8 @@ def _codec(quick: bool) -> list[Figure]:
     if not quick:
         figures += stored_bytes.run(zipf_logits(16, num_columns=151_936), has_goal=False)[0]
     ten_ids = stored_bytes.store(stored_bytes.sampled_targets(zipf, 25), zipf.labels)
-    coded = [Coded("sampled N = 25, synthetic Zipf", ten_ids, at_least(1e6), at_least(1e5))]
+    goals = (None, None) if quick else (at_least(1e6), at_least(1e5))  # a thousand positions are over before a rate is reached
+    coded = [Coded("sampled N = 25, synthetic Zipf", ten_ids, *goals)]
     if first is not zipf:
         coded.append(Coded(f"sampled, {first.name}", sampled, None, None))
     coded.append(Coded(f"topk k = 128, {first.name}", topk, None, None))
@@ -79,7 +80,7 @@ def _scoring(quick: bool) -> list[Figure]:
 
 
 def _reading(quick: bool) -> list[Figure]:
-    return reading.run(num_rows=512 if quick else 4096, shard_rows=512, object_rows=16 if quick else 512, repeats=2 if quick else 5)
+    return reading.run(num_rows=512 if quick else 4096, shard_rows=512, object_rows=16 if quick else 512, repeats=1 if quick else 5)
 
 
 def _memory(quick: bool) -> list[Figure]:
