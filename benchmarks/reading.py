@@ -34,7 +34,7 @@ from kd_core.softlabels.codec import encode_rows
 from kd_core.softlabels.targets import SampledTargets, Targets
 from kd_core.store import S3Store, Store
 from kd_core.train.data import TokenRow, step_rows
-from kd_core.train.feed import PREFETCH_STEPS
+from kd_core.train.feed import EXPECTED_ROWS, PREFETCH_STEPS
 from kd_core.train.reader import ShardGroups, StoredRows
 
 __all__ = ["open_rows", "run", "soft_label_table", "training_batches"]
@@ -85,6 +85,8 @@ def training_batches(rows: StoredRows, num_rows: int) -> Iterator[dict[str, torc
         if start < num_rows:
             ahead.append(step_rows(num_rows, _BATCH, seed=0, step=start // _BATCH)[: num_rows - start])
             rows.prefetch(ahead[-1], soft=True)
+            if start + EXPECTED_ROWS < num_rows:
+                rows.expect(step_rows(num_rows, _BATCH, seed=0, step=(start + EXPECTED_ROWS) // _BATCH))
         if start < PREFETCH_STEPS * _BATCH:
             continue
         numbers = ahead.popleft()

@@ -65,6 +65,10 @@ class Rows(Protocol):
         """Start to fetch rows that will be read soon, with ``soft`` their soft labels too; returns at once."""
         ...
 
+    def expect(self, numbers: Sequence[int]) -> None:
+        """Be told of rows that will be read in a while: fetch them where that lets go of none that is read before; returns at once."""
+        ...
+
     def read(self, numbers: Sequence[int]) -> list[TokenRow]:
         """Rows, in the order asked for."""
         ...
@@ -101,6 +105,9 @@ class MemoryRows:
         return np.array([row.first_supervised for row in self.rows], np.int32)
 
     def prefetch(self, numbers: Sequence[int], *, soft: bool) -> None:
+        """Nothing to fetch."""
+
+    def expect(self, numbers: Sequence[int]) -> None:
         """Nothing to fetch."""
 
     def read(self, numbers: Sequence[int]) -> list[TokenRow]:

@@ -100,6 +100,9 @@ class LiveTeacher:
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Nothing to fetch."""
 
+    def expect(self, numbers: Sequence[int]) -> None:
+        """Nothing to fetch."""
+
     @torch.no_grad()
     def read(self, numbers: Sequence[int], rows: Sequence[TokenRow], batch: MicroBatch) -> TeacherFeatures:
         """Run the teacher over the batch as it lies."""
@@ -116,6 +119,10 @@ class StateRows(Protocol):
 
     def prefetch(self, numbers: Sequence[int], *, soft: bool) -> None:
         """Start to fetch rows."""
+        ...
+
+    def expect(self, numbers: Sequence[int]) -> None:
+        """Be told of rows that will be read in a while."""
         ...
 
     def read(self, numbers: Sequence[int]) -> list[TokenRow]:
@@ -148,6 +155,10 @@ class CachedStates:
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Start to fetch the shards that hold these rows."""
         self._rows.prefetch(numbers, soft=False)
+
+    def expect(self, numbers: Sequence[int]) -> None:
+        """Be told of rows that will be read in a while."""
+        self._rows.expect(numbers)
 
     def read(self, numbers: Sequence[int], rows: Sequence[TokenRow], batch: MicroBatch) -> TeacherFeatures:
         """Decode the rows' states.

@@ -20,11 +20,14 @@ from kd_core.packing import pack_batches, pack_rows
 from kd_core.recipe import Training
 from kd_core.softlabels.targets import Targets, move
 from kd_core.tokens import collate
-from kd_core.train.data import Rows, TokenRow, padded_batches, step_rows
+from kd_core.train.data import BLOCK_ROWS, BUFFER_BLOCKS, Rows, TokenRow, padded_batches, step_rows
 
-__all__ = ["PREFETCH_STEPS", "FeatureSource", "Feed", "Layout", "MicroBatch", "StepPlan", "dealt_batches"]
+__all__ = ["EXPECTED_ROWS", "PREFETCH_STEPS", "FeatureSource", "Feed", "Layout", "MicroBatch", "StepPlan", "dealt_batches"]
 
 PREFETCH_STEPS = 4
+"""A batch is decoded while so many are trained on."""
+EXPECTED_ROWS = BLOCK_ROWS * BUFFER_BLOCKS // 2
+"""Rows are fetched while so many are trained on: half a shuffle buffer, since the first batch of the next one needs most of its groups."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,10 @@ class FeatureSource(Protocol):
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Start to fetch what these rows will need soon; returns at once."""
+        ...
+
+    def expect(self, numbers: Sequence[int]) -> None:
+        """Be told of rows that will be read in a while; returns at once."""
         ...
 
     def read(self, numbers: Sequence[int], rows: Sequence[TokenRow], batch: MicroBatch) -> TeacherFeatures:
@@ -163,8 +170,13 @@ class Feed:
         return len(self._lengths) - len(self._kept)
 
     def plan(self, step: int, *, soft: bool, features: bool = False) -> StepPlan:
-        """What a step (0-based) reads; rows of a later step begin to be fetched, as asked with their soft labels and features."""
+        """What a step (0-based) reads; rows of later steps begin to be fetched, as asked with their soft labels and features."""
         later = step + PREFETCH_STEPS
+        if (expected := step + EXPECTED_ROWS // self._batch_rows) > later and expected < self._steps:
+            numbers = self._dealt(expected)[self._rank].tolist()
+            self._rows.expect(numbers)
+            if features and self._features is not None:
+                self._features.expect(numbers)
         for batch in self._cut(self._dealt(later)[self._rank]) if later < self._steps else ():
             self._rows.prefetch(batch, soft=soft)
             if features and self._features is not None:

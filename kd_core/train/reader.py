@@ -27,12 +27,12 @@ from kd_core.shards import RowCache, Shard, Snapshot
 from kd_core.softlabels.codec import decode_mixed_rows, parse_model
 from kd_core.softlabels.hidden import RowStates, decode_states
 from kd_core.softlabels.targets import Targets
-from kd_core.train.data import BUFFER_BLOCKS, TokenRow
+from kd_core.train.data import BLOCK_ROWS, BUFFER_BLOCKS, TokenRow
 
 __all__ = ["FileGroups", "Group", "Groups", "ShardGroups", "StoredRows", "file_rows"]
 
-_HELD_GROUPS = 5 * BUFFER_BLOCKS // 2
-"""Row groups in memory: the shuffle buffer's, the next one's, and some for buffers that do not begin with a group."""
+_HELD_ROWS = 5 * BUFFER_BLOCKS * BLOCK_ROWS // 2
+"""Rows in memory: the shuffle buffer's, the next one's, and some for buffers that do not begin with a row group."""
 _COLUMNS = ("ids", "first_supervised", "targets", "states")
 _OPEN_SHARDS = 16
 """Footers in memory, 10 to 100 kB each: groups are asked for in their order, so one is read about once a buffer."""
@@ -114,7 +114,8 @@ class FileGroups:
 class ShardGroups:
     """Row groups of the shards that hold some rows, one shard after the other.
 
-    Nothing of the snapshot is kept: a row costs two numbers here, a shard its checksums.
+    Nothing of the snapshot is kept: a row costs some numbers here, a shard its checksums. A group has the asked rows alone, so
+    what a buffer of rows takes does not depend on how few of a shard's rows they are.
 
     Attributes:
         group: group of each row, int64.
@@ -135,17 +136,20 @@ class ShardGroups:
         self._first_group = np.cumsum([0, *map(len, sizes)])  # of each shard, and their number
         first_line = np.cumsum([0, *(size for part in sizes for size in part)])  # of each group
         line = np.array(cache.lines(snapshot, keys), np.int64)
+        asked = np.unique(line)
+        self._line_in_group = asked - first_line[np.searchsorted(first_line, asked, side="right") - 1]
+        self._first_asked = np.searchsorted(asked, first_line)  # of each group, in the lines above
         self.group = np.searchsorted(first_line, line, side="right") - 1
-        self.row = line - first_line[self.group]
+        self.row = np.searchsorted(asked, line) - self._first_asked[self.group]
         self._wanted = set(np.unique(self.group).tolist()) if copies.keeps(snapshot.size_bytes()) else set()
         self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._open)
 
     def load(self, number: int) -> Group:
-        """One row group, verified."""
+        """The asked rows of a row group, verified."""
         i = int(np.searchsorted(self._first_group, number, side="right")) - 1
         commit, index = self._commits[i], number - int(self._first_group[i])
         if not commit.ranges:  # written before ranges were recorded: whole, and without a model
-            return Group.of(self._cache.read_shard(commit), parse_model(b""))
+            return Group.of(self._asked(number, self._cache.read_shard(commit)), parse_model(b""))
         shard = self._shard(i)
         packed = shard.metadata.get(CODEC_MODEL, b"")
         table = shard.group(index, _COLUMNS)
@@ -153,7 +157,11 @@ class ShardGroups:
             model = self._models.get(packed)
             if model is None and packed:
                 self._models[packed] = model = parse_model(packed)
-        return Group.of(table, model)
+        return Group.of(self._asked(number, table), model)
+
+    def _asked(self, number: int, table: pa.Table) -> pa.Table:
+        lines = self._line_in_group[self._first_asked[number] : self._first_asked[number + 1]]
+        return table if len(lines) == table.num_rows else table.take(lines)
 
     def _open(self, number: int) -> Shard:
         """A shard whose neighbouring groups come in one request where all of them will be read and kept."""
@@ -182,6 +190,9 @@ class StoredRows:
         self._groups, self._group, self._row = groups, group, row
         self.num_tokens, self.first_supervised = num_tokens, first_supervised
         self._held: OrderedDict[int, Future[Group]] = OrderedDict()
+        self._held_rows = 0
+        self._rows_of_group = np.bincount(group)
+        self._two_fit = min(2 * self._rows_of_buffer(), len(group)) <= _HELD_ROWS
         self._ahead: dict[tuple[int, ...], Future[Targets]] = {}
         self._lock = threading.Lock()
         self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetch-rows")
@@ -193,6 +204,17 @@ class StoredRows:
         if soft and wanted not in self._ahead:
             self._ahead[wanted] = self._decoders.submit(_decode, asked)
 
+    def expect(self, numbers: Sequence[int]) -> None:
+        """Start to fetch the groups of rows of the next shuffle buffer, where those of two buffers can be held."""
+        if self._two_fit:
+            self._ask(numbers)
+
+    def _rows_of_buffer(self) -> float:
+        """Rows of the groups that a shuffle buffer's blocks lie in: more than its own where blocks do not begin with groups."""
+        begins = np.diff(self._group, prepend=-1) != 0
+        begins[::BLOCK_ROWS] = True
+        return float(self._rows_of_group[self._group[begins]].sum()) * BUFFER_BLOCKS * BLOCK_ROWS / max(1, len(self._group))
+
     def _ask(self, numbers: Sequence[int]) -> _Asked:
         """Where each row is, or will be: groups that are not at hand are fetched side by side."""
         index = list(numbers)
@@ -203,10 +225,12 @@ class StoredRows:
             for group in (group for first in range(apart) for group in wanted[first::apart]):
                 if group not in self._held:
                     self._held[group] = self._fetchers.submit(self._groups.load, group)
+                    self._held_rows += int(self._rows_of_group[group])
                 self._held.move_to_end(group)
             asked = [self._held[group] for group in groups]
-            while len(self._held) > _HELD_GROUPS:
-                self._held.popitem(last=False)
+            while self._held_rows > _HELD_ROWS and len(self._held) > 1:
+                dropped, _ = self._held.popitem(last=False)
+                self._held_rows -= int(self._rows_of_group[dropped])
         return list(zip(asked, self._row[index].tolist(), strict=True))
 
     def read(self, numbers: Sequence[int]) -> list[TokenRow]:

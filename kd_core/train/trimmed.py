@@ -39,6 +39,10 @@ class TrimmedRows:
         """Start to fetch rows that will be read soon."""
         self._rows.prefetch(numbers, soft=soft)
 
+    def expect(self, numbers: Sequence[int]) -> None:
+        """Be told of rows that will be read in a while."""
+        self._rows.expect(numbers)
+
     def read(self, numbers: Sequence[int]) -> list[TokenRow]:
         """Rows, in the order asked for."""
         return [trimmed_row(row, self._token_map) for row in self._rows.read(numbers)]
@@ -58,6 +62,10 @@ class FullFeatures:
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Start to fetch what these rows will need soon."""
         self._source.prefetch(numbers)
+
+    def expect(self, numbers: Sequence[int]) -> None:
+        """Be told of rows that will be read in a while."""
+        self._source.expect(numbers)
 
     def read(self, numbers: Sequence[int], rows: Sequence[TokenRow], batch: MicroBatch) -> TeacherFeatures:
         """The teacher's features of a batch."""

@@ -18,7 +18,7 @@ from kd_core.softlabels.codec import encode_rows
 from kd_core.softlabels.targets import DenseTargets, SampledTargets, Targets, TopKTargets, make_targets
 from kd_core.store import LocalStore, Store
 from kd_core.train.data import TokenRow, step_rows
-from kd_core.train.reader import ShardGroups, StoredRows, file_rows
+from kd_core.train.reader import Group, ShardGroups, StoredRows, file_rows
 
 COLUMNS = 40
 POLICIES = [
@@ -247,11 +247,47 @@ def test_chosen_rows_of_a_file_are_numbered_anew(tmp_path: Path) -> None:
     assert chosen.num_tokens.tolist() == [len(rows[i].ids) for i in (1, 5, 9)]
 
 
-def test_only_a_bounded_number_of_groups_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kd_core.train.reader._HELD_GROUPS", 2)
+def test_only_a_bounded_number_of_rows_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kd_core.train.reader._HELD_ROWS", 128)
     rows = make_rows(64 * 6)
     reader = local(tmp_path, POLICIES[0], rows, shard_rows=64)
     for i in range(0, len(rows), 16):
         reader.prefetch([min(i + 200, len(rows) - 1)], soft=False)
         assert reader.read([i, i + 1]) == rows[i : i + 2]
         assert len(reader._held) <= 2
+
+
+@pytest.mark.parametrize(
+    ("group_rows", "held_rows", "fetched"),
+    [(64, 256, [3]), (64, 255, []), (50, 256, []), (50, 460, [4]), (1, 256, [200]), (300, 640, [0])],
+    ids=["fit", "do not fit", "groups that do not begin with blocks", "their neighbours fit", "rows of their own", "all rows fit"],
+)
+def test_rows_of_the_next_buffer_are_fetched_where_two_fit(
+    monkeypatch: pytest.MonkeyPatch, group_rows: int, held_rows: int, fetched: list[int]
+) -> None:
+    monkeypatch.setattr("kd_core.train.reader.BUFFER_BLOCKS", 2)
+    monkeypatch.setattr("kd_core.train.reader._HELD_ROWS", held_rows)
+    loaded: list[int] = []
+
+    class Groups:
+        def load(self, number: int) -> Group:
+            loaded.append(number)
+            raise SoftLabelError("not asked for its rows")
+
+    numbers = np.arange(640)
+    reader = StoredRows(Groups(), numbers // group_rows, numbers % group_rows, num_tokens=numbers, first_supervised=numbers)
+    reader.expect([200])
+    reader._fetchers.shutdown()
+    assert loaded == fetched
+
+
+def test_a_group_has_the_asked_rows_alone(tmp_path: Path) -> None:
+    rows, policy = make_rows(230), POLICIES[0]
+    store = LocalStore(tmp_path / "store")
+    cache, keys = fill(store, rows, policy, shard_rows=100)
+    numbers = [200, 3, 7, 64, 65, 129]
+    picked = [rows[i] for i in numbers]
+    reader = stored(cache, [keys[i] for i in numbers], picked, RangeCache(store, tmp_path / "copies", 1 << 20))
+    assert reader.read(range(6)) == picked
+    assert_like(reader.targets([5, 0, 1, 2]), [targets_of(numbers[i], picked[i], policy) for i in (5, 0, 1, 2)])
+    assert sum(len(group.result().first_supervised) for group in reader._held.values()) == 6
