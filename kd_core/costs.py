@@ -14,6 +14,7 @@ from kd_core.recipe import Dense, Run, Sampled, SoftLabels, TopK
 from kd_core.shard_files import GROUP_ROWS
 
 __all__ = [
+    "GROUP_BYTES",
     "epoch_requests",
     "forward_seconds",
     "load_seconds",

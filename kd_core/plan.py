@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from kd_core.artifacts import Record, find
 from kd_core.costs import (
+    GROUP_BYTES,
     epoch_requests,
     forward_seconds,
     load_seconds,
@@ -266,8 +267,9 @@ def _answers(known: Known, missing: Sequence[Node]) -> _Work:
         seconds = rows * answer / (recipe.run.teacher_concurrency * _SERVER_TOKENS_A_SECOND)
     elif seconds is None and known.teacher_parameters is not None:
         seconds = _generating(known, known.teacher_parameters, rows, row_tokens, answer)
-    frame, writes = row_groups(1, shard_rows=recipe.run.shard_rows), write_requests(rows, shard_rows=recipe.run.shard_rows)
-    size = rows * (cached.row_bytes or table_bytes(1, row_tokens, groups=frame))
+    a_row = text_bytes(1, row_tokens) if cached.row_bytes is None else cached.row_bytes
+    size = rows * a_row + GROUP_BYTES * row_groups(rows, shard_rows=recipe.run.shard_rows)
+    writes = write_requests(rows, shard_rows=recipe.run.shard_rows)
     return _Work(cached.rows, cached.cached, round(rows * answer), round(size), seconds, writes)
 
 

@@ -4,11 +4,14 @@ import itertools
 import json
 from pathlib import Path
 
+import duckdb
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from kd_core.errors import ArtifactError, IntegrityError, QuarantinedError, StoreError
 from kd_core.fingerprint import canonical_json, sha256_bytes
+from kd_core.shard_files import parse_shard, write_shard
 from kd_core.shard_work import Packed, work_in_shards
 from kd_core.shards import Commit, RowCache, Shard
 from kd_core.store import LocalStore
@@ -220,6 +223,19 @@ def test_row_groups_are_read_one_by_one(tmp_path: Path) -> None:
 
 def test_the_same_rows_make_the_same_bytes(tmp_path: Path) -> None:
     assert large(cache_at(tmp_path / "a")) == large(cache_at(tmp_path / "b"))
+
+
+def test_token_ids_take_less_than_two_bytes_and_a_query_engine_reads_them(tmp_path: Path) -> None:
+    """A list column is named by its path in Parquet: ``compression={"ids": ...}`` says nothing about it."""
+    generator = np.random.default_rng(0)
+    ids = [np.exp(generator.random(200) * np.log(49_152)).astype(np.int32) for _ in range(100)]
+    rows = pa.table({"key": [str(i) for i in range(100)], "ids": pa.array(ids, pa.list_(pa.int32())), "targets": [b"x"] * 100})
+    data, _ = write_shard(rows, {})
+    assert len(data) < 2 * 100 * 200
+    assert parse_shard(data).equals(rows)
+    (tmp_path / "shard.parquet").write_bytes(data)
+    found = duckdb.connect().execute("SELECT sum(list_sum(ids)) FROM read_parquet(?)", [str(tmp_path / "shard.parquet")]).fetchone()
+    assert found == (sum(int(row.sum()) for row in ids),)
 
 
 def test_every_flipped_byte_of_a_shard_is_met_before_a_row_is(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from kd_core.artifacts import Record, find, read_bytes
+from kd_core.costs import GROUP_BYTES
 from kd_core.errors import RecipeError
 from kd_core.fingerprint import fingerprint
 from kd_core.prompts import collect_prompts, estimate_rows
@@ -86,7 +87,7 @@ class CachedRows:
         rows: asked for.
         cached: found.
         missing_tokens: (tokens, supervised tokens) of the others; None where rows are not known one by one.
-        row_bytes: mean stored bytes of the table's rows; None if it is empty.
+        row_bytes: mean stored bytes of the table's rows, without what a row group takes beside them; None if it is empty.
     """
 
     rows: int | None
@@ -459,7 +460,8 @@ class Known:
 
 def _row_bytes(snapshot: Snapshot) -> float | None:
     rows = sum(len(commit.keys) for commit in snapshot.commits)
-    return snapshot.size_bytes() / rows if rows else None
+    groups = sum(max(1, len(commit.ranges) - 1) for commit in snapshot.commits)
+    return max(0.0, snapshot.size_bytes() - GROUP_BYTES * groups) / rows if rows else None
 
 
 def _sums(rows: Sequence[tuple[list[int], int]]) -> tuple[int, int]:
