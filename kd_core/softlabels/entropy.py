@@ -125,7 +125,7 @@ class Stream(NamedTuple):
 
 
 Cursor = tuple[int, int, int]
-"""Where a decoder is in a row: (state, next word, 16 x the words to the next raw bits' end, less the bits taken from it).
+"""Where a decoder is in a row: (state, next word, 16 x the row's end less the raw bits taken so far).
 
 The third is minus the row's end where raw bits go through the state.
 """
