@@ -85,7 +85,7 @@ def training_batches(rows: StoredRows, num_rows: int) -> Iterator[dict[str, torc
         if start < num_rows:
             ahead.append(step_rows(num_rows, _BATCH, seed=0, step=start // _BATCH)[: num_rows - start])
             rows.prefetch(ahead[-1], soft=True)
-            if start + EXPECTED_ROWS < num_rows:
+            if num_rows > 2 * EXPECTED_ROWS and start + EXPECTED_ROWS < num_rows:
                 rows.expect(step_rows(num_rows, _BATCH, seed=0, step=(start + EXPECTED_ROWS) // _BATCH))
         if start < PREFETCH_STEPS * _BATCH:
             continue

@@ -80,7 +80,7 @@ def _scoring(quick: bool) -> list[Figure]:
 
 
 def _reading(quick: bool) -> list[Figure]:
-    return reading.run(num_rows=512 if quick else 4096, shard_rows=512, object_rows=16 if quick else 512, repeats=1 if quick else 5)
+    return reading.run(num_rows=512 if quick else 4096, shard_rows=512, object_rows=16 if quick else 512, repeats=1 if quick else 9)
 
 
 def _memory(quick: bool) -> list[Figure]:

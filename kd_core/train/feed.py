@@ -172,7 +172,8 @@ class Feed:
     def plan(self, step: int, *, soft: bool, features: bool = False) -> StepPlan:
         """What a step (0-based) reads; rows of later steps begin to be fetched, as asked with their soft labels and features."""
         later = step + PREFETCH_STEPS
-        if (expected := step + EXPECTED_ROWS // self._batch_rows) > later and expected < self._steps:
+        expected = step + EXPECTED_ROWS // self._batch_rows
+        if later < expected < self._steps and len(self._kept) > 2 * EXPECTED_ROWS:  # one buffer is fetched whole by its first steps
             numbers = self._dealt(expected)[self._rank].tolist()
             self._rows.expect(numbers)
             if features and self._features is not None:

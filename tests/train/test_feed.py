@@ -72,6 +72,23 @@ def test_nothing_is_fetched_for_steps_that_never_come() -> None:
     assert asked == [batch for plan in plans[4:] for batch in plan.batches]
 
 
+@pytest.mark.parametrize(("num_rows", "told"), [(12, True), (8, False)], ids=["two buffers", "one buffer"])
+def test_rows_of_half_a_buffer_later_are_told(monkeypatch: pytest.MonkeyPatch, num_rows: int, told: bool) -> None:
+    monkeypatch.setattr("kd_core.train.feed.EXPECTED_ROWS", 4)
+    monkeypatch.setattr("kd_core.train.feed.PREFETCH_STEPS", 1)
+    expected = list[list[int]]()
+
+    class Told(MemoryRows):
+        def expect(self, numbers: Sequence[int]) -> None:
+            expected.append(list(numbers))
+
+    training = Training(steps=6, batch_rows=2, learning_rate=0.1)
+    feed = Feed(Told(rows_of([4] * num_rows)), training, Layout(True, 64, CPU), seed=0)
+    plans = [feed.plan(step, soft=True) for step in range(6)]
+    later = [sorted(row for batch in plan.batches for row in batch) for plan in plans[2:]]
+    assert [sorted(numbers) for numbers in expected] == (later if told else [])
+
+
 def test_what_cannot_be_dealt_is_refused() -> None:
     layout, rows = Layout(True, 64, CPU), MemoryRows(rows_of([4, 5, 6]))
     with pytest.raises(TrainingError, match="2 rows for 3 ranks; start at most that many ranks"):
