@@ -19,8 +19,8 @@ from benchmarks.workloads import synthetic_teacher, token_rows
 from kd_core.recipe import Objective, Sampled
 from kd_core.softlabels.capture import row_key, score_rows
 from kd_core.teacher.models import LoadedModel
-from kd_core.train.data import TokenRow
-from kd_core.train.reader import StoredRows
+from kd_core.tokens.batches import TokenRow
+from kd_core.train.stored_rows import StoredRows
 
 __all__ = ["Sizes", "run"]
 

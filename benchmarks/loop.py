@@ -10,13 +10,14 @@ from transformers import PreTrainedModel
 from benchmarks.reading import open_rows, soft_label_table
 from kd_core.progress import Tick
 from kd_core.recipe import Objective, Run, Training
-from kd_core.shards import RowCache
+from kd_core.rows.table import RowCache
 from kd_core.softlabels import Targets
 from kd_core.store import LocalStore
+from kd_core.tokens.batches import TokenRow
 from kd_core.train.checkpoints import Checkpoints
-from kd_core.train.data import TokenRow, TrainingData
 from kd_core.train.loop import TrainingResult, train
-from kd_core.train.reader import StoredRows
+from kd_core.train.row_order import TrainingData
+from kd_core.train.stored_rows import StoredRows
 
 __all__ = ["clocked_steps", "store_rows"]
 

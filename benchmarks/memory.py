@@ -16,13 +16,13 @@ from benchmarks.measure import Check, Figure, at_most, figure, peak_memory
 from benchmarks.reading import open_rows, soft_label_table, training_batches
 from benchmarks.workloads import sampled_rows, synthetic_teacher, token_rows
 from kd_core.recipe import Sampled
-from kd_core.row_keys import soft_label_key
-from kd_core.row_schemas import CODEC_MODEL
-from kd_core.shard_work import Packed, work_in_shards
-from kd_core.shards import RowCache
+from kd_core.rows.keys import soft_label_key
+from kd_core.rows.schemas import CODEC_MODEL
+from kd_core.rows.table import RowCache
+from kd_core.rows.work import Packed, work_in_shards
 from kd_core.softlabels.capture import score_rows
 from kd_core.store import LocalStore
-from kd_core.train.data import TokenRow
+from kd_core.tokens.batches import TokenRow
 
 __all__ = ["run"]
 

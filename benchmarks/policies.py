@@ -35,7 +35,7 @@ from kd_core.recipe import Dense, Sampled, TopK
 from kd_core.softlabels.targets import make_targets
 from kd_core.student.make import student_from_blocks
 from kd_core.teacher.models import LoadedModel
-from kd_core.train.data import TokenRow
+from kd_core.tokens.batches import TokenRow
 
 __all__ = ["POLICIES", "Learnt", "Measured", "run"]
 

@@ -25,17 +25,18 @@ from benchmarks.peers.raw_arrays import Bucket, from_arrays, to_arrays
 from benchmarks.workloads import sampled_rows, token_rows
 from infra.stack import object_store
 from kd_core.errors import KDError
-from kd_core.range_cache import RangeCache
 from kd_core.recipe import S3Options
-from kd_core.row_keys import soft_label_key
-from kd_core.row_schemas import CODEC_MODEL, SOFT_LABEL_SCHEMA
-from kd_core.shards import RowCache
+from kd_core.rows.keys import soft_label_key
+from kd_core.rows.range_cache import RangeCache
+from kd_core.rows.schemas import CODEC_MODEL, SOFT_LABEL_SCHEMA
+from kd_core.rows.table import RowCache
 from kd_core.softlabels.codec import encode_rows
 from kd_core.softlabels.targets import SampledTargets, Targets
 from kd_core.store import S3Store, Store
-from kd_core.train.data import TokenRow, step_rows
-from kd_core.train.feed import EXPECTED_ROWS, PREFETCH_STEPS
-from kd_core.train.reader import ShardGroups, StoredRows
+from kd_core.tokens.batches import TokenRow
+from kd_core.train.batches import EXPECTED_ROWS, PREFETCH_STEPS
+from kd_core.train.row_order import step_rows
+from kd_core.train.stored_rows import ShardGroups, StoredRows
 
 __all__ = ["open_rows", "run", "soft_label_table", "training_batches"]
 

@@ -17,7 +17,7 @@ from kd_core.recipe import Sampled, SoftLabels, TopK
 from kd_core.softlabels.capture import Scores, row_key, score_rows
 from kd_core.softlabels.targets import TopKTargets, concatenate
 from kd_core.teacher.models import LoadedModel
-from kd_core.train.data import TokenRow
+from kd_core.tokens.batches import TokenRow
 
 __all__ = ["run"]
 

@@ -15,7 +15,7 @@ from benchmarks.codec_speed import Coded
 from benchmarks.measure import Check, Figure, at_least, at_most, figure, fork_server, machine, show, tell, times_better
 from benchmarks.workloads import gsm8k_rows, real_logits, real_teacher, synthetic_teacher, token_rows, zipf_logits
 from kd_core.teacher.models import LoadedModel
-from kd_core.train.data import TokenRow
+from kd_core.tokens.batches import TokenRow
 
 __all__ = ["Section", "run"]
 

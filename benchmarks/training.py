@@ -21,8 +21,8 @@ from benchmarks.loop import clocked_steps, store_rows
 from benchmarks.measure import Check, Figure, Timing, figure, machine, show, tell, times_better, timing, timings
 from benchmarks.workloads import sampled_rows, synthetic_teacher, token_rows
 from kd_core.recipe import Objective
-from kd_core.row_keys import soft_label_key
-from kd_core.train.reader import StoredRows
+from kd_core.rows.keys import soft_label_key
+from kd_core.train.stored_rows import StoredRows
 
 __all__ = ["run"]
 

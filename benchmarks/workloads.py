@@ -26,8 +26,8 @@ from kd_core.recipe import CharacterTokenizer, ModelRef, Task
 from kd_core.softlabels.targets import Common, SampledTargets
 from kd_core.teacher.models import LoadedModel, load_directory, load_model, load_tokenizer, save_model
 from kd_core.teacher.reference import reference_identity
-from kd_core.tokens import character_tokenizer, encode_gold, encode_prompt
-from kd_core.train.data import TokenRow
+from kd_core.tokens.batches import TokenRow
+from kd_core.tokens.encoding import character_tokenizer, encode_gold, encode_prompt
 
 __all__ = ["Logits", "gsm8k_rows", "real_logits", "real_teacher", "sampled_rows", "synthetic_teacher", "token_rows", "zipf_logits"]
 

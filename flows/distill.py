@@ -10,7 +10,7 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from flows.registry import with_registry
 from kd_core.artifacts import Artifact, find, read_bytes
 from kd_core.recipe import Recipe
-from kd_core.recipe_io import load_recipe
+from kd_core.recipe.files import load_recipe
 from kd_core.stages.graph import build_graph, walk
 from kd_core.store import Store, open_store
 from tasks.nodes import compute

@@ -4,7 +4,7 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 
 from flows.registry import with_registry
-from kd_core.recipe_io import load_recipe
+from kd_core.recipe.files import load_recipe
 from tasks.evaluate import measure_model
 from tasks.nodes import compute
 

@@ -5,7 +5,7 @@ from prefect.cache_policies import NO_CACHE
 
 from kd_core.progress import silent
 from kd_core.recipe import Recipe
-from kd_core.stages.evidence import measure_one
+from kd_core.stages.evaluate import measure_one
 from kd_core.store import open_store
 
 __all__ = ["measure_model"]

@@ -90,7 +90,7 @@ def tiny_model() -> "Callable[..., LoadedModel]":
 
     from kd_core.recipe import CharacterTokenizer
     from kd_core.teacher.models import LoadedModel
-    from kd_core.tokens import character_tokenizer, num_columns
+    from kd_core.tokens.encoding import character_tokenizer, num_columns
 
     tokenizer = character_tokenizer(CharacterTokenizer(kind="characters", alphabet="0123456789+-=,#"))
 
@@ -238,7 +238,7 @@ def kd_process(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]
 @pytest.fixture(scope="session")
 def small_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quickstart recipe, shrunk to seconds."""
-    from kd_core.recipe_io import dump_recipe, load_recipe
+    from kd_core.recipe.files import dump_recipe, load_recipe
 
     overrides = [f"{path}={json.dumps(value)}" for path, value in _SHRUNKEN.items()]
     path = tmp_path_factory.mktemp("recipe") / "small.yaml"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kd_core.recipe_io import load_recipe
+from kd_core.recipe.files import load_recipe
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

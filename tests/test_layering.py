@@ -1,6 +1,7 @@
 """Arrows point one way: flows -> tasks -> kd_core; and kd_core never knows an orchestrator or a registry."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +71,33 @@ def test_exports_exist() -> None:
             assert hasattr(module, exported), f"{name}.__all__ names {exported}"
             checked += 1
     assert checked > 100
+
+
+def test_every_stage_is_in_the_file_of_its_name() -> None:
+    from kd_core.stages.run import STAGES
+
+    assert len(STAGES) >= 11
+    for stage in STAGES:
+        file = ROOT / "kd_core" / "stages" / f"{stage}.py"
+        assert f"def {stage}_stage(job: Job)" in file.read_text(), f"{file} holds no {stage}_stage"
+
+
+def test_loose_files_of_kd_core() -> None:
+    """Everything else has a room."""
+    loose = {path.stem for path in (ROOT / "kd_core").glob("*.py")} - {"__init__"}
+    assert loose <= {"errors", "fingerprint", "progress", "failpoints", "artifacts", "summaries", "ledger"}
+
+
+def test_no_circle_among_the_rooms_of_kd_core() -> None:
+    """Rooms (folders and loose files of kd_core) can be put in an order in which each imports only earlier ones."""
+    rooms: dict[str, set[str]] = {}
+    for name in _modules("kd_core"):
+        if name == "kd_core":
+            continue
+        base = ROOT / Path(*name.split("."))
+        path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+        room = name.split(".")[1]
+        imported = {module.split(".")[1] for module in _imports(path) if module.startswith("kd_core.")}
+        rooms.setdefault(room, set()).update(imported - {room})
+    order = list(graphlib.TopologicalSorter(rooms).static_order())  # raises CycleError, which names the circle
+    assert len(order) >= 20

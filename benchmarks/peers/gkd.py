@@ -18,7 +18,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.peers.losses import importable
 from kd_core.teacher.models import LoadedModel
-from kd_core.train.data import TokenRow
+from kd_core.tokens.batches import TokenRow
 
 __all__ = ["GkdSteps", "gkd_steps", "why_not_gkd"]
 

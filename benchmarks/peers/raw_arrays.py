@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kd_core.softlabels.targets import SampledTargets
-from kd_core.train.data import TokenRow
+from kd_core.tokens.batches import TokenRow
 
 __all__ = [
     "LITDATA",

@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from kd_core.errors import IntegrityError, StoreError
 from kd_core.fingerprint import sha256_bytes
-from kd_core.shard_files import parse_shard
-from kd_core.shards import Commit, RowCache, Snapshot
+from kd_core.rows.parquet import parse_shard
+from kd_core.rows.table import Commit, RowCache, Snapshot
 from kd_core.store import Store
 
 __all__ = ["Namespace", "about", "find_namespace", "losing_rows", "namespaces", "read_shard", "row_caches"]

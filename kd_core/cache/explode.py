@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kd_core.cache.catalog import read_shard
 from kd_core.errors import ArtifactError, SoftLabelError
-from kd_core.row_schemas import CODEC_MODEL
-from kd_core.shards import RowCache, Snapshot
+from kd_core.rows.schemas import CODEC_MODEL
+from kd_core.rows.table import RowCache, Snapshot
 from kd_core.softlabels.codec import decode_rows, parse_model
 from kd_core.softlabels.targets import DenseTargets, SampledTargets, Targets, TopKTargets
 

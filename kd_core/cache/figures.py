@@ -13,7 +13,7 @@ from kd_core.cache.catalog import Namespace
 from kd_core.cache.query import sql
 from kd_core.errors import IntegrityError
 from kd_core.progress import Tick, Ticker, silent
-from kd_core.row_schemas import CODEC_MODEL, ROW_TABLES
+from kd_core.rows.schemas import CODEC_MODEL, ROW_TABLES
 from kd_core.store.arrow import arrow_file_system
 
 __all__ = ["Bin", "Figures", "figures"]

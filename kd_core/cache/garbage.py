@@ -14,7 +14,7 @@ from kd_core.artifacts import Record, find
 from kd_core.errors import ArtifactError
 from kd_core.ledger import history
 from kd_core.progress import Tick, Ticker, silent
-from kd_core.shards import RowCache
+from kd_core.rows.table import RowCache
 from kd_core.store import ObjectInfo, Store
 
 __all__ = ["Garbage", "collect", "plan_collection"]

@@ -17,15 +17,15 @@ from kd_core.cache.explode import decode_rows_of, entries
 from kd_core.errors import ArtifactError, RecipeError
 from kd_core.progress import Tick, Ticker, silent
 from kd_core.recipe import Recipe
-from kd_core.row_keys import soft_label_namespace
-from kd_core.shards import RowCache
+from kd_core.rows.keys import soft_label_namespace
+from kd_core.rows.table import RowCache
 from kd_core.softlabels.capture import score_rows
 from kd_core.softlabels.targets import Targets
 from kd_core.stages.graph import build_graph, open_node
 from kd_core.stages.job import Job
-from kd_core.stages.teaching import load_teacher
+from kd_core.stages.teacher import load_teacher
 from kd_core.store import Store
-from kd_core.train.data import TokenRow
+from kd_core.tokens.batches import TokenRow
 
 __all__ = ["Bounds", "Parity", "RowParity", "compare", "live_parity"]
 

@@ -16,7 +16,7 @@ import pyarrow.dataset as ds
 
 from kd_core.cache.catalog import Namespace, losing_rows, namespaces
 from kd_core.errors import IntegrityError
-from kd_core.row_schemas import ROW_TABLES
+from kd_core.rows.schemas import ROW_TABLES
 from kd_core.store import Store
 from kd_core.store.arrow import StoreFiles, arrow_file_system
 

@@ -21,9 +21,9 @@ from kd_core.cache.explode import decode_rows_of, entries, gold_labels
 from kd_core.errors import IntegrityError, KDError, StoreError
 from kd_core.fingerprint import sha256_bytes
 from kd_core.progress import Tick, Ticker, silent
-from kd_core.row_keys import soft_label_key
-from kd_core.shard_files import parse_shard
-from kd_core.shards import Commit, RowCache
+from kd_core.rows.keys import soft_label_key
+from kd_core.rows.parquet import parse_shard
+from kd_core.rows.table import Commit, RowCache
 from kd_core.softlabels.hidden import decode_states
 from kd_core.store import Store
 

@@ -10,12 +10,11 @@ from kd_core.doctor.labels import model_logits
 from kd_core.doctor.subject import Subject
 from kd_core.errors import SoftLabelError, TrainingError
 from kd_core.losses import StepWeights, step_weights, supervised_loss
-from kd_core.packing import unpackable
 from kd_core.softlabels import Targets, concatenate
 from kd_core.softlabels.targets import move
-from kd_core.tokens import collate
-from kd_core.train.data import TokenRow
-from kd_core.train.feed import Layout
+from kd_core.tokens.batches import TokenRow, collate
+from kd_core.tokens.packing import unpackable
+from kd_core.train.batches import Layout
 
 __all__ = ["check_batch_split", "check_half_precision", "check_objective", "check_packing", "check_padding"]
 
@@ -85,7 +84,7 @@ def check_packing(subject: Subject) -> str:
     reason = unpackable(subject.student.model)
     if reason is not None:
         raise Skipped(f"the student is trained on padded rows: {reason}")
-    advice = "documents see each other, or positions do not restart; add this architecture to kd_core/packing.py unpackable()"
+    advice = "documents see each other, or positions do not restart; add this architecture to kd_core/tokens/packing.py unpackable()"
     return _same(batch, "packed", batch.layout(packed=False), batch.layout(packed=True), advice=advice)
 
 

@@ -15,8 +15,8 @@ from kd_core.errors import SoftLabelError, TrainingError
 from kd_core.losses import StepWeights, fused_loss, soft_divergence
 from kd_core.softlabels import Targets, concatenate
 from kd_core.softlabels.targets import DenseTargets, SampledTargets, move
-from kd_core.tokens import collate
-from kd_core.train.feed import Layout
+from kd_core.tokens.batches import collate
+from kd_core.train.batches import Layout
 from kd_core.train.objective_model import ObjectiveModel
 
 __all__ = ["check_mass_outside", "check_slope"]

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from kd_core.losses import StepWeights
-from kd_core.packing import isolated_documents
 from kd_core.recipe import Divergence, ForwardKL
 from kd_core.softlabels import Targets, concatenate
 from kd_core.teacher.models import LoadedModel
-from kd_core.train.data import TokenRow
-from kd_core.train.feed import Layout, MicroBatch
+from kd_core.tokens.batches import TokenRow
+from kd_core.tokens.packing import isolated_documents
+from kd_core.train.batches import Layout, MicroBatch
 from kd_core.train.objective_model import ObjectiveModel
 
 __all__ = ["Gradient", "distance", "hard_gradient", "loss_and_gradient", "norm"]

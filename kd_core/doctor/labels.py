@@ -17,14 +17,13 @@ from kd_core.doctor.subject import SCORE_TOKENS, Subject, captured, temperatures
 from kd_core.errors import ArtifactError, SoftLabelError
 from kd_core.losses import forward_kl
 from kd_core.recipe import Dense, Sampled, SoftLabels, TopK
-from kd_core.row_keys import soft_label_namespace
-from kd_core.shards import RowCache
+from kd_core.rows.keys import soft_label_namespace
+from kd_core.rows.table import RowCache
 from kd_core.softlabels import Targets, concatenate
 from kd_core.softlabels.capture import row_key, score_rows
 from kd_core.softlabels.targets import SampledTargets, TopKTargets, make_targets, move
 from kd_core.teacher.models import LoadedModel
-from kd_core.tokens import Batch, collate
-from kd_core.train.data import TokenRow, token_batches
+from kd_core.tokens.batches import Batch, TokenRow, collate, token_batches
 
 __all__ = ["check_alignment", "check_cached_soft_labels", "check_largest_ids", "check_teacher_as_student", "model_logits"]
 

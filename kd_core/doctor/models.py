@@ -11,7 +11,7 @@ from kd_core.softlabels.capture import row_key
 from kd_core.softlabels.forward import check_teacher, decoder_blocks
 from kd_core.softlabels.hidden import capture_hidden
 from kd_core.teacher.models import LoadedModel
-from kd_core.tokens import collate
+from kd_core.tokens.batches import collate
 
 __all__ = ["check_hidden_states", "check_modes", "check_tied_head"]
 

@@ -30,12 +30,12 @@ from kd_core.softlabels import Targets, decode_rows, encode_rows, parse_model
 from kd_core.softlabels.capture import row_key, score_rows
 from kd_core.stages.graph import build_graph
 from kd_core.stages.job import Job
-from kd_core.stages.teaching import load_teacher
+from kd_core.stages.teacher import load_teacher
 from kd_core.store import Store
 from kd_core.student.make import new_model, student_from_teacher
 from kd_core.teacher.models import LoadedModel, load_model, load_tokenizer, pick_device
-from kd_core.tokens import character_tokenizer, encode_gold, encode_prompt, num_columns
-from kd_core.train.data import TokenRow
+from kd_core.tokens.batches import TokenRow
+from kd_core.tokens.encoding import character_tokenizer, encode_gold, encode_prompt, num_columns
 
 __all__ = ["SCORE_TOKENS", "Subject", "admit", "captured", "temperatures_of", "through_codec"]
 

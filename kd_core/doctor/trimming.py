@@ -11,7 +11,7 @@ from kd_core.errors import TeacherError
 from kd_core.recipe import TopK
 from kd_core.softlabels.kept import kept_mass
 from kd_core.student.vocabulary import kept_tokens, trim_model, trim_tokenizer
-from kd_core.tokens import encode_prompt
+from kd_core.tokens.encoding import encode_prompt
 from kd_core.train.trimmed import trimmed_row
 
 __all__ = ["check_trimmed_vocabulary"]

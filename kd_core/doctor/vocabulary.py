@@ -11,8 +11,8 @@ from kd_core.errors import SourceError, TeacherError, TrainingError
 from kd_core.stages.graph import build_graph
 from kd_core.store.arrow import arrow_file_system
 from kd_core.teacher.models import LoadedModel
-from kd_core.tokens import collate, encode_prompt, num_columns, tokenizer_identity
-from kd_core.train.data import TokenRow
+from kd_core.tokens.batches import TokenRow, collate
+from kd_core.tokens.encoding import encode_prompt, num_columns, tokenizer_identity
 
 __all__ = ["check_end_token", "check_supervision", "check_tokenizers", "check_truncated_answers"]
 

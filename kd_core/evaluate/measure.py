@@ -27,8 +27,8 @@ from kd_core.progress import Tick, Ticker
 from kd_core.recipe import Answers, Run, Task
 from kd_core.teacher.generate import generate
 from kd_core.teacher.models import LoadedModel
-from kd_core.tokens import Batch, collate, encode_gold, encode_prompt, tokenizer_identity
-from kd_core.train.data import TokenRow, token_batches
+from kd_core.tokens.batches import Batch, TokenRow, collate, token_batches
+from kd_core.tokens.encoding import encode_gold, encode_prompt, tokenizer_identity
 
 __all__ = ["Measured", "measure"]
 

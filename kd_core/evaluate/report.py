@@ -16,8 +16,8 @@ from markupsafe import Markup, escape
 
 from kd_core.evaluate import charts
 from kd_core.evaluate.charts import Curve, Point, label_of
+from kd_core.evaluate.gate import Verdict
 from kd_core.evaluate.statistics import METRICS, Comparison, Estimate, metric_of
-from kd_core.gate import Verdict
 
 __all__ = ["Curve", "ModelRow", "ReportData", "Sample", "SampleAnswer", "StageRow", "render_html", "render_markdown", "report_json"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kd_core.errors import KDError
-from kd_core.tokens import collate
+from kd_core.tokens.batches import collate
 
 __all__ = ["Bound", "Forward", "Parity", "compare_forms"]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kd_core.errors import SoftLabelError
 from kd_core.losses.divergences import FORWARD_KL, soft_divergence
+from kd_core.losses.schedule import value_at
 from kd_core.recipe import Divergence, Objective
 from kd_core.softlabels.targets import Targets
-from kd_core.train.schedules import value_at
 
 __all__ = ["StepWeights", "step_weights", "supervised_loss"]
 

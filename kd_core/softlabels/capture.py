@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from kd_core.recipe import SoftLabels
-from kd_core.row_keys import soft_label_key
+from kd_core.rows.keys import soft_label_key
 from kd_core.softlabels.forward import Forwarded, Head, Parity, check_teacher, refused_rows, teacher_forward
 from kd_core.softlabels.targets import Targets, concatenate, move, position_uniforms, reduce_logits, split
 from kd_core.teacher.models import LoadedModel
-from kd_core.train.data import TokenRow
+from kd_core.tokens.batches import TokenRow
 
 __all__ = ["ScoredRow", "Scores", "row_key", "score_rows"]
 

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kd_core.errors import SoftLabelError, TeacherError
-from kd_core.packing import equal_length_batches, isolated_documents, pack_batches, pack_rows, unpackable
 from kd_core.teacher.models import LoadedModel
-from kd_core.tokens import collate
-from kd_core.train.data import TokenRow
+from kd_core.tokens.batches import TokenRow, collate
+from kd_core.tokens.packing import equal_length_batches, isolated_documents, pack_batches, pack_rows, unpackable
 
 __all__ = [
     "Forwarded",
@@ -276,5 +275,5 @@ class Parity:
             raise TeacherError(
                 f"{type(self._model).__name__}: logits of the scoring pass are {distance:.2g} of their spread away from the model's own "
                 f"(at most {bound:g}): its attention or its head does something that is not known here; please report it, and add it to "
-                "kd_core/packing.py unpackable() or to Head in kd_core/softlabels/forward.py"
+                "kd_core/tokens/packing.py unpackable() or to Head in kd_core/softlabels/forward.py"
             )

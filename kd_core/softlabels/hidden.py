@@ -21,7 +21,7 @@ from kd_core.errors import SoftLabelError
 from kd_core.recipe import HiddenStates
 from kd_core.softlabels.forward import check_teacher, decoder_blocks, refused_rows, teacher_forward
 from kd_core.teacher.models import LoadedModel
-from kd_core.train.data import TokenRow
+from kd_core.tokens.batches import TokenRow
 
 __all__ = ["HiddenRow", "HiddenRows", "RowStates", "capture_hidden", "decode_states", "encode_states", "projection"]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kd_core.errors import SoftLabelError
 from kd_core.softlabels.targets import DenseTargets, SampledTargets, Targets
-from kd_core.token_map import TokenMap
+from kd_core.tokens.token_map import TokenMap
 
 __all__ = ["kept_mass", "only_kept"]
 

@@ -14,7 +14,7 @@ from kd_core.artifacts import Artifact, Record, expect_identity, find, forget, p
 from kd_core.errors import QuarantinedError
 from kd_core.progress import Ticker
 from kd_core.recipe import Recipe
-from kd_core.shards import RowCache
+from kd_core.rows.table import RowCache
 from kd_core.stages.graph import build_graph, open_node
 from kd_core.stages.job import Job
 from kd_core.store import Store
@@ -25,26 +25,26 @@ _LOG = logging.getLogger(__name__)
 
 StageFunction = Callable[[Job], dict[str, Any]]
 
-STAGES: Mapping[str, str] = {
-    "prompts": "kd_core.stages.data:prompts_stage",
-    "teacher": "kd_core.stages.teaching:teacher_stage",
-    "answers": "kd_core.stages.teaching:answers_stage",
-    "curate": "kd_core.stages.data:curate_stage",
-    "soft_labels": "kd_core.stages.scoring:soft_labels_stage",
-    "hidden_states": "kd_core.stages.scoring:hidden_states_stage",
-    "vocabulary": "kd_core.stages.vocabulary:vocabulary_stage",
-    "train": "kd_core.stages.learning:train_stage",
-    "evaluate": "kd_core.stages.evidence:evaluate_stage",
-    "gate": "kd_core.stages.evidence:gate_stage",
-    "report": "kd_core.stages.reporting:report_stage",
-}
-"""Stage -> function, by address: a run in which every stage is a hit imports none of them (nor torch). ``publish`` is
-given by the caller, since kd_core knows no registry."""
+STAGES = (
+    "prompts",
+    "teacher",
+    "answers",
+    "curate",
+    "soft_labels",
+    "hidden_states",
+    "vocabulary",
+    "train",
+    "evaluate",
+    "gate",
+    "report",
+)
+"""Each is the function ``<stage>_stage`` of ``kd_core/stages/<stage>.py``, imported when a node of it is computed: a run in which
+every stage is a hit imports none of them (nor torch). ``publish`` is given by the caller, since kd_core knows no registry."""
 
 
 def _function(stage: str) -> StageFunction:
-    module, _, name = STAGES[stage].partition(":")
-    function: StageFunction = getattr(importlib.import_module(module), name)
+    assert stage in STAGES, f"no stage {stage}"
+    function: StageFunction = getattr(importlib.import_module(f"kd_core.stages.{stage}"), f"{stage}_stage")
     return function
 
 

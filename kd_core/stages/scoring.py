@@ -1,9 +1,9 @@
-"""Stages in which the teacher reads fixed tokens: soft labels, and hidden states for feature distillation.
+"""One pass of the teacher over the curated rows: what the stages of soft labels and of hidden states share.
 
 Both are kept by row. A stage streams the curated rows: it holds a key and two numbers of each, and the shard it works on.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,20 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kd_core.errors import SoftLabelError
-from kd_core.fingerprint import fingerprint
-from kd_core.row_keys import about_hidden_states, about_soft_labels, soft_label_key
-from kd_core.row_schemas import CODEC_MODEL, HIDDEN_STATE_SCHEMA, SOFT_LABEL_SCHEMA
-from kd_core.shard_work import Packed, work_in_shards
-from kd_core.shards import RowCache, Shard, Snapshot
-from kd_core.softlabels.capture import ScoredRow, score_rows
-from kd_core.softlabels.codec import encode_rows
-from kd_core.softlabels.hidden import HiddenRow, capture_hidden, encode_states
+from kd_core.rows.keys import soft_label_key
+from kd_core.rows.table import RowCache, Snapshot
+from kd_core.rows.work import Packed, work_in_shards
 from kd_core.stages.job import Job
-from kd_core.stages.teaching import Progress, load_teacher, sharded_summary
+from kd_core.stages.sharded import Progress, sharded_summary
+from kd_core.stages.teacher import load_teacher
 from kd_core.teacher.models import LoadedModel
-from kd_core.train.data import TokenRow
+from kd_core.tokens.batches import TokenRow
 
-__all__ = ["hidden_states_stage", "soft_labels_stage", "token_rows"]
+__all__ = ["Capture", "CuratedRow", "token_rows"]
 
 _READ_ROWS = 1024
 Found = TypeVar("Found")
@@ -39,7 +35,7 @@ def token_rows(table: pa.Table) -> list[TokenRow]:
 
 
 @dataclass(frozen=True)
-class _CuratedRow:
+class CuratedRow:
     """A row to score, and the plain columns that stand beside its targets."""
 
     tokens: TokenRow
@@ -47,7 +43,7 @@ class _CuratedRow:
 
 
 @dataclass
-class _Capture:
+class Capture:
     """One pass of the teacher over the curated rows, into one growing table.
 
     Attributes:
@@ -66,13 +62,13 @@ class _Capture:
 
     def run(
         self,
-        compute: Callable[[LoadedModel, list[tuple[str, _CuratedRow]]], Found],
+        compute: Callable[[LoadedModel, list[tuple[str, CuratedRow]]], Found],
         pack: Callable[[Found], Packed],
     ) -> tuple[Snapshot, int]:
         """Score what is missing; the teacher is loaded at the first missing row."""
         job, loaded = self.job, list[LoadedModel]()
 
-        def work(shard: list[tuple[str, _CuratedRow]]) -> Found:
+        def work(shard: list[tuple[str, CuratedRow]]) -> Found:
             if not loaded:
                 loaded.append(load_teacher(job))
             return compute(loaded[0], shard)
@@ -91,7 +87,7 @@ class _Capture:
                 num_workers=run.num_workers,
             )
 
-    def _read(self, path: Path) -> Iterator[tuple[str, _CuratedRow]]:
+    def _read(self, path: Path) -> Iterator[tuple[str, CuratedRow]]:
         self.keys, self.num_tokens, self.first_supervised = [], [], []
         names = ["prompt_id", "sample_index", "source", "finish_reason", "ids", "first_supervised"]
         for batch in pq.ParquetFile(path).iter_batches(batch_size=_READ_ROWS, columns=names):
@@ -101,7 +97,7 @@ class _Capture:
                 self.keys.append(key)
                 self.num_tokens.append(len(tokens.ids))
                 self.first_supervised.append(tokens.first_supervised)
-                yield key, _CuratedRow(tokens, {**columns, "key": key, "num_supervised": tokens.num_supervised})
+                yield key, CuratedRow(tokens, {**columns, "key": key, "num_supervised": tokens.num_supervised})
 
     def finish(self, snapshot: Snapshot, computed: int, *, allowed: int) -> dict[str, Any]:
         """Write keys.parquet (a row each for every curated row that has targets) and sum up.
@@ -124,89 +120,3 @@ class _Capture:
         self.job.write_table("keys.parquet", pa.table(columns))
         tokens = int(num_tokens.sum() - first_supervised.sum())
         return {**sharded_summary(self.cache, snapshot, keys, computed), "rows_refused": missing, "supervised_tokens": tokens}
-
-
-def soft_labels_stage(job: Job) -> dict[str, Any]:
-    """Files: keys.parquet, a row each for the curated rows that have soft labels. Summary: counts, bytes, shards."""
-    policy, run = job.recipe.soft_labels, job.recipe.run
-    assert policy is not None, "a recipe without soft labels has no such node"
-    about = about_soft_labels(policy, job.inputs["teacher"])
-    cache = RowCache(job.store, "soft_labels", fingerprint(about))
-    cache.describe(about)
-    capture = _Capture(job, cache)
-
-    def compute(teacher: LoadedModel, shard: list[tuple[str, _CuratedRow]]) -> list[tuple[_CuratedRow, ScoredRow]]:
-        rows = [(key, row.tokens) for key, row in shard]
-        found = score_rows(teacher, rows, policy=policy, micro_batch_tokens=run.micro_batch_tokens)
-        capture.refused.update(found.refused)
-        of = dict(shard)
-        return [(of[scored.key], scored) for scored in found.scored]
-
-    models = list[bytes]()  # the last one: a shard goes on with it while it serves
-
-    def pack(found: Sequence[tuple[_CuratedRow, ScoredRow]]) -> Packed:
-        if not found:  # the teacher failed on every row of the shard
-            return Packed(SOFT_LABEL_SCHEMA.empty_table(), 0)
-        packed = _pack_soft_labels(found, models[-1] if models else _model_before(cache, capture.keys, found[0][1].key))
-        models[:] = [packed.metadata[CODEC_MODEL]]
-        return packed
-
-    snapshot, computed = capture.run(compute, pack)
-    return capture.finish(snapshot, computed, allowed=policy.max_refused_rows)
-
-
-def _model_before(cache: RowCache, keys: Sequence[str], key: str) -> bytes:
-    """The codec's model of the shard before: of the last row before this one that is held. So a killed run goes on to the same bytes.
-
-    Returns:
-        The model; b"" if no row before is held, or its shard has none.
-
-    Raises:
-        StoreError: that shard is gone; QuarantinedError if it is damaged, as its rows are then to be computed again first.
-    """
-    snapshot, read = cache.snapshot(), cache.store.get_range
-    held = next(
-        (snapshot.place(snapshot.lines[earlier]).commit for earlier in reversed(keys[: keys.index(key)]) if earlier in snapshot.lines), None
-    )
-    if held is None or not held.ranges:
-        return b""
-    return Shard.open(cache, held, lambda key, part: part.verified(read(key, part.start, part.length))).metadata.get(CODEC_MODEL, b"")
-
-
-def _pack_soft_labels(found: Sequence[tuple[_CuratedRow, ScoredRow]], known: bytes) -> Packed:
-    labels = [np.array(row.tokens.ids[row.tokens.first_supervised :], np.int64) for row, _ in found]
-    model, blobs = encode_rows([scored.targets for _, scored in found], labels, known)
-    rows = []
-    for (row, scored), blob in zip(found, blobs, strict=True):
-        gold, entropy = scored.targets.common.gold_logprob_N, scored.targets.common.entropy_N
-        means = {"mean_entropy": float(entropy.mean()), "mean_gold_logprob": float(gold.mean()), "min_gold_logprob": float(gold.min())}
-        rows.append({**row.columns, **means, "targets": blob})
-    tokens = sum(row.tokens.num_supervised for row, _ in found)
-    return Packed(pa.Table.from_pylist(rows, schema=SOFT_LABEL_SCHEMA), tokens, {CODEC_MODEL: model})
-
-
-def hidden_states_stage(job: Job) -> dict[str, Any]:
-    """Files: keys.parquet, a row each for the curated rows that have states. Summary: counts, bytes, shards."""
-    wanted, run = job.recipe.hidden_states, job.recipe.run
-    assert wanted is not None, "a recipe without hidden states has no such node"
-    about = about_hidden_states(wanted, job.inputs["teacher"])
-    cache = RowCache(job.store, "hidden_states", fingerprint(about))
-    cache.describe(about)
-    capture = _Capture(job, cache)
-
-    def compute(teacher: LoadedModel, shard: list[tuple[str, _CuratedRow]]) -> list[tuple[_CuratedRow, HiddenRow]]:
-        rows = [(key, row.tokens) for key, row in shard]
-        found = capture_hidden(teacher, rows, wanted=wanted, micro_batch_tokens=run.micro_batch_tokens)
-        capture.refused.update(found.refused)
-        of = dict(shard)
-        return [(of[captured.key], captured) for captured in found.captured]
-
-    snapshot, computed = capture.run(compute, _pack_hidden_states)
-    labels = job.recipe.soft_labels  # a row on which the teacher fails has neither
-    return capture.finish(snapshot, computed, allowed=0 if labels is None else labels.max_refused_rows)
-
-
-def _pack_hidden_states(found: Sequence[tuple[_CuratedRow, HiddenRow]]) -> Packed:
-    rows = [{**row.columns, "states": encode_states(captured.states)} for row, captured in found]
-    tokens = sum(row.tokens.num_supervised for row, _ in found)
-    return Packed(pa.Table.from_pylist(rows, schema=HIDDEN_STATE_SCHEMA), tokens)

@@ -10,16 +10,19 @@ import numpy as np
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
+from kd_core.artifacts import find
 from kd_core.errors import TeacherError
 from kd_core.progress import Tick
-from kd_core.recipe import PretrainedStudent
+from kd_core.recipe import PretrainedStudent, Recipe
+from kd_core.stages.graph import build_graph
 from kd_core.stages.job import Job
+from kd_core.store import Store
 from kd_core.student.vocabulary import kept_tokens, trim_tokenizer
 from kd_core.teacher.models import load_tokenizer
-from kd_core.token_map import TokenMap, write_token_map
-from kd_core.tokens import encode_prompt, num_columns
+from kd_core.tokens.encoding import encode_prompt, num_columns
+from kd_core.tokens.token_map import TokenMap, write_token_map
 
-__all__ = ["vocabulary_stage"]
+__all__ = ["trimmed_tokens", "vocabulary_stage"]
 
 _READ_ROWS = 1024
 
@@ -49,6 +52,13 @@ def vocabulary_stage(job: Job) -> dict[str, Any]:
     write_token_map(token_map, job.directory / "tokenizer")
     job.tick(Tick(num_texts, num_texts, "texts"))
     return {"tokens": len(token_map.kept), "full_tokens": token_map.num_full, "seen_tokens": len(seen), "texts": num_texts}
+
+
+def trimmed_tokens(recipe: Recipe, store: Store) -> int | None:
+    """Number of tokens that the recipe's finished vocabulary keeps; None where there is none, or not yet."""
+    node = build_graph(recipe, store).get("vocabulary")
+    record = None if node is None else find(store, node.stage, node.fingerprint)
+    return None if record is None else int(record.summary["tokens"])
 
 
 def _full_tokenizer(job: Job) -> PreTrainedTokenizerBase:

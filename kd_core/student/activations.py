@@ -21,8 +21,8 @@ from kd_core.errors import TrainingError
 from kd_core.recipe import StudentFromTeacher
 from kd_core.student.shrink import Keep, head_size
 from kd_core.teacher.models import LoadedModel
-from kd_core.tokens import collate
-from kd_core.train.data import Rows, TokenRow, token_batches
+from kd_core.tokens.batches import TokenRow, collate, token_batches
+from kd_core.train.row_order import Rows
 
 __all__ = ["Importance", "measure", "most_important", "sample_rows"]
 

@@ -12,19 +12,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from kd_core.artifacts import find
 from kd_core.errors import TeacherError
 from kd_core.recipe import Adapter, ModelRef, PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, StudentFromConfig, TrainedTeacher
-from kd_core.stages.graph import build_graph
-from kd_core.store import Store
 from kd_core.student.adapters import adapter_parameters
 from kd_core.student.make import new_config
 from kd_core.student.shrink import head_size, shrunk_config
 from kd_core.teacher.models import UNREADABLE, load_tokenizer, one_line
 from kd_core.teacher.reference import locate
-from kd_core.tokens import num_columns
+from kd_core.tokens.encoding import num_columns
 
-__all__ = ["Description", "Figures", "describe", "model_figures", "teacher_config", "trimmed_tokens"]
+__all__ = ["Description", "Figures", "describe", "model_figures", "teacher_config"]
 
 
 @dataclass(frozen=True)
@@ -101,13 +98,6 @@ def describe(recipe: Recipe, *, kept_tokens: int | None = None) -> Description:
         student.bos_token_id = student.eos_token_id = student.pad_token_id = None  # ids of the full vocabulary; no weight depends on them
     figures = None if teacher is None else model_figures(teacher, dtype)
     return Description(model_figures(student, torch.float32, adapter), figures, spec.vocabulary is not None and kept_tokens is None)
-
-
-def trimmed_tokens(recipe: Recipe, store: Store) -> int | None:
-    """Tokens that the recipe's finished vocabulary keeps; None where there is none, or not yet."""
-    node = build_graph(recipe, store).get("vocabulary")
-    record = None if node is None else find(store, node.stage, node.fingerprint)
-    return None if record is None else int(record.summary["tokens"])
 
 
 def teacher_config(recipe: Recipe) -> PretrainedConfig | None:

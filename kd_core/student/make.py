@@ -15,8 +15,8 @@ from kd_core.recipe import Architecture, StudentFromTeacher
 from kd_core.student.activations import measure, most_important
 from kd_core.student.shrink import keep_everything, shrunk_config, shrunk_weights
 from kd_core.teacher.models import LoadedModel
-from kd_core.tokens import num_columns
-from kd_core.train.data import TokenRow
+from kd_core.tokens.batches import TokenRow
+from kd_core.tokens.encoding import num_columns
 
 __all__ = ["new_config", "new_model", "student_from_blocks", "student_from_teacher", "trainable"]
 

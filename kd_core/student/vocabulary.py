@@ -20,8 +20,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from kd_core.errors import RecipeError, TeacherError
-from kd_core.token_map import TokenMap
-from kd_core.tokens import num_columns, tokenizer_identity
+from kd_core.tokens.encoding import num_columns, tokenizer_identity
+from kd_core.tokens.token_map import TokenMap
 
 __all__ = ["kept_tokens", "trim_model", "trim_tokenizer"]
 

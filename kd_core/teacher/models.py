@@ -21,8 +21,8 @@ from transformers.utils import logging as transformers_logging
 from kd_core.errors import RecipeError, TeacherError
 from kd_core.recipe import ModelRef
 from kd_core.teacher.reference import locate
-from kd_core.token_map import TokenMap, read_token_map, write_token_map
-from kd_core.tokens import num_columns, tokenizer_identity
+from kd_core.tokens.encoding import num_columns, tokenizer_identity
+from kd_core.tokens.token_map import TokenMap, read_token_map, write_token_map
 
 __all__ = [
     "UNREADABLE",

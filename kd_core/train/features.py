@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 
 from kd_core.errors import SoftLabelError, TrainingError
 from kd_core.losses.features import FeatureLoss, TeacherFeatures
-from kd_core.packing import isolated_documents, unpackable
 from kd_core.recipe import BlockPair, Features, RelationFeatures
 from kd_core.softlabels.forward import check_teacher, decoder_blocks, module_outputs
 from kd_core.softlabels.hidden import RowStates
 from kd_core.teacher.models import LoadedModel
-from kd_core.train.data import TokenRow
-from kd_core.train.feed import FeatureSource, MicroBatch
+from kd_core.tokens.batches import TokenRow
+from kd_core.tokens.packing import isolated_documents, unpackable
+from kd_core.train.batches import FeatureSource, MicroBatch
 
 __all__ = ["CachedStates", "FeatureTask", "LiveTeacher", "StateRows", "places"]
 

@@ -17,17 +17,17 @@ from transformers import PreTrainedModel
 
 from kd_core.failpoints import reach
 from kd_core.losses.objective import step_weights
-from kd_core.packing import unpackable
 from kd_core.progress import Tick, Ticker
 from kd_core.recipe import Objective, Run, Training
 from kd_core.teacher.models import pick_device
+from kd_core.tokens.packing import unpackable
+from kd_core.train.batches import Feed, Layout
 from kd_core.train.checkpoints import Checkpoints
-from kd_core.train.data import TrainingData
 from kd_core.train.features import FeatureTask
-from kd_core.train.feed import Feed, Layout
-from kd_core.train.meter import Meter
+from kd_core.train.row_order import TrainingData
 from kd_core.train.schedules import Validations, learning_rate, weight_decay, without_a_best
 from kd_core.train.sharding import shall_shard
+from kd_core.train.speed import Meter
 from kd_core.train.state import TrainingState, as_trained, refuse_launcher_options, refuse_unsupported
 
 __all__ = ["TrainingResult", "train"]

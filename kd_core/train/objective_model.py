@@ -20,11 +20,11 @@ from kd_core.errors import TrainingError
 from kd_core.losses.features import FeatureLoss
 from kd_core.losses.fused import Projection, fused_loss
 from kd_core.losses.objective import StepWeights, supervised_loss
-from kd_core.packing import isolated_documents
 from kd_core.recipe import Divergence
 from kd_core.softlabels.forward import logit_scale, module_outputs
-from kd_core.train.data import TokenRow
-from kd_core.train.feed import Layout, MicroBatch
+from kd_core.tokens.batches import TokenRow
+from kd_core.tokens.packing import isolated_documents
+from kd_core.train.batches import Layout, MicroBatch
 
 __all__ = ["ObjectiveModel", "check_logits", "validation_sums"]
 
@@ -136,7 +136,7 @@ def check_logits(model: ObjectiveModel, rows: list[TokenRow], layout: Layout) ->
             raise TrainingError(
                 f"{type(model.model).__name__}: logits of a row of {len(row.ids)} tokens are {distance:.2g} of their spread away from the "
                 f"model's own (at most {_TOLERANCE:g}): its attention or its head does something that is not known here; please report it, "
-                "and add it to kd_core/packing.py unpackable() or to logit_scale in kd_core/softlabels/forward.py"
+                "and add it to kd_core/tokens/packing.py unpackable() or to logit_scale in kd_core/softlabels/forward.py"
             )
 
 

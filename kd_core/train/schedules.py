@@ -7,27 +7,12 @@ early stopping and the best weights do follows from it.
 import math
 from collections.abc import Sequence
 
-from kd_core.recipe import Constant, Decay, Piecewise, Ramp, ReduceOnPlateau, Training, WarmupStableDecay
+from kd_core.losses.schedule import value_at
+from kd_core.recipe import Decay, ReduceOnPlateau, Training, WarmupStableDecay
 
-__all__ = ["Validations", "best_validation", "learning_rate", "reductions", "value_at", "weight_decay", "without_a_best"]
+__all__ = ["Validations", "best_validation", "learning_rate", "reductions", "weight_decay", "without_a_best"]
 
 Validations = Sequence[tuple[int, float]]
-
-
-def value_at(schedule: Constant | Ramp | Piecewise, share: float) -> float:
-    """Value of a schedule at a share (0..1) of the training steps.
-
-    >>> value_at(Ramp(kind="linear", start=4.0, end=2.0), 0.5)
-    3.0
-    """
-    match schedule:
-        case Constant():
-            return schedule.value
-        case Piecewise():
-            return schedule.values[sum(share >= at for at in schedule.at)]
-        case Ramp():
-            bend = share if schedule.kind == "linear" else (1.0 - math.cos(math.pi * share)) / 2.0
-            return schedule.start + (schedule.end - schedule.start) * bend
 
 
 def learning_rate(training: Training, step: int, validation: Validations = ()) -> float:

@@ -20,18 +20,19 @@ from transformers import PreTrainedModel
 
 from kd_core.errors import TrainingError
 from kd_core.losses.objective import StepWeights
-from kd_core.packing import isolated_documents
 from kd_core.recipe import Objective, Run, Training
+from kd_core.tokens.batches import TokenRow
+from kd_core.tokens.packing import isolated_documents
 from kd_core.train.averaging import Average
+from kd_core.train.batches import Feed, Layout, StepPlan, dealt_batches
 from kd_core.train.checkpoints import Checkpoints
-from kd_core.train.data import TokenRow, TrainingData
 from kd_core.train.features import FeatureTask
-from kd_core.train.feed import Feed, Layout, StepPlan, dealt_batches
 from kd_core.train.history import History
-from kd_core.train.meter import Meter
 from kd_core.train.objective_model import ObjectiveModel, check_logits, validation_sums
+from kd_core.train.row_order import TrainingData
 from kd_core.train.schedules import best_validation
 from kd_core.train.sharding import part_of, shard, slice_of, whole
+from kd_core.train.speed import Meter
 
 __all__ = ["TrainingState", "as_trained", "refuse_launcher_options", "refuse_unsupported"]
 

@@ -12,9 +12,10 @@ import torch
 from kd_core.losses.features import TeacherFeatures
 from kd_core.softlabels.kept import only_kept
 from kd_core.softlabels.targets import Targets
-from kd_core.token_map import TokenMap
-from kd_core.train.data import Rows, TokenRow
-from kd_core.train.feed import FeatureSource, MicroBatch
+from kd_core.tokens.batches import TokenRow
+from kd_core.tokens.token_map import TokenMap
+from kd_core.train.batches import FeatureSource, MicroBatch
+from kd_core.train.row_order import Rows
 
 __all__ = ["FullFeatures", "TrimmedRows", "trimmed_row"]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from kd_core.recipe import Sampled, SoftLabels
-from kd_core.row_keys import soft_label_key
-from kd_core.shards import Commit, RowCache
+from kd_core.rows.keys import soft_label_key
+from kd_core.rows.table import Commit, RowCache
 from kd_core.softlabels import Targets, make_targets
 from kd_core.softlabels.codec import encode_rows
 from kd_core.store import LocalStore, Store

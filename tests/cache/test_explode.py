@@ -9,8 +9,8 @@ from kd_core.cache.catalog import find_namespace
 from kd_core.cache.explode import EXPLODED_SCHEMA, entries, explode
 from kd_core.errors import ArtifactError, IntegrityError, SoftLabelError, StoreError
 from kd_core.recipe import Dense, Sampled, TopK
-from kd_core.row_keys import soft_label_key
-from kd_core.shards import RowCache
+from kd_core.rows.keys import soft_label_key
+from kd_core.rows.table import RowCache
 from kd_core.softlabels import make_targets
 
 A = "a" * 32

@@ -5,7 +5,7 @@ import pytest
 from kd_core.cache.catalog import find_namespace
 from kd_core.cache.figures import figures
 from kd_core.errors import IntegrityError
-from kd_core.shards import RowCache
+from kd_core.rows.table import RowCache
 
 A = "a" * 32
 

@@ -12,7 +12,7 @@ from kd_core.artifacts import Artifact, publish
 from kd_core.cache.garbage import collect, plan_collection
 from kd_core.errors import IntegrityError
 from kd_core.ledger import Entry, append
-from kd_core.shards import RowCache
+from kd_core.rows.table import RowCache
 from kd_core.store import LocalStore
 
 A, B, USED, FP = "a" * 32, "b" * 32, "c" * 32, "f" * 32

@@ -14,7 +14,7 @@ from kd_core.cache.query import VIEWS, sql
 from kd_core.errors import IntegrityError, StoreError
 from kd_core.fingerprint import canonical_json, sha256_bytes
 from kd_core.recipe import S3Options, TopK
-from kd_core.shards import RowCache
+from kd_core.rows.table import RowCache
 from kd_core.store import LocalStore, S3Store, Store
 
 A, B = "a" * 32, "b" * 32

@@ -18,8 +18,8 @@ from kd_core.cache.verify import verify
 from kd_core.errors import IntegrityError
 from kd_core.fingerprint import canonical_json, sha256_bytes
 from kd_core.recipe import TopK
-from kd_core.row_keys import soft_label_key
-from kd_core.shards import RowCache
+from kd_core.rows.keys import soft_label_key
+from kd_core.rows.table import RowCache
 from kd_core.softlabels import make_targets
 from kd_core.softlabels.hidden import RowStates, encode_states
 from kd_core.store import LocalStore

@@ -22,12 +22,12 @@ from kd_core.export.quantized import settle_header
 from kd_core.export.student import generation_config
 from kd_core.fingerprint import sha256_file
 from kd_core.recipe import Answers, ModelRef
-from kd_core.recipe_io import load_recipe, parse_recipe
+from kd_core.recipe.files import load_recipe, parse_recipe
 from kd_core.stages.graph import build_graph
 from kd_core.store import LocalStore
 from kd_core.teacher.generate import generate
 from kd_core.teacher.models import load_directory, load_tokenizer, save_model
-from kd_core.tokens import encode_prompt
+from kd_core.tokens.encoding import encode_prompt
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from kd_core.errors import ArtifactError, IntegrityError, RecipeError, SourceError, StoreError, TeacherError
-from kd_core.recipe_io import load_recipe
+from kd_core.recipe.files import load_recipe
 
 pytestmark = pytest.mark.slow  # a Prefect server takes 17-21 s to start
 

@@ -14,7 +14,7 @@ from kd_core.recipe import Dense, Sampled, TopK
 from kd_core.softlabels.capture import row_key, score_rows
 from kd_core.softlabels.forward import Head
 from kd_core.softlabels.targets import DenseTargets, SampledTargets
-from kd_core.train.data import TokenRow
+from kd_core.tokens.batches import TokenRow
 
 DENSE = Dense(kind="dense")
 ROWS = [
@@ -113,14 +113,14 @@ def test_a_head_that_is_not_known_is_refused(tiny_model) -> None:
 def test_a_leak_between_documents_is_refused(tiny_model, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     loaded = tiny_model()
     loaded.model.to(dtype)
-    monkeypatch.setattr("kd_core.packing.Documents.groups", lambda self: iter([(0, 1, sum(self.lengths))]))
+    monkeypatch.setattr("kd_core.tokens.packing.Documents.groups", lambda self: iter([(0, 1, sum(self.lengths))]))
     assert "of their spread away from the model's own" in refusal(loaded)
 
 
 def test_a_sliding_window_that_is_not_kept_is_refused(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(Gemma3TextConfig(**WIDE, sliding_window=4)).eval()
-    monkeypatch.setattr("kd_core.packing._window_mask", lambda length, *_: torch.ones(length, length, dtype=torch.bool).tril())
+    monkeypatch.setattr("kd_core.tokens.packing._window_mask", lambda length, *_: torch.ones(length, length, dtype=torch.bool).tril())
     assert "of their spread away from the model's own" in refusal(replace(tiny_model(), model=model))
 
 
@@ -224,7 +224,7 @@ def test_keys_differ_for_each_row_and_namespace() -> None:
 @pytest.mark.parametrize("hash_seed", ["0", "12345"])
 def test_keys_are_equal_across_processes(hash_seed: str) -> None:
     """Trap 17: Python salts hash() by process; ours must not notice."""
-    code = f"from kd_core.row_keys import soft_label_key\nprint(soft_label_key('n', {ROWS[0].ids!r}, {ROWS[0].first_supervised}))"
+    code = f"from kd_core.rows.keys import soft_label_key\nprint(soft_label_key('n', {ROWS[0].ids!r}, {ROWS[0].first_supervised}))"
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == KEYED[0][0]

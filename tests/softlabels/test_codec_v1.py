@@ -14,7 +14,7 @@ from kd_core.errors import SoftLabelError
 from kd_core.recipe import Dense, Sampled, SoftLabels, TopK
 from kd_core.softlabels import Common, DenseTargets, SampledTargets, Targets, TopKTargets, make_targets
 from kd_core.softlabels.codec import decode_rows, parse_model
-from kd_core.softlabels.codec_v1 import _DENSE, _HEADER, _SAMPLED, _TOPK, MAGIC, VERSION, decode
+from kd_core.softlabels.codec.v1 import _DENSE, _HEADER, _SAMPLED, _TOPK, MAGIC, VERSION, decode
 
 POLICIES = st.one_of(
     st.just(Dense(kind="dense")),

@@ -7,7 +7,7 @@ from kd_core.errors import SoftLabelError, TeacherError
 from kd_core.recipe import HiddenStates
 from kd_core.softlabels.capture import row_key
 from kd_core.softlabels.hidden import RowStates, capture_hidden, decode_states, encode_states, projection
-from kd_core.train.data import TokenRow
+from kd_core.tokens.batches import TokenRow
 
 ROWS = [
     TokenRow((9, 12, 7, 14, 9, 12, 7, 14, 3, 4, 1), 4),

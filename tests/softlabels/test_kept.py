@@ -8,7 +8,7 @@ from kd_core.losses import Projection, StepWeights, forward_kl, fused_loss, supe
 from kd_core.recipe import Dense, ForwardKL, Sampled, TopK
 from kd_core.softlabels.kept import kept_mass, only_kept
 from kd_core.softlabels.targets import SampledTargets, Targets, concatenate, make_targets, move
-from kd_core.token_map import TokenMap
+from kd_core.tokens.token_map import TokenMap
 
 COLUMNS, HIDDEN = 24, 6
 MAP = TokenMap((0, 3, 4, 9, 10, 17, 23), COLUMNS, "")

@@ -12,14 +12,14 @@ from kd_core.errors import TrainingError
 from kd_core.progress import silent
 from kd_core.prompts import PROMPT_SCHEMA
 from kd_core.recipe import Recipe
-from kd_core.recipe_io import load_recipe
-from kd_core.row_schemas import ANSWER_SCHEMA
-from kd_core.shards import RowCache
-from kd_core.stages.data import curate_stage
+from kd_core.recipe.files import load_recipe
+from kd_core.rows.schemas import ANSWER_SCHEMA
+from kd_core.rows.table import RowCache
+from kd_core.stages.curate import curate_stage
 from kd_core.stages.graph import Node
 from kd_core.stages.job import Job
 from kd_core.store import LocalStore
-from kd_core.tokens import character_tokenizer
+from kd_core.tokens.encoding import character_tokenizer
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 EOS = 1

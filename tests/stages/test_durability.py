@@ -9,8 +9,8 @@ from kd_core.artifacts import find
 from kd_core.errors import SoftLabelError, StoreError
 from kd_core.progress import silent
 from kd_core.recipe import Recipe
-from kd_core.recipe_io import load_recipe
-from kd_core.shards import RowCache
+from kd_core.recipe.files import load_recipe
+from kd_core.rows.table import RowCache
 from kd_core.softlabels.hidden import decode_states
 from kd_core.stages import scoring
 from kd_core.stages.graph import build_graph

@@ -14,8 +14,8 @@ from kd_core.artifacts import Record, find, read_bytes
 from kd_core.ledger import history
 from kd_core.progress import silent
 from kd_core.recipe import Recipe
-from kd_core.recipe_io import load_recipe
-from kd_core.shards import RowCache
+from kd_core.recipe.files import load_recipe
+from kd_core.rows.table import RowCache
 from kd_core.stages.graph import build_graph, walk
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore

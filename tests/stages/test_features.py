@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from kd_core.artifacts import find, materialize
 from kd_core.errors import SoftLabelError
 from kd_core.progress import silent
-from kd_core.recipe_io import load_recipe
-from kd_core.stages import learning, scoring
+from kd_core.recipe.files import load_recipe
+from kd_core.stages import hidden_states, soft_labels
+from kd_core.stages import train as train_stage_module
 from kd_core.stages.graph import build_graph
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore
@@ -36,7 +37,7 @@ def test_a_student_learns_features_and_is_written_as_a_plain_model(name: str, co
     assert "hidden_states" not in nodes["ablation_hard.0"].upstream
     if name == "cached":
         run_node(recipe, "hidden_states", store=store, tick=silent, extra={})
-        monkeypatch.setattr(learning, "load_teacher", lambda job: pytest.fail("cached states need no teacher"))
+        monkeypatch.setattr(train_stage_module, "load_teacher", lambda job: pytest.fail("cached states need no teacher"))
     with caplog.at_level(logging.INFO):
         assert not run_node(recipe, "student.0", store=store, tick=silent, extra={}).hit
     assert "features: the student's blocks learn from the teacher's: 0 from 1" in caplog.text
@@ -83,9 +84,9 @@ def test_rows_the_teacher_fails_on_are_left_out_of_states_as_of_labels(copy, mon
     labels = {"kind": "sampled", "num_draws": 7, "temperature": 2.0, "max_refused_rows": 90}
     overrides = [f"soft_labels={json.dumps(labels)}", "objective.temperature=2.0", f"objective.features={json.dumps(FEATURES['cached'])}"]
     recipe = load_recipe(copy.recipe_file, [*overrides, "hidden_states={blocks: [1]}"])
-    monkeypatch.setattr(scoring, "score_rows", failing(scoring.score_rows, 8, "scored"))
-    real = scoring.capture_hidden
-    monkeypatch.setattr(scoring, "capture_hidden", failing(real, 8, "captured"))
+    monkeypatch.setattr(soft_labels, "score_rows", failing(soft_labels.score_rows, 8, "scored"))
+    real = hidden_states.capture_hidden
+    monkeypatch.setattr(hidden_states, "capture_hidden", failing(real, 8, "captured"))
     for name in ("soft_labels", "hidden_states"):
         run_node(recipe, name, store=store, tick=silent, extra={})
     nodes = build_graph(recipe, store)
@@ -93,7 +94,7 @@ def test_rows_the_teacher_fails_on_are_left_out_of_states_as_of_labels(copy, mon
     assert 0 < refused[0] == refused[1] <= 90
     assert not run_node(recipe, "student.0", store=store, tick=silent, extra={}).hit
     more = load_recipe(copy.recipe_file, [*overrides, "hidden_states={blocks: [0, 1]}"])
-    monkeypatch.setattr(scoring, "capture_hidden", failing(real, 4, "captured"))
+    monkeypatch.setattr(hidden_states, "capture_hidden", failing(real, 4, "captured"))
     run_node(more, "hidden_states", store=store, tick=silent, extra={})
     with pytest.raises(SoftLabelError, match=r"\d+ curated rows have soft labels and no hidden states, .*; load it in float32, or set"):
         run_node(more, "student.0", store=store, tick=silent, extra={})

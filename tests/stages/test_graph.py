@@ -20,7 +20,7 @@ from kd_core.artifacts import Artifact, Record, find, publish
 from kd_core.errors import ArtifactError
 from kd_core.ledger import Entry, append, current
 from kd_core.recipe import HiddenStates, Recipe, RelationFeatures, Vocabulary
-from kd_core.recipe_io import dump_recipe, load_recipe, parse_recipe
+from kd_core.recipe.files import dump_recipe, load_recipe, parse_recipe
 from kd_core.stages.graph import build_graph, open_node, selected_student, walk
 from kd_core.store import LocalStore
 
@@ -425,7 +425,7 @@ def test_another_process_finds_the_same_fingerprints_without_torch(tmp_path: Pat
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     code = (
         "import json, sys\n"
-        "from kd_core.recipe_io import load_recipe\n"
+        "from kd_core.recipe.files import load_recipe\n"
         "from kd_core.stages.graph import build_graph\n"
         "from kd_core.store import LocalStore\n"
         "from pathlib import Path\n"

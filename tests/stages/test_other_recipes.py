@@ -15,7 +15,7 @@ from kd_core.artifacts import read_bytes
 from kd_core.progress import silent
 from kd_core.prompts.generated import running_totals
 from kd_core.recipe import Recipe
-from kd_core.recipe_io import load_recipe
+from kd_core.recipe.files import load_recipe
 from kd_core.stages.graph import build_graph, open_node, walk
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore

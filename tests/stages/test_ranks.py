@@ -15,7 +15,7 @@ from kd_core.artifacts import Record, find
 from kd_core.errors import TrainingError
 from kd_core.progress import Tick, silent
 from kd_core.recipe import Recipe
-from kd_core.recipe_io import load_recipe
+from kd_core.recipe.files import load_recipe
 from kd_core.stages.graph import build_graph
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore

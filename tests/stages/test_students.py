@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kd_core.artifacts import find, materialize
-from kd_core.recipe_io import load_recipe
+from kd_core.recipe.files import load_recipe
 from kd_core.stages.graph import build_graph
 from kd_core.store import LocalStore
 

@@ -17,17 +17,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from kd_core.artifacts import Record, find, materialize
 from kd_core.errors import TrainingError
 from kd_core.evaluate.measure import measure
-from kd_core.plan import make_plan
+from kd_core.planning.plan import make_plan
 from kd_core.progress import silent
 from kd_core.recipe import Recipe
-from kd_core.recipe_io import load_recipe
+from kd_core.recipe.files import load_recipe
 from kd_core.stages.graph import build_graph, open_node, walk
 from kd_core.stages.run import run_node
+from kd_core.stages.vocabulary import trimmed_tokens
 from kd_core.store import LocalStore
-from kd_core.student.describe import describe, trimmed_tokens
+from kd_core.student.describe import describe
 from kd_core.teacher.models import load_directory, load_tokenizer
-from kd_core.token_map import TokenMap, read_token_map
-from kd_core.tokens import encode_gold, encode_prompt
+from kd_core.tokens.encoding import encode_gold, encode_prompt
+from kd_core.tokens.token_map import TokenMap, read_token_map
 from kd_core.train.history import logged_metrics
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"

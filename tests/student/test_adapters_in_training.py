@@ -8,9 +8,10 @@ from kd_core.recipe import Adapter, Objective, Run, Training
 from kd_core.store import LocalStore
 from kd_core.student.adapters import add_adapters, merge_adapters
 from kd_core.student.make import student_from_blocks
+from kd_core.tokens.batches import TokenRow
 from kd_core.train import loop
 from kd_core.train.checkpoints import Checkpoints
-from kd_core.train.data import MemoryRows, TokenRow, TrainingData
+from kd_core.train.row_order import MemoryRows, TrainingData
 
 ROWS = [TokenRow(tuple(2 + (i * j) % 13 for j in range(1, 9)), 3) for i in range(1, 30)]
 

@@ -10,11 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kd_core.errors import TeacherError
 from kd_core.recipe import StudentFromTeacher
-from kd_core.recipe_io import load_recipe
+from kd_core.recipe.files import load_recipe
 from kd_core.student.describe import describe, model_figures
 from kd_core.student.make import student_from_teacher
 from kd_core.teacher.models import save_model
-from kd_core.train.data import TokenRow
+from kd_core.tokens.batches import TokenRow
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 SMALL = {"every_nth_block": 2, "num_kv_heads": 1, "narrower": {"hidden_size": 8, "num_heads": 1, "intermediate_size": 10}}

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from kd_core.errors import RecipeError
 from kd_core.recipe import Architecture, CharacterTokenizer
 from kd_core.student.make import new_model, student_from_blocks
-from kd_core.tokens import character_tokenizer
+from kd_core.tokens.encoding import character_tokenizer
 
 TOKENIZER = character_tokenizer(CharacterTokenizer(kind="characters", alphabet="01+="))
 SIZE = Architecture(hidden_size=16, num_layers=3, num_heads=2, num_kv_heads=1, intermediate_size=32, max_positions=64)

@@ -13,8 +13,9 @@ from kd_core.student.activations import Importance, measure, most_important, sam
 from kd_core.student.make import student_from_teacher
 from kd_core.student.shrink import FAMILIES, shrunk_config
 from kd_core.teacher.models import LoadedModel
-from kd_core.tokens import character_tokenizer
-from kd_core.train.data import MemoryRows, TokenRow
+from kd_core.tokens.batches import TokenRow
+from kd_core.tokens.encoding import character_tokenizer
+from kd_core.train.row_order import MemoryRows
 
 TOKENIZER = character_tokenizer(CharacterTokenizer(kind="characters", alphabet="0123456789+-=,#"))
 IDS = torch.tensor([[2, 3, 4, 5, 11, 7, 1]])

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from kd_core.errors import RecipeError, TeacherError, TrainingError
 from kd_core.recipe import CharacterTokenizer
 from kd_core.student.vocabulary import kept_tokens, trim_model, trim_tokenizer
-from kd_core.token_map import TokenMap, read_token_map, write_token_map
-from kd_core.tokens import character_tokenizer, num_columns
+from kd_core.tokens.encoding import character_tokenizer, num_columns
+from kd_core.tokens.token_map import TokenMap, read_token_map, write_token_map
 
 SEEN = ["running together because seven plus eight", "7+5=12"]
 UNSEEN = ["electromagnetic counting", "Zoë's \u4e2d\u6587 \U0001f600\n\ttab", "", "99+1= apples"]

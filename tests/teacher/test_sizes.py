@@ -12,7 +12,7 @@ from kd_core.recipe import Architecture, CharacterTokenizer, ModelRef
 from kd_core.student.make import new_model, student_from_blocks
 from kd_core.teacher.models import LoadedModel, save_model
 from kd_core.teacher.sizes import llama_size, stored_size
-from kd_core.tokens import character_tokenizer, num_columns
+from kd_core.tokens.encoding import character_tokenizer, num_columns
 
 TOKENIZER = character_tokenizer(CharacterTokenizer(kind="characters", alphabet="0123456789+="))
 ARCHITECTURES = [

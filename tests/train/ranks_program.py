@@ -21,11 +21,12 @@ from kd_core.softlabels.targets import Common, TopKTargets
 from kd_core.store import LocalStore
 from kd_core.student.adapters import add_adapters
 from kd_core.teacher.models import LoadedModel
-from kd_core.tokens import character_tokenizer
+from kd_core.tokens.batches import TokenRow
+from kd_core.tokens.encoding import character_tokenizer
 from kd_core.train.checkpoints import Checkpoints
-from kd_core.train.data import MemoryRows, TokenRow, TrainingData
 from kd_core.train.features import FeatureTask, LiveTeacher
 from kd_core.train.loop import train
+from kd_core.train.row_order import MemoryRows, TrainingData
 
 NUM_COLUMNS = 17
 KEPT = 4

@@ -14,7 +14,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from kd_core.errors import SoftLabelError, TeacherError, TrainingError
 from kd_core.losses.features import hidden_state_loss, relation_loss
 from kd_core.progress import silent
-from kd_core.range_cache import RangeCache
 from kd_core.recipe import (
     Adapter,
     BlockPair,
@@ -29,19 +28,21 @@ from kd_core.recipe import (
     Sampled,
     Training,
 )
-from kd_core.row_schemas import HIDDEN_STATE_SCHEMA
-from kd_core.shards import RowCache
+from kd_core.rows.range_cache import RangeCache
+from kd_core.rows.schemas import HIDDEN_STATE_SCHEMA
+from kd_core.rows.table import RowCache
 from kd_core.softlabels.capture import row_key, score_rows
 from kd_core.softlabels.hidden import capture_hidden, encode_states
 from kd_core.store import LocalStore
 from kd_core.student.adapters import add_adapters
 from kd_core.teacher.models import LoadedModel
-from kd_core.train import feed
+from kd_core.tokens.batches import TokenRow
+from kd_core.train import batches as feed
 from kd_core.train.checkpoints import Checkpoints
-from kd_core.train.data import MemoryRows, TokenRow, TrainingData
 from kd_core.train.features import CachedStates, FeatureTask, LiveTeacher
 from kd_core.train.loop import TrainingResult, train
-from kd_core.train.reader import ShardGroups, StoredRows
+from kd_core.train.row_order import MemoryRows, TrainingData
+from kd_core.train.stored_rows import ShardGroups, StoredRows
 
 EOS = 1
 ROWS = [

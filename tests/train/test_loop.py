@@ -17,13 +17,14 @@ from kd_core.progress import silent
 from kd_core.recipe import Constant, Decay, Dense, Objective, ReduceOnPlateau, Run, Sampled, SoftLabels, Training
 from kd_core.softlabels.capture import row_key, score_rows
 from kd_core.store import LocalStore
-from kd_core.tokens import collate
-from kd_core.train import feed, state
+from kd_core.tokens.batches import TokenRow, collate
+from kd_core.train import batches as feed
+from kd_core.train import state
+from kd_core.train.batches import Layout, dealt_batches
 from kd_core.train.checkpoints import Checkpoints
-from kd_core.train.data import MemoryRows, TokenRow, TrainingData
-from kd_core.train.feed import Layout, dealt_batches
 from kd_core.train.loop import TrainingResult, train
 from kd_core.train.objective_model import ObjectiveModel, validation_sums
+from kd_core.train.row_order import MemoryRows, TrainingData
 
 EOS = 1
 ROWS = [

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 from kd_core.errors import TrainingError
 from kd_core.losses.divergences import FORWARD_KL
 from kd_core.losses.objective import StepWeights
-from kd_core.packing import isolated_documents, unpackable
-from kd_core.train.data import TokenRow
-from kd_core.train.feed import Layout
+from kd_core.tokens.batches import TokenRow
+from kd_core.tokens.packing import isolated_documents, unpackable
+from kd_core.train.batches import Layout
 from kd_core.train.objective_model import ObjectiveModel, check_logits
 
 CPU = torch.device("cpu")

@@ -2,8 +2,9 @@ import math
 
 import pytest
 
+from kd_core.losses.schedule import value_at
 from kd_core.recipe import Constant, Piecewise, Ramp, Training
-from kd_core.train.schedules import best_validation, learning_rate, value_at, weight_decay, without_a_best
+from kd_core.train.schedules import best_validation, learning_rate, weight_decay, without_a_best
 
 
 def test_values_by_hand() -> None:

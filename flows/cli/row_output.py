@@ -1,0 +1,62 @@
+"""Rows of a query to standard output: a table for people, CSV or JSON of any length for machines.
+
+A reader that stops early (``| head``) ends the output without an error.
+"""
+
+import csv
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Literal
+
+__all__ = ["print_rows"]
+
+_SHOWN_ROWS = 100
+
+
+def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: Literal["table", "json", "csv"]) -> None:
+    """Print rows as they come: CSV and JSON to their end, a table of the first ones."""
+    try:
+        {"csv": _print_csv, "json": _print_json, "table": _print_table}[form](columns, iter(rows))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more when it ends
+
+
+def _print_csv(columns: Sequence[str], rows: Iterator[Sequence[Any]]) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([_plain(value) for value in row] for row in rows)
+
+
+def _print_json(columns: Sequence[str], rows: Iterator[Sequence[Any]]) -> None:
+    separator = "[\n"
+    for row in rows:
+        print(separator + json.dumps(dict(zip(columns, map(_plain, row), strict=True)), allow_nan=False), end="")
+        separator = ",\n"
+    print("[]" if separator == "[\n" else "\n]")
+
+
+def _print_table(columns: Sequence[str], rows: Iterator[Sequence[Any]]) -> None:
+    from flows.cli.cache_tables import rows_table
+    from flows.cli.tables import show
+
+    show(rows_table(columns, [list(map(_plain, row)) for row in islice(rows, _SHOWN_ROWS)]))
+    if next(rows, None) is not None:
+        print(f"... these are the first {_SHOWN_ROWS} rows; --csv or --json prints all")
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON and CSV have it: bytes as hex, times as ISO 8601, no NaN."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

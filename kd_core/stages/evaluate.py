@@ -1,0 +1,122 @@
+"""The stage that measures models on the suites of a recipe, and the same for one model alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from kd_core.artifacts import Record, find, workspace
+from kd_core.errors import ArtifactError
+from kd_core.evaluate.measure import Measured, measure
+from kd_core.evaluate.statistics import METRICS, Estimate, estimate
+from kd_core.evaluate.suites import suite_items
+from kd_core.ledger import Entry, current
+from kd_core.progress import Ticker
+from kd_core.recipe import Recipe, ServerTeacher
+from kd_core.stages.graph import build_graph, champion, open_node
+from kd_core.stages.job import Job
+from kd_core.stages.teacher import load_teacher
+from kd_core.store import Store
+from kd_core.teacher.models import LoadedModel, load_directory, load_tokenizer, pick_device
+
+__all__ = ["evaluate_stage", "measure_one"]
+
+
+def evaluate_stage(job: Job) -> dict[str, Any]:
+    """Files: scores.parquet (one row an item and seed). Summary: parameters, bytes, tokens a second."""
+    suites, teacher = _suites(job), _scorer(job)
+    scores: list[pa.Table] = []
+    sizes: dict[str, int] = {}
+    rates: list[float] = []
+    models = _models(job)
+    for seed, record in models:
+        loaded = teacher if record is None else _load(job, record)
+        assert loaded is not None, "a node without a record is the teacher's own"
+        found = _measure(job, loaded, suites, teacher, seed)
+        scores.append(found.scores)
+        rates.append(found.tokens_per_second)
+        sizes = {"parameters": loaded.num_parameters, "bytes": loaded.num_bytes}
+    job.write_table("scores.parquet", pa.concat_tables(scores))
+    return {**sizes, "tokens_per_second": sum(rates) / len(rates), "items": sum(t.num_rows for t in suites.values()), "seeds": len(models)}
+
+
+def measure_one(recipe: Recipe, store: Store, model: str, *, tick: Ticker) -> dict[tuple[str, str], Estimate]:
+    """Measure one model on a recipe's suites; its prompts and teacher nodes must be done.
+
+    Args:
+        recipe: whose suites, sampling and teacher are used.
+        store: where its artifacts are.
+        model: 'champion', or a local directory in the Hugging Face layout.
+        tick: progress, in items.
+
+    Returns:
+        (suite, metric) -> value with interval.
+
+    Raises:
+        ArtifactError: there is no champion, or its weights are gone.
+        TeacherError: the directory holds no model.
+    """
+    nodes = build_graph(recipe, store)
+    inputs = {role: open_node(store, nodes[role]) for role in ("prompts", "teacher")}
+    with workspace() as directory:
+        job = Job(recipe, nodes["evaluate.student"], store, inputs, directory, tick)
+        device = pick_device(recipe.run.device)
+        if model == "champion":
+            holder = current(store, recipe.publish)
+            if holder is None:
+                raise ArtifactError(
+                    f"{recipe.publish} has no champion in {store.uri} yet; run a recipe that publishes it, or name a directory"
+                )
+            loaded = _load(job, _champion_record(store, holder))
+        else:
+            loaded = load_directory(Path(model), device=device, tokenizer=load_tokenizer(Path(model)))
+        scores = _measure(job, loaded, _suites(job), _scorer(job), recipe.seeds[0]).scores
+    confidence = recipe.evaluation.confidence
+    found = {(s.name, m): estimate(scores, m, suite=s.name, confidence=confidence) for s in recipe.evaluation.suites for m in METRICS}
+    return {where: value for where, value in found.items() if value is not None}
+
+
+def _suites(job: Job) -> dict[str, pa.Table]:
+    return suite_items(job.recipe, lambda name: job.read_table("prompts", name))
+
+
+def _scorer(job: Job) -> LoadedModel | None:
+    """The teacher whose distribution models are compared with; None where it only speaks text."""
+    return None if isinstance(job.recipe.teacher, ServerTeacher) else load_teacher(job)
+
+
+def _measure(job: Job, loaded: LoadedModel, suites: dict[str, pa.Table], teacher: LoadedModel | None, seed: int) -> Measured:
+    recipe = job.recipe
+    return measure(
+        loaded,
+        suites,
+        seed=seed,
+        answers=recipe.evaluation.generate,
+        task=recipe.task,
+        run=recipe.run,
+        teacher=teacher,
+        tick=job.tick,
+    )
+
+
+def _models(job: Job) -> list[tuple[int, Record | None]]:
+    """(seed, record) of the models that this node measures; None is the teacher."""
+    if job.node.name == "evaluate.teacher":
+        return [(job.recipe.seeds[0], None)]
+    if job.node.name == "evaluate.champion":
+        holder = champion(job.recipe, job.store, build_graph(job.recipe, job.store))
+        assert holder is not None, "the graph has this node only when there is a champion"
+        return [(0, _champion_record(job.store, holder))]
+    return [(seed, job.inputs[f"model.{seed}"]) for seed in job.recipe.seeds]
+
+
+def _champion_record(store: Store, holder: Entry) -> Record:
+    record = find(store, holder.artifact.stage, holder.artifact.fingerprint)
+    if record is None or record.digest != holder.artifact.digest:
+        raise ArtifactError(f"the champion's weights {holder.artifact.digest} are gone from {store.uri}; restore them or roll back")
+    return record
+
+
+def _load(job: Job, record: Record) -> LoadedModel:
+    with job.files(record) as files:
+        return load_directory(files / "model", device=pick_device(job.recipe.run.device), tokenizer=load_tokenizer(files / "model"))

@@ -1,0 +1,61 @@
+"""The stage that decides: evidence of all compared models in, a verdict out."""
+
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+
+from kd_core.evaluate.gate import Efficiency, Evidence, decide
+from kd_core.stages.graph import build_graph, champion, selected_student
+from kd_core.stages.job import Job
+
+__all__ = ["collect_evidence", "efficiency", "gate_stage", "model_scores"]
+
+
+def model_scores(job: Job) -> dict[str, pa.Table]:
+    """Score tables by model name, of every upstream evaluate node."""
+    nodes = [role for role in job.inputs if role.startswith("evaluate.")]
+    return {role.partition(".")[2]: job.read_table(role, "scores.parquet") for role in nodes}
+
+
+def efficiency(job: Job) -> dict[str, Efficiency]:
+    """Costs by model name, of every upstream evaluate node; the teacher's size also where it was not evaluated."""
+    found: dict[str, Efficiency] = {}
+    for role in job.inputs:
+        if role.startswith("evaluate."):
+            own = job.summary(role)
+            found[role.partition(".")[2]] = Efficiency(
+                parameters=own["parameters"], bytes=own["bytes"], tokens_per_second=own["tokens_per_second"]
+            )
+    teacher = job.summary("teacher")
+    if "teacher" not in found and teacher["parameters"] is not None:
+        found["teacher"] = Efficiency(parameters=teacher["parameters"], bytes=teacher["bytes"], tokens_per_second=None)
+    return found
+
+
+def collect_evidence(job: Job) -> Evidence:
+    """Everything the gate decides on."""
+    scores = model_scores(job)
+    return Evidence(
+        scores=scores,
+        efficiency=efficiency(job),
+        suite=job.recipe.evaluation.suites[0].name,
+        confidence=job.recipe.evaluation.confidence,
+        champion="champion" if "champion" in scores else None,
+    )
+
+
+def gate_stage(job: Job) -> dict[str, Any]:
+    """No files but the verdict. Summary: promote, headline, reasons, the chosen student, the champion it was compared with."""
+    verdict = decide(collect_evidence(job), job.recipe.gate)
+    nodes = build_graph(job.recipe, job.store)
+    student = selected_student(job.recipe, job.store, nodes)
+    assert student is not None, "students are trained before the gate"
+    holder = champion(job.recipe, job.store, nodes)
+    return {
+        "promote": verdict.promote,
+        "headline": verdict.headline,
+        "reasons": [asdict(reason) for reason in verdict.reasons],
+        "student": {"stage": student.stage, "fingerprint": student.fingerprint, "digest": student.digest, "seed": student.summary["seed"]},
+        "champion": {"number": holder.number, "digest": holder.artifact.digest} if holder is not None else None,
+    }

@@ -1,0 +1,26 @@
+"""The stage that collects prompts: from sources to cleaned, split and decontaminated rows."""
+
+from typing import Any
+
+from kd_core.progress import Tick
+from kd_core.prompts import collect_prompts
+from kd_core.recipe import Recipe, SourceSuite
+from kd_core.stages.job import Job
+
+__all__ = ["prompts_stage"]
+
+
+def prompts_stage(job: Job) -> dict[str, Any]:
+    """Files: prompts.parquet; suite-<name>.parquet, whole, of each benchmark with a source of its own. Summary: counts."""
+    found = collect_prompts(_with_whole_benchmarks(job.recipe))
+    job.write_table("prompts.parquet", found.table)
+    for name, items in found.suites.items():
+        job.write_table(f"suite-{name}.parquet", items)
+    job.tick(Tick(found.table.num_rows, found.table.num_rows, "prompts"))
+    return {"rows": found.table.num_rows, "counts": found.counts}
+
+
+def _with_whole_benchmarks(recipe: Recipe) -> Recipe:
+    """How much of a suite is measured is the evaluation's business: a changed limit must not move the prompts."""
+    whole = tuple(suite.model_copy(update={"limit": None}) for suite in recipe.evaluation.suites if isinstance(suite, SourceSuite))
+    return recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"suites": whole})})

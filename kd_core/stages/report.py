@@ -1,0 +1,163 @@
+"""The report stage: evidence of all stages as one HTML page, Markdown and JSON."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+
+from kd_core.curate import verify
+from kd_core.evaluate.gate import RuleResult, Verdict
+from kd_core.evaluate.report import Curve, ModelRow, ReportData, Sample, SampleAnswer, StageRow, render_html, render_markdown, report_json
+from kd_core.evaluate.statistics import METRICS, Comparison, Estimate, compare, estimate
+from kd_core.evaluate.suites import suite_items
+from kd_core.recipe import ARMS, Recipe
+from kd_core.recipe.files import dump_recipe
+from kd_core.stages.gate import efficiency, model_scores
+from kd_core.stages.job import Job
+from kd_core.train.history import logged_metrics
+
+__all__ = ["report_stage"]
+
+_ORDER = ("teacher", *ARMS, "champion")
+_NUM_SAMPLES = 8
+_CURVES = {"loss": "train loss", "hard": "hard (CE)", "soft": "soft (KL)", "feature": "features"}
+
+
+def report_stage(job: Job) -> dict[str, Any]:
+    """Files: report.html, report.md, report.json, recipe.yaml. Summary: the verdict's headline."""
+    data = _report_data(job)
+    (job.directory / "report.html").write_text(render_html(data), encoding="utf-8")
+    (job.directory / "report.md").write_text(render_markdown(data), encoding="utf-8")
+    (job.directory / "report.json").write_text(json.dumps(report_json(data), indent=1), encoding="utf-8")
+    (job.directory / "recipe.yaml").write_text(data.recipe_yaml, encoding="utf-8")
+    return {"promote": data.verdict.promote, "headline": data.verdict.headline}
+
+
+def _report_data(job: Job) -> ReportData:
+    recipe, scores = job.recipe, model_scores(job)
+    names = [name for name in _ORDER if name in scores]
+    gate = job.summary("gate")
+    suite = recipe.evaluation.suites[0].name
+    return ReportData(
+        recipe_name=recipe.name,
+        description=recipe.description,
+        suite=suite,
+        confidence=recipe.evaluation.confidence,
+        seeds=recipe.seeds,
+        verdict=Verdict(gate["promote"], tuple(RuleResult(**reason) for reason in gate["reasons"])),
+        champion=gate["champion"]["digest"] if gate["champion"] else None,
+        models=tuple(_model_row(job, name, scores[name]) for name in names),
+        comparisons=_comparisons(job, scores, [name for name in names if name != "student"]),
+        stages=tuple(_stage_rows(job)),
+        counts=_counts(job),
+        curves=tuple(_curves(job)),
+        samples=_samples(job, scores, suite),
+        command=f"kd run recipes/{recipe.name}.yaml",
+        recipe_yaml=dump_recipe(_without_address(recipe)),
+        versions={k: str(v) for k, v in _versions(job).items()},
+        price_per_hour=recipe.run.price_per_hour,
+    )
+
+
+def _without_address(recipe: Recipe) -> Recipe:
+    """The recipe without its registry: that address may hold a password, and the report is the same wherever it is published."""
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"tracking": None})})
+
+
+def _estimates(job: Job, table: pa.Table) -> dict[str, Estimate]:
+    suites = [suite.name for suite in job.recipe.evaluation.suites]
+    found = {}
+    for position, suite in enumerate(suites):
+        for metric in METRICS:
+            value = estimate(table, metric, suite=suite, confidence=job.recipe.evaluation.confidence)
+            if value is not None:
+                found[metric if position == 0 else f"{suite}/{metric}"] = value
+    return found
+
+
+def _model_row(job: Job, name: str, table: pa.Table) -> ModelRow:
+    cost = efficiency(job)[name]
+    return ModelRow(name, cost["parameters"], cost["bytes"], cost["tokens_per_second"], _estimates(job, table))
+
+
+def _comparisons(job: Job, scores: dict[str, pa.Table], others: list[str]) -> tuple[Comparison, ...]:
+    student, confidence = scores["student"], job.recipe.evaluation.confidence
+    found = []
+    for other in others:
+        for position, suite in enumerate(job.recipe.evaluation.suites):
+            for metric in ("pass_at_1", "nll", "kl", "agreement"):
+                if other == "teacher" and metric in ("kl", "agreement"):
+                    continue  # the teacher's distance to itself is zero by definition
+                difference = compare(student, scores[other], metric, suite=suite.name, confidence=confidence, names=("student", other))
+                if difference is not None:
+                    found.append(difference if position == 0 else replace(difference, metric=f"{suite.name}/{metric}"))
+    return tuple(found)
+
+
+def _stage_rows(job: Job) -> list[StageRow]:
+    """One line a group, in order; the seconds are those of its computation, whenever that was."""
+    groups: dict[str, list[str]] = {}
+    for name in job.inputs:
+        groups.setdefault(name.partition(".")[0], []).append(name)
+    return [
+        StageRow(group, job.inputs[names[0]].fingerprint, "done", sum(float(job.summary(name)["seconds"]) for name in names))
+        for group, names in groups.items()
+    ]
+
+
+def _counts(job: Job) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {
+        "Prompts": dict(job.summary("prompts")["counts"]),
+        "Curation": dict(job.summary("curate")["counts"]),
+    }
+    if "counts" in job.summary("teacher"):
+        found["Teacher's gold data"] = dict(job.summary("teacher")["counts"])
+    if "vocabulary" in job.inputs:
+        kept = [job.summary(f"student.{seed}")["vocabulary"].get("kept_mass") for seed in job.recipe.seeds]
+        masses = [round(mass, 4) for mass in kept if mass is not None]
+        sizes = job.summary("vocabulary")
+        found["Vocabulary"] = {"tokens kept": sizes["tokens"], "tokens of the full tokenizer": sizes["full_tokens"]}
+        found["Vocabulary"] |= {"teacher's probability on kept tokens": min(masses)} if masses else {}
+    return found
+
+
+def _curves(job: Job) -> list[Curve]:
+    found = []
+    for name, record in job.inputs.items():
+        metrics = logged_metrics(job.store, record)
+        if not metrics:
+            continue
+        model, seed = (name, job.recipe.seeds[0]) if record.stage == "teacher" else (name.partition(".")[0], record.summary["seed"])
+        for key, part in _CURVES.items():
+            points = [(int(m["step"]), float(m[key])) for m in metrics if key in m]
+            if points and not (key == "hard" and "soft" not in metrics[0]):
+                steps, values = zip(*points, strict=True)
+                found.append(Curve(model, seed, part, steps, values))
+    return found
+
+
+def _samples(job: Job, scores: dict[str, pa.Table], suite: str) -> tuple[Sample, ...]:
+    items = suite_items(job.recipe, lambda name: job.read_table("prompts", name))[suite].slice(0, _NUM_SAMPLES).to_pylist()
+    texts = {
+        name: {row["item_id"]: row["text"] for row in reversed(table.to_pylist()) if row["suite"] == suite}
+        for name, table in scores.items()
+    }
+
+    def answer(name: str, item: dict[str, Any]) -> SampleAnswer | None:
+        text = texts[name].get(item["prompt_id"])
+        if text is None:
+            return None
+        return SampleAnswer(name, text, None if item["reference"] is None else verify(text, item["reference"], job.recipe.task))
+
+    found = []
+    for item in items:
+        answers = tuple(a for name in _ORDER if name in texts and (a := answer(name, item)) is not None)
+        if answers:
+            found.append(Sample(item["prompt_id"], item["prompt"], item["reference"], answers))
+    return tuple(found)
+
+
+def _versions(job: Job) -> dict[str, Any]:
+    provenance = job.inputs["gate"].provenance
+    return {**provenance["packages"], "python": provenance["python"], "machine": provenance["machine"]}

@@ -1,0 +1,106 @@
+"""The stage that prepares the teacher: loads, trains or names it, and says what it is made of."""
+
+from typing import Any
+
+import torch
+
+from kd_core.fingerprint import fingerprint, sha256_bytes
+from kd_core.prompts import collect_gold
+from kd_core.recipe import Objective, PretrainedTeacher, Recipe, ServerTeacher, TrainedTeacher
+from kd_core.stages.job import Job
+from kd_core.student.make import new_model
+from kd_core.teacher.models import LoadedModel, load_directory, load_model, load_tokenizer, pick_device, save_model, teacher_identity
+from kd_core.teacher.reference import reference_identity
+from kd_core.tokens.batches import TokenRow
+from kd_core.tokens.encoding import character_tokenizer, encode_gold, encode_prompt
+from kd_core.train.checkpoints import Checkpoints
+from kd_core.train.history import to_jsonl
+from kd_core.train.loop import train
+from kd_core.train.row_order import MemoryRows, TrainingData
+
+__all__ = ["load_teacher", "teacher_stage"]
+
+
+def teacher_stage(job: Job) -> dict[str, Any]:
+    """Files: model/ (of a pre-trained one only the tokenizer), metrics.jsonl of a trained one. Summary: its content identity and size."""
+    teacher = job.recipe.teacher
+    if isinstance(teacher, ServerTeacher):
+        return {"teacher": {"engine": "server", "model": teacher.model, "revision": teacher.revision}, "parameters": None, "bytes": None}
+    if isinstance(teacher, TrainedTeacher):
+        return _train_teacher(job, teacher)
+    device = pick_device(job.recipe.run.device)
+    tokenizer = load_tokenizer(teacher)
+    loaded = load_model(teacher, device=device, tokenizer=tokenizer, trust_remote_code=teacher.trust_remote_code)
+    tokenizer.save_pretrained(job.directory / "model")
+    return _describe(loaded, reference_identity(teacher))
+
+
+def _describe(loaded: LoadedModel, weights: dict[str, Any]) -> dict[str, Any]:
+    sizes = {"parameters": loaded.num_parameters, "bytes": loaded.num_bytes}
+    return {"teacher": teacher_identity(loaded, weights), **sizes}
+
+
+def _train_teacher(job: Job, teacher: TrainedTeacher) -> dict[str, Any]:
+    recipe, seed = job.recipe, job.recipe.seeds[0]
+    gold, counts = collect_gold(
+        teacher.sources,
+        task=recipe.task,
+        split=recipe.prompts.split,
+        suites=recipe.evaluation.suites,
+        max_characters=recipe.prompts.max_characters,
+        s3=recipe.run.s3,
+    )
+    tokenizer = character_tokenizer(teacher.tokenizer)
+    model = new_model(teacher.architecture, tokenizer, seed=seed)
+    rows = [_token_row(tokenizer, recipe, row) for row in gold.to_pylist()]
+    device = pick_device(recipe.run.device)
+    loaded = LoadedModel(model, tokenizer, model.config.vocab_size)
+    result = train(
+        model,
+        TrainingData(MemoryRows(rows), ()),
+        num_columns=loaded.num_columns,
+        training=teacher.training,
+        objective=Objective(supervision="gold"),
+        seed=seed,
+        run=recipe.run,
+        checkpoints=Checkpoints(job.store, job.node.fingerprint, recipe.run.keep_checkpoints),
+        tick=job.tick,
+    )
+    model.to(device).eval().requires_grad_(False)
+    save_model(loaded, job.directory)
+    (job.directory / "metrics.jsonl").write_text(to_jsonl(result.metrics))
+    weights = {"training": job.node.fingerprint, "content": _weights_digest(model)}
+    learnt = {
+        "rows": len(rows),
+        "rows_too_long": result.rows_too_long,
+        "counts": counts,
+        "supervised_tokens": result.supervised_tokens,
+        "resumed_from": result.resumed_from,
+        "speed": result.speed,
+    }
+    return {**_describe(loaded, weights), **learnt, "training_seconds": result.seconds}
+
+
+def _token_row(tokenizer: Any, recipe: Recipe, row: dict[str, Any]) -> TokenRow:
+    prompt_ids = encode_prompt(tokenizer, row["prompt"], recipe.task)
+    return TokenRow((*prompt_ids, *encode_gold(tokenizer, row["gold"])), len(prompt_ids))
+
+
+def _weights_digest(model: torch.nn.Module) -> str:
+    """32 hex over every weight's bytes, by name."""
+    return fingerprint({n: sha256_bytes(p.detach().cpu().float().numpy().tobytes()) for n, p in model.state_dict().items()})
+
+
+def load_teacher(job: Job) -> LoadedModel:
+    """The teacher behind the job's upstream 'teacher', ready to run.
+
+    Raises:
+        TeacherError: it cannot be loaded here.
+    """
+    teacher = job.recipe.teacher
+    device = pick_device(job.recipe.run.device)
+    with job.files(job.inputs["teacher"]) as files:
+        tokenizer = load_tokenizer(files / "model")
+        if isinstance(teacher, PretrainedTeacher):
+            return load_model(teacher, device=device, tokenizer=tokenizer, trust_remote_code=teacher.trust_remote_code)
+        return load_directory(files / "model", device=device, tokenizer=tokenizer)

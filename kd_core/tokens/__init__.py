@@ -1,0 +1,1 @@
+"""From text to token ids and batches: templates and encoding, packing, token maps, and the one place that shifts."""
