@@ -12,7 +12,7 @@ from kd_core.recipe import Recipe
 from kd_core.recipe.files import load_recipe
 from kd_core.rows.table import RowCache
 from kd_core.softlabels.hidden import decode_states
-from kd_core.stages import scoring
+from kd_core.stages import scoring, soft_labels
 from kd_core.stages.graph import build_graph
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore
@@ -110,14 +110,14 @@ def test_a_shard_that_is_made_again_has_the_model_it_had(copy, monkeypatch: pyte
     """Shards go on with the codec's model of the shard before: also where a run was killed there, and models had changed on the way."""
     options = ["soft_labels={kind: topk, k: 3, temperatures: [1.0]}", "objective.temperature=1.0", "run.shard_rows=24"]
     recipe, store = load_recipe(copy.recipe_file, options), LocalStore(copy.store)
-    real, used = scoring.encode_rows, set[bytes]()
+    real, used = soft_labels.encode_rows, set[bytes]()
 
     def changing(rows, labels, known):
         model, blobs = real(rows, labels, b"" if len(labels[0]) % 2 else known)
         used.add(model)
         return model, blobs
 
-    monkeypatch.setattr(scoring, "encode_rows", changing)
+    monkeypatch.setattr(soft_labels, "encode_rows", changing)
     run_node(recipe, "soft_labels", store=store, tick=silent, extra={})
     record = find(store, "soft_labels", build_graph(recipe, store)["soft_labels"].fingerprint)
     assert record is not None
@@ -134,7 +134,7 @@ def test_a_shard_that_is_made_again_has_the_model_it_had(copy, monkeypatch: pyte
 def test_a_row_the_teacher_fails_on_is_refused_counted_and_bounded(copy, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN rows: an error by default; within a budget they are left out of both the student's and the ablation's rows."""
     store = LocalStore(copy.store)
-    real = scoring.score_rows
+    real = soft_labels.score_rows
 
     def failing(teacher, rows, **named):
         found = real(teacher, rows, **named)
@@ -142,7 +142,7 @@ def test_a_row_the_teacher_fails_on_is_refused_counted_and_bounded(copy, monkeyp
         kept = tuple(scored for scored in found.scored if scored.key not in bad)
         return type(found)(kept, {**found.refused, **dict.fromkeys(bad, "the teacher gave NaN")})
 
-    monkeypatch.setattr(scoring, "score_rows", failing)
+    monkeypatch.setattr(soft_labels, "score_rows", failing)
     strict = load_recipe(copy.recipe_file, ["soft_labels={kind: sampled, num_draws: 7, temperature: 2.0}", "objective.temperature=2.0"])
     with pytest.raises(
         SoftLabelError, match=r"(\d+) of \d+ rows have no usable teacher output, and max_refused_rows allows 0; first row"
