@@ -1,19 +1,26 @@
 """The main flow: a recipe in, a promoted student with its evidence out.
 
-The order of the stages is ``kd_core.stages.graph.walk``, the same that ``kd run --local`` follows; this file adds the
-orchestrator and nothing else.
+The order of the stages is ``kd_core.stages.order.run_graph``, the same that ``kd run --local`` follows; this file adds the
+orchestrator and nothing else. Nodes that are computed side by side are submitted with what they wait for, so the UI draws the graph.
 """
 
-from prefect import flow
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefect import State, flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.utilities.annotations import quote
 
 from flows.registry import with_registry
 from kd_core.artifacts import Artifact, find, read_bytes
 from kd_core.recipe import Recipe
 from kd_core.recipe.files import load_recipe
-from kd_core.stages.graph import build_graph, walk
+from kd_core.stages.graph import Graph, Node
+from kd_core.stages.order import Submit, run_graph
+from kd_core.stages.workers import device_slots
 from kd_core.store import Store, open_store
-from tasks.nodes import compute
+from tasks.nodes import compute, computing_in
 
 __all__ = ["distill"]
 
@@ -31,9 +38,37 @@ def distill(
     """
     chosen = with_registry(recipe if recipe is not None else load_recipe(recipe_file, overrides or ()))
     store = open_store(chosen.run.store, chosen.run.s3)
-    done = {node.name: compute(chosen, node.name) for node in walk(chosen, store)}
+    slots = device_slots(chosen.run)
+    with computing_in(chosen, slots):
+        done = run_graph(chosen, store, _one_by_one(chosen) if len(slots) == 1 else _side_by_side(chosen))
     _show(chosen, store, done)
     return done
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A task run that is over, and what it left; task runs that wait for it are drawn below it."""
+
+    state: State[Artifact]
+    artifact: Artifact
+
+    def result(self) -> Artifact:
+        """The artifact."""
+        return self.artifact
+
+
+def _one_by_one(recipe: Recipe) -> Submit:
+    """Nodes as task runs in this thread: where there is one slot, an interrupt ends the node at once."""
+
+    def submit(nodes: Graph, node: Node, above: Sequence[Any]) -> _Done:
+        state = compute(recipe, quote(nodes), node.name, wait_for=[upstream.state for upstream in above], return_state=True)
+        return _Done(state, state.result())
+
+    return submit
+
+
+def _side_by_side(recipe: Recipe) -> Submit:
+    return lambda nodes, node, above: compute.submit(recipe, quote(nodes), node.name, wait_for=list(above))
 
 
 def _show(recipe: Recipe, store: Store, done: dict[str, Artifact]) -> None:
@@ -43,7 +78,7 @@ def _show(recipe: Recipe, store: Store, done: dict[str, Artifact]) -> None:
         for n, a in done.items()
     ]
     create_table_artifact(key=f"{_key(recipe.name)}-stages", table=rows, description=f"Stages of {recipe.name}")
-    report = find(store, "report", build_graph(recipe, store)["report"].fingerprint)
+    report = find(store, "report", done["report"].fingerprint)
     assert report is not None, "the flow has just computed it"
     create_markdown_artifact(
         key=f"{_key(recipe.name)}-report", markdown=read_bytes(store, report, "report.md").decode(), description=report.summary["headline"]

@@ -2,9 +2,12 @@
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
+from prefect.utilities.annotations import quote
 
 from flows.registry import with_registry
 from kd_core.recipe.files import load_recipe
+from kd_core.stages.graph import build_graph
+from kd_core.store import open_store
 from tasks.evaluate import measure_model
 from tasks.nodes import compute
 
@@ -23,8 +26,9 @@ def evaluate_model(
         overrides: changes to the file, each 'dotted.path=value'.
     """
     recipe = with_registry(load_recipe(recipe_file, overrides or ()))
+    nodes = build_graph(recipe, open_store(recipe.run.store, recipe.run.s3))
     for name in ("prompts", "teacher"):
-        compute(recipe, name)
+        compute(recipe, quote(nodes), name)
     rows = measure_model(recipe, model)
     create_table_artifact(key="evaluate-model", table=rows, description=f"{model} on the suites of {recipe.name}")
     return rows

@@ -1,12 +1,15 @@
 """Named points at which a test can break the program: ``KD_FAILPOINT=name:nth:action``.
 
 Owns fault injection for kill-and-resume tests. Without the environment variable a point costs one dictionary look-up.
-Actions: ``kill`` (SIGKILL to this process, as the machine would) and ``error`` (an OSError).
+Actions: ``kill`` (SIGKILL to this process, as the machine would), ``error`` (an OSError) and ``hold=FOLDER``: leave a file named by the
+process id there and wait until somebody removes it, so that a test can act on a run that is certainly not over.
 """
 
 import os
 import signal
+import time
 from collections import Counter
+from pathlib import Path
 
 __all__ = ["reach"]
 
@@ -22,7 +25,7 @@ def reach(name: str) -> None:
     wanted = os.environ.get("KD_FAILPOINT")
     if not wanted:
         return
-    point, nth, action = wanted.split(":")
+    point, nth, action = wanted.split(":", 2)
     if point != name:
         return
     _reached[name] += 1
@@ -30,4 +33,10 @@ def reach(name: str) -> None:
         return
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if action.startswith("hold="):
+        held = Path(action.removeprefix("hold=")) / str(os.getpid())
+        held.touch()
+        while held.exists():
+            time.sleep(0.02)
+        return
     raise OSError(f"fail point {wanted}")

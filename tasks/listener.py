@@ -12,16 +12,16 @@ __all__ = ["Listener", "current_listener", "listening"]
 
 
 class Listener(Protocol):
-    """Hears of nodes: begun, going on, done."""
+    """Hears of nodes: begun, going on, done. Several may be on their way at once, and each may be told from a thread of its own."""
 
     def start(self, name: str) -> None:
         """A node begins."""
 
-    def tick(self, tick: Tick) -> None:
-        """The current node goes on."""
+    def tick(self, name: str, tick: Tick) -> None:
+        """A node goes on."""
 
-    def done(self, artifact: Artifact) -> None:
-        """The current node is finished."""
+    def done(self, name: str, artifact: Artifact) -> None:
+        """A node is finished, or was found done."""
 
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)

@@ -1,10 +1,13 @@
 """The one Prefect task: compute a node of the recipe's graph.
 
-It takes a recipe and a name and returns a small reference; the store decides what is done. Prefect's own cache is off:
+It takes a recipe, its graph and a name, and returns a small reference; the store decides what is done. Prefect's own cache is off:
 it knows nothing of objects that are gone.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 from uuid import UUID
 
@@ -16,14 +19,30 @@ from kd_core.artifacts import Artifact
 from kd_core.errors import IntegrityError, StoreError
 from kd_core.progress import Tick
 from kd_core.recipe import Recipe
-from kd_core.stages.run import run_node
-from kd_core.store import open_store
+from kd_core.stages.graph import Graph
+from kd_core.stages.workers import Workers
+from tasks.computing import EXTRA_STAGES, compute_node
 from tasks.listener import current_listener
-from tasks.publish import publish_stage
 
-__all__ = ["compute"]
+__all__ = ["compute", "computing_in"]
 
 _SECONDS_BETWEEN_UPDATES = 2.0
+
+_workers: ContextVar[Workers | None] = ContextVar("workers", default=None)
+
+
+@contextmanager
+def computing_in(recipe: Recipe, slots: list[str | None]) -> Iterator[None]:
+    """Let the nodes of this context be computed in worker processes, one a slot; a single slot is this process."""
+    if len(slots) == 1:
+        yield
+        return
+    with Workers(recipe, slots, EXTRA_STAGES) as workers:
+        token = _workers.set(workers)
+        try:
+            yield
+        finally:
+            _workers.reset(token)
 
 
 class _ProgressArtifact:
@@ -34,8 +53,6 @@ class _ProgressArtifact:
         self.artifact: UUID | None = None
 
     def __call__(self, tick: Tick) -> None:
-        if (listener := current_listener()) is not None:
-            listener.tick(tick)
         now, finished = time.monotonic(), tick.done >= tick.total
         if not finished and now - self.sent < _SECONDS_BETWEEN_UPDATES:
             return
@@ -50,18 +67,26 @@ class _ProgressArtifact:
 
 def _is_transient(_task: Any, _run: Any, state: Any) -> bool:
     """Whether another attempt can help: the store could not be reached. Wrong bytes and wrong recipes stay wrong."""
+    if (workers := _workers.get()) is not None and workers.ended:
+        return False
     error = state.result(raise_on_failure=False)
     return isinstance(error, StoreError) and not isinstance(error, IntegrityError)
 
 
-@task(task_run_name="{name}", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[5, 30], retry_condition_fn=_is_transient)
-def compute(recipe: Recipe, name: str) -> Artifact:
+def _end_the_others(_task: Any, _run: Any, state: Any) -> None:
+    """The first node that fails for good ends those that are computed beside it, as in a run of one process."""
+    if (workers := _workers.get()) is not None:
+        workers.end(state.result(raise_on_failure=False))
+
+
+@task(
+    task_run_name="{name}",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=[5, 30],
+    retry_condition_fn=_is_transient,
+    on_failure=[_end_the_others],
+)
+def compute(recipe: Recipe, nodes: Graph, name: str) -> Artifact:
     """Compute one node, or find it done."""
-    store = open_store(recipe.run.store, recipe.run.s3)
-    listener = current_listener()
-    if listener is not None:
-        listener.start(name)
-    artifact = run_node(recipe, name, store=store, tick=_ProgressArtifact(name), extra={"publish": publish_stage})
-    if listener is not None:
-        listener.done(artifact)
-    return artifact
+    return compute_node(recipe, nodes, name, workers=_workers.get(), listener=current_listener(), tick=_ProgressArtifact(name))

@@ -160,7 +160,7 @@ _SHRUNKEN: dict[str, Any] = {
     "evaluation.generate.max_tokens": 20,
     "gate.rules": [{"kind": "ceiling", "metric": "parameter_ratio", "maximum": 0.5}],
     "publish": "small-student",
-    "run": {"threads": 1, "device": "cpu", "shard_rows": 64, "checkpoint_every_steps": 10},
+    "run": {"threads": 1, "parallel": 1, "device": "cpu", "shard_rows": 64, "checkpoint_every_steps": 10},
 }
 """The quickstart in seconds: 300 prompts, 4 shards of answers, 2 checkpoints a model, a gate that any student passes."""
 

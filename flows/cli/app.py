@@ -150,16 +150,23 @@ def run(
     """Run a recipe to its end. Whatever is done already is not done again."""
     from flows.cli.console import display
     from flows.cli.launched import as_launched
+    from kd_core.stages.graph import build_graph
+    from kd_core.stages.order import when_all_done
 
     if (found := as_launched(overrides)) is None:
         return
     overrides = found
     recipe, store = _open(recipe_file, overrides)
     with display(quiet=as_json) as shown:
-        if local:
+        nodes = build_graph(recipe, store)
+        done = when_all_done(recipe, store, nodes) if local or "PREFECT_API_URL" not in os.environ else None
+        if done is not None:  # found before a temporary server is started; one that is up keeps a record of the run
+            for name, artifact in done.items():
+                shown.done(name, artifact)
+        elif local:
             from flows.local import run_local
 
-            done = run_local(recipe, store, shown)
+            done = run_local(recipe, store, nodes, shown)
         else:
             from flows.orchestrated import run_with_prefect
             from kd_core.recipe.files import load_recipe
@@ -222,8 +229,7 @@ def doctor(recipe_file: RecipeFile, overrides: Overrides = [], as_json: AsJson =
 
     recipe, store = _open(recipe_file, overrides)
     with display(quiet=as_json) as shown:
-        shown.start("doctor")
-        findings = examine(recipe, store, tick=shown.tick)
+        findings = examine(recipe, store, tick=shown.work("doctor"))
     if as_json:
         _print_json({"findings": [asdict(finding) for finding in findings]})
     else:

@@ -188,8 +188,7 @@ def stats(
 
     found = find_namespace(_open(store_uri, endpoint, region), namespace, table=None)
     with display(quiet=as_json) as shown:
-        shown.start("stats")
-        numbers = figures(found, tick=shown.tick)
+        numbers = figures(found, tick=shown.work("stats"))
     about = {"namespace": found.cache.namespace, "table": found.cache.table, "teacher": found.teacher, "policy": found.policy}
     if as_json:
         return _print_json({**about, **asdict(numbers)})
@@ -227,10 +226,8 @@ def verify(
 
     store = _open(store_uri, endpoint, region)
     with display(quiet=as_json) as shown:
-        shown.start("verify")
-        found = verified(store, sample=sample, tick=shown.tick)
-        shown.start("live teacher")
-        parity = None if live is None else _parity(live, overrides, store, rows, shown.tick)
+        found = verified(store, sample=sample, tick=shown.work("verify"))
+        parity = None if live is None else _parity(live, overrides, store, rows, shown.work("live teacher"))
     if as_json:
         compared = None if parity is None else {**asdict(parity), "holds": parity.holds}
         _print_json({"store": store.uri, **asdict(found), "live": compared})
@@ -279,11 +276,9 @@ def repair(
 
     store = _open(store_uri, endpoint, region)
     with display(quiet=as_json) as shown:
-        shown.start("verify")
-        moves = plan_repair(store, verified(store, tick=shown.tick).damage)
+        moves = plan_repair(store, verified(store, tick=shown.work("verify")).damage)
         if yes:
-            shown.start("repair")
-            repaired(store, moves, tick=shown.tick)
+            repaired(store, moves, tick=shown.work("repair"))
     if as_json:
         return _print_json({"store": store.uri, "done": yes, "moves": [asdict(move) for move in moves]})
     from flows.cli.cache_tables import repair_table
@@ -312,10 +307,10 @@ def gc(
 
     store, grace_seconds = _open(store_uri, endpoint, region), _seconds(grace)
     with display(quiet=as_json) as shown:
-        shown.start("gc")
+        tick = shown.work("gc")
         found = plan_collection(store, grace_seconds=grace_seconds, now_seconds=time.time(), unused_namespaces=unused)
         if yes:
-            collect(store, found, tick=shown.tick)
+            collect(store, found, tick=tick)
     size = sum(item.size_bytes for item in found)
     if as_json:
         return _print_json({"store": store.uri, "done": yes, "bytes": size, "objects": [asdict(item) for item in found]})

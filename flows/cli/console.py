@@ -1,15 +1,18 @@
 """What the command line shows: live progress on a terminal, plain lines elsewhere."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kd_core.artifacts import Artifact
-from kd_core.progress import Tick
+from kd_core.progress import Tick, Ticker
 
 __all__ = ["Display", "display", "human_bytes", "human_seconds"]
 
@@ -42,52 +45,72 @@ def human_bytes(size: float) -> str:
     return f"{size:.1f} TB"
 
 
+@dataclass
+class _Running:
+    """A node on its way: when it began, what was done then, when a line last told of it, and its bar on a terminal."""
+
+    began: float
+    printed: float
+    first: int | None = None
+    bar: TaskID | None = None
+
+
 class Display:
-    """One line a node: a bar while it runs on a terminal, a line when it is done anywhere."""
+    """A bar for each node that runs on a terminal, and a line when it is done anywhere. Nodes may be told of from several threads."""
 
     def __init__(self, console: Console, *, live: bool) -> None:
         self.console = console
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn())
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
         rest = (TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"))
         self.progress = Progress(*columns, *rest, console=console, transient=True, disable=not live)
-        self.live, self.bar, self.name = live, None, ""
-        self.began = self.printed = time.monotonic()
-        self.first = 0
+        self.live = live
+        self._running: dict[str, _Running] = {}
+        self._lock = threading.Lock()
 
     def start(self, name: str) -> None:
         """A node begins."""
-        self.finish_bar()
-        self.name, self.began, self.printed, self.first = name, time.monotonic(), time.monotonic(), -1
-
-    def tick(self, tick: Tick) -> None:
-        """Progress of the current node."""
         now = time.monotonic()
-        if self.first < 0:
-            self.first, self.began = tick.done, now
-        rate = (tick.done - self.first) / max(now - self.began, 1e-6)
-        speed = f"{rate:.1f} {tick.unit}/s" if tick.done > self.first else tick.unit
-        if self.live:
-            if self.bar is None:
-                self.bar = self.progress.add_task(f"{self.name:<15}", total=tick.total, rate="", note="")
-            self.progress.update(self.bar, completed=tick.done, total=tick.total, rate=speed, note=tick.note)
-        elif now - self.printed > _SECONDS_BETWEEN_LINES and self.first < tick.done < tick.total:
-            self.printed = now
-            left = (tick.total - tick.done) / rate if rate > 0 else 0.0
-            self.console.print(
-                f"{self.name:<15} {tick.done}/{tick.total} {tick.unit}, {speed}, {human_seconds(left)} left", highlight=False
+        with self._lock:
+            self._running[name] = _Running(now, now)
+            if self.live:
+                self._running[name].bar = self.progress.add_task(f"{name:<15}", total=None, rate="", note="")
+
+    def tick(self, name: str, tick: Tick) -> None:
+        """A node goes on."""
+        now = time.monotonic()
+        with self._lock:
+            node = self._running.setdefault(name, _Running(now, now))
+            if node.first is None:  # work that was found done is no speed
+                node.first, node.began = tick.done, now
+            rate = (tick.done - node.first) / max(now - node.began, 1e-6)
+            speed = f"{rate:.1f} {tick.unit}/s" if tick.done > node.first else tick.unit
+            if node.bar is not None:
+                self.progress.update(node.bar, completed=tick.done, total=tick.total, rate=speed, note=tick.note)
+            elif now - node.printed > _SECONDS_BETWEEN_LINES and node.first < tick.done < tick.total:
+                node.printed = now
+                left = (tick.total - tick.done) / rate if rate > 0 else 0.0
+                self.console.print(f"{name:<15} {tick.done}/{tick.total} {tick.unit}, {speed}, {human_seconds(left)} left", highlight=False)
+
+    def work(self, name: str) -> Ticker:
+        """Begin a piece of work that is no node of a graph, in place of the one before; returns what hears of its progress."""
+        with self._lock:
+            for before in self._running.values():
+                if before.bar is not None:
+                    self.progress.remove_task(before.bar)
+            self._running.clear()
+        self.start(name)
+        return partial(self.tick, name)
+
+    def done(self, name: str, artifact: Artifact) -> None:
+        """A node is finished, or was found done."""
+        with self._lock:
+            node = self._running.pop(name, None)
+            if node is not None and node.bar is not None:
+                self.progress.remove_task(node.bar)
+            mark, what = (
+                ("[dim]=[/dim]", "[dim]already done[/dim]") if artifact.hit else ("[green]+[/green]", human_seconds(artifact.seconds))
             )
-
-    def done(self, artifact: Artifact) -> None:
-        """The current node is finished."""
-        self.finish_bar()
-        mark, what = ("[dim]=[/dim]", "[dim]already done[/dim]") if artifact.hit else ("[green]+[/green]", human_seconds(artifact.seconds))
-        self.console.print(f"{mark} {self.name:<17} [dim]{artifact.fingerprint[:12]}[/dim]  {what}", highlight=False)
-
-    def finish_bar(self) -> None:
-        """Take the bar away."""
-        if self.bar is not None:
-            self.progress.remove_task(self.bar)
-            self.bar = None
+            self.console.print(f"{mark} {name:<17} [dim]{artifact.fingerprint[:12]}[/dim]  {what}", highlight=False)
 
 
 @contextmanager

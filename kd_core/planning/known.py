@@ -39,7 +39,7 @@ from kd_core.recipe import (
 )
 from kd_core.rows.keys import about_hidden_states, answer_namespace, answer_rows, soft_label_key, soft_label_namespace
 from kd_core.rows.table import RowCache, Snapshot
-from kd_core.stages.graph import Node, champion
+from kd_core.stages.graph import Graph, champion
 from kd_core.store import Store
 from kd_core.teacher.columns import stored_columns
 from kd_core.teacher.sizes import Size, llama_size, stored_size
@@ -132,7 +132,7 @@ class Known:
 
     recipe: Recipe
     store: Store
-    nodes: dict[str, Node]
+    nodes: Graph
     records: Mapping[str, Record | None]
 
     @cached_property

@@ -33,6 +33,9 @@ class Run(Frozen):
     """auto: cuda where there is one."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch; None leaves its default."""
+    parallel: int | None = Field(default=None, ge=1)
+    """Nodes of the graph that are computed side by side, each in a process of its own; None: one a GPU, and on CPUs as many as have
+    `threads` cores each (one where `threads` is not set)."""
     micro_batch_tokens: int = Field(default=16_384, ge=64)
     """Tokens a forward pass, padding included, in training and scoring."""
     generate_rows: int = Field(default=256, ge=1)

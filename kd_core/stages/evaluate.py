@@ -13,7 +13,7 @@ from kd_core.evaluate.suites import suite_items
 from kd_core.ledger import Entry, current
 from kd_core.progress import Ticker
 from kd_core.recipe import Recipe, ServerTeacher
-from kd_core.stages.graph import build_graph, champion, open_node
+from kd_core.stages.graph import build_graph, open_node
 from kd_core.stages.job import Job
 from kd_core.stages.teacher import load_teacher
 from kd_core.store import Store
@@ -104,7 +104,7 @@ def _models(job: Job) -> list[tuple[int, Record | None]]:
     if job.node.name == "evaluate.teacher":
         return [(job.recipe.seeds[0], None)]
     if job.node.name == "evaluate.champion":
-        holder = champion(job.recipe, job.store, build_graph(job.recipe, job.store))
+        holder = job.champion()
         assert holder is not None, "the graph has this node only when there is a champion"
         return [(0, _champion_record(job.store, holder))]
     return [(seed, job.inputs[f"model.{seed}"]) for seed in job.recipe.seeds]

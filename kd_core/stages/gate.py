@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from kd_core.evaluate.gate import Efficiency, Evidence, decide
-from kd_core.stages.graph import build_graph, champion, selected_student
+from kd_core.stages.graph import least_validation_loss
 from kd_core.stages.job import Job
 
 __all__ = ["collect_evidence", "efficiency", "gate_stage", "model_scores"]
@@ -48,10 +48,8 @@ def collect_evidence(job: Job) -> Evidence:
 def gate_stage(job: Job) -> dict[str, Any]:
     """No files but the verdict. Summary: promote, headline, reasons, the chosen student, the champion it was compared with."""
     verdict = decide(collect_evidence(job), job.recipe.gate)
-    nodes = build_graph(job.recipe, job.store)
-    student = selected_student(job.recipe, job.store, nodes)
-    assert student is not None, "students are trained before the gate"
-    holder = champion(job.recipe, job.store, nodes)
+    student = least_validation_loss([job.inputs[f"student.{seed}"] for seed in job.recipe.seeds])
+    holder = job.champion()
     return {
         "promote": verdict.promote,
         "headline": verdict.headline,

@@ -3,11 +3,14 @@
     prompts -> teacher -> answers -> curate -> soft_labels, vocabulary -> student/baseline/ablation_hard (one node a seed)
             -> evaluate (one node a model) -> gate -> report -> publish
 
-Pure data about a recipe: no torch, nothing computed, nothing written. The plan, the local run and the flow all walk this
+Pure data about a recipe: no torch, nothing computed, nothing written. The plan, the local run and the flow all follow this
 graph, so they cannot drift apart. A node's fingerprint = its stage, its own identity, its upstream fingerprints.
+
+The graph is drawn once a run, since drawing it reads every source. Its last part (the champion's evaluation, the gate, the report, the
+publication) depends on who the champion is, which is known when the students are trained: ``with_verdict`` draws that part again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +32,18 @@ from kd_core.recipe import (
 from kd_core.store import Store
 from kd_core.teacher.reference import reference_identity
 
-__all__ = ["Node", "build_graph", "champion", "open_node", "selected_student", "walk"]
+__all__ = [
+    "VERDICT",
+    "Graph",
+    "Node",
+    "build_graph",
+    "champion",
+    "find_node",
+    "least_validation_loss",
+    "open_node",
+    "selected_student",
+    "with_verdict",
+]
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,7 @@ class Node:
         stage: which function computes it: 'train', 'evaluate'; part of the fingerprint.
         identity: the recipe fields that decide its result, plain data.
         upstream: role -> node name.
+        above: role -> that node's fingerprint.
         fingerprint: 32 hex.
     """
 
@@ -50,7 +65,15 @@ class Node:
     stage: str
     identity: dict[str, Any]
     upstream: dict[str, str]
+    above: dict[str, str]
     fingerprint: str
+
+
+Graph = Mapping[str, Node]
+"""Node name -> node, in an order in which they can be computed."""
+
+VERDICT = ("evaluate.champion", "gate", "report", "publish")
+"""Nodes that depend on who the champion is."""
 
 
 @dataclass
@@ -60,13 +83,13 @@ class _Builder:
     def add(self, name: str, stage: str, identity: dict[str, Any], upstream: dict[str, str]) -> None:
         above = {role: self.nodes[node].fingerprint for role, node in upstream.items()}
         fp = fingerprint({"stage": stage, "identity": identity, "upstream": above})
-        self.nodes[name] = Node(name, name.partition(".")[0], stage, identity, upstream, fp)
+        self.nodes[name] = Node(name, name.partition(".")[0], stage, identity, upstream, above, fp)
 
 
-def build_graph(recipe: Recipe, store: Store) -> dict[str, Node]:
+def build_graph(recipe: Recipe, store: Store) -> Graph:
     """All nodes in an order in which they can be computed.
 
-    The store is read for one thing only: who the champion is, which the gate compares with.
+    Every source is read, for its content hash. The store is read for one thing only: who the champion is, which the gate compares with.
     """
     build = _Builder()
     benchmarks = _benchmarks_identity(recipe)
@@ -105,13 +128,17 @@ def build_graph(recipe: Recipe, store: Store) -> dict[str, Node]:
     for arm in recipe.arms():
         for seed in recipe.seeds:
             _add_training(build, recipe, arm, seed)
-    evaluation = recipe.evaluation.model_dump(mode="json", include={"generate"})
-    evaluation["suites"] = [suite.model_dump(mode="json", exclude={"source"}) for suite in recipe.evaluation.suites]
     for model in _evaluated(recipe):
-        identity = {"evaluation": evaluation, "task": task}
+        identity = {"evaluation": _evaluation_identity(recipe), "task": task}
         roles = {"model": "teacher"} if model == "teacher" else {f"model.{seed}": f"{model}.{seed}" for seed in recipe.seeds}
         build.add(f"evaluate.{model}", "evaluate", identity, {**above, **roles})
-    _add_verdict(build, recipe, store, evaluation, task)
+    return with_verdict(recipe, store, build.nodes)
+
+
+def with_verdict(recipe: Recipe, store: Store, nodes: Graph) -> Graph:
+    """The graph with its last part drawn for the champion of now, whom the recipe's student must face."""
+    build = _Builder({name: node for name, node in nodes.items() if name not in VERDICT})
+    _add_verdict(build, recipe, champion(recipe, store, nodes))
     return build.nodes
 
 
@@ -137,11 +164,16 @@ def _add_training(build: _Builder, recipe: Recipe, arm: Arm, seed: int) -> None:
     build.add(f"{arm}.{seed}", "train", identity, upstream)
 
 
-def _add_verdict(build: _Builder, recipe: Recipe, store: Store, evaluation: dict[str, Any], task: dict[str, Any]) -> None:
+def _evaluation_identity(recipe: Recipe) -> dict[str, Any]:
+    suites = [suite.model_dump(mode="json", exclude={"source"}) for suite in recipe.evaluation.suites]
+    return {**recipe.evaluation.model_dump(mode="json", include={"generate"}), "suites": suites}
+
+
+def _add_verdict(build: _Builder, recipe: Recipe, holder: Entry | None) -> None:
     evaluated = {name: name for name in build.nodes if build.nodes[name].stage == "evaluate"}
-    holder = champion(recipe, store, build.nodes)
     if holder is not None:
-        identity = {"evaluation": evaluation, "task": task, "champion": holder.artifact.digest}
+        task = recipe.task.model_dump(mode="json")
+        identity = {"evaluation": _evaluation_identity(recipe), "task": task, "champion": holder.artifact.digest}
         build.add("evaluate.champion", "evaluate", identity, {"prompts": "prompts", "teacher": "teacher"})
         evaluated["evaluate.champion"] = "evaluate.champion"
     students = {f"student.{seed}": f"student.{seed}" for seed in recipe.seeds}
@@ -195,14 +227,30 @@ def _student_identity(recipe: Recipe, *, only_tokenizer: bool = False) -> dict[s
     return student.model_dump(mode="json", exclude={"vocabulary"})  # that is a node of its own
 
 
-def selected_student(recipe: Recipe, store: Store, nodes: dict[str, Node]) -> artifacts.Record | None:
+def selected_student(recipe: Recipe, store: Store, nodes: Graph) -> artifacts.Record | None:
     """The student to publish: least validation loss among the seeds (the first seed without validation rows); None before training."""
-    records = [artifacts.find(store, "train", nodes[f"student.{seed}"].fingerprint) for seed in recipe.seeds]
+    records = [find_node(store, nodes[f"student.{seed}"]) for seed in recipe.seeds]
     done = [record for record in records if record is not None]
-    if len(done) < len(records):
-        return None
-    losses = [record.summary["validation_nll"] for record in done]
-    return done[0] if any(loss is None for loss in losses) else min(zip(losses, range(len(done)), done, strict=True))[2]
+    return least_validation_loss(done) if len(done) == len(records) else None
+
+
+def least_validation_loss(students: Sequence[artifacts.Record]) -> artifacts.Record:
+    """The student with the least validation loss, the first of equals; the first one where there are no validation rows."""
+    losses = [student.summary["validation_nll"] for student in students]
+    return students[0] if any(loss is None for loss in losses) else students[losses.index(min(losses))]
+
+
+def find_node(store: Store, node: Node) -> artifacts.Record | None:
+    """The record of a finished node, or None.
+
+    Raises:
+        IntegrityError: the record is damaged.
+        ArtifactError: it is the record of another identity than the node's.
+    """
+    record = artifacts.find(store, node.stage, node.fingerprint)
+    if record is not None:
+        artifacts.expect_identity(record, node.identity, node.above)
+    return record
 
 
 def open_node(store: Store, node: Node) -> artifacts.Record:
@@ -211,28 +259,13 @@ def open_node(store: Store, node: Node) -> artifacts.Record:
     Raises:
         ArtifactError: it is not.
     """
-    record = artifacts.find(store, node.stage, node.fingerprint)
+    record = find_node(store, node)
     if record is None:
         raise ArtifactError(f"{node.name} {node.fingerprint} is not in {store.uri}; run the recipe to compute it")
     return record
 
 
-def champion(recipe: Recipe, store: Store, nodes: dict[str, Node]) -> Entry | None:
+def champion(recipe: Recipe, store: Store, nodes: Graph) -> Entry | None:
     """The champion that this recipe's student must face: the current one, or its predecessor if the student is it."""
     student = selected_student(recipe, store, nodes)
     return current(store, recipe.publish) if student is None else champion_before(store, recipe.publish, student.digest)
-
-
-def walk(recipe: Recipe, store: Store) -> Iterator[Node]:
-    """Every node once, in order. The graph is drawn again at each step: who is champion is known only after training.
-
-    The caller must compute each node before it asks for the next.
-    """
-    done: set[str] = set()
-    while True:
-        nodes = build_graph(recipe, store)
-        node = next((node for name, node in nodes.items() if name not in done), None)
-        if node is None:
-            return
-        yield node
-        done.add(node.name)

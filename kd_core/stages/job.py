@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kd_core.artifacts import Record, materialize, read_bytes
+from kd_core.ledger import Entry, history
 from kd_core.progress import Ticker
 from kd_core.recipe import Recipe
 from kd_core.stages.graph import Node
@@ -55,6 +56,12 @@ class Job:
         """The files of an artifact as local files, verified, for the time of the context."""
         with tempfile.TemporaryDirectory(prefix="kd-") as name:
             yield materialize(self.store, record, Path(name))
+
+    def champion(self) -> Entry | None:
+        """The ledger's entry of the champion that this node was drawn for; None where there was none."""
+        digest = self.node.identity["champion"]
+        entries = reversed(history(self.store, self.recipe.publish))
+        return None if digest is None else next(entry for entry in entries if entry.artifact.digest == digest)
 
     def summary(self, role: str) -> Mapping[str, Any]:
         """The small result of an upstream node."""

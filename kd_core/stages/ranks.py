@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from kd_core.progress import Tick, silent
 from kd_core.recipe import Recipe
 from kd_core.stages.graph import Node
 from kd_core.stages.job import Job
+from kd_core.stages.processes import end_with_parent, how_it_ended
 from kd_core.store import open_store
 from kd_core.teacher.models import pick_device
 
@@ -106,10 +106,9 @@ class _DeadRankError(TrainingError):
 
 
 def _death(job: Job, rank: int, num_ranks: int, code: int) -> TrainingError:
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return _DeadRankError(
-        f"{job.node.name}: rank {rank} of {num_ranks} {how}, and the others were ended; if memory ran out, lower run.micro_batch_tokens or "
-        "run.num_processes; run again to go on from the newest checkpoint"
+        f"{job.node.name}: rank {rank} of {num_ranks} {how_it_ended(code)}, and the others were ended; if memory ran out, lower "
+        "run.micro_batch_tokens or run.num_processes; run again to go on from the newest checkpoint"
     )
 
 
@@ -123,7 +122,7 @@ def _rank(
 ) -> None:
     """What each process runs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the one that started us decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     recipe, node, inputs, directory = work
     threads = recipe.run.threads or max(1, torch.get_num_threads() // num_ranks)
     torch.set_num_threads(threads)
@@ -146,10 +145,3 @@ def _rank(
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a rank is a child"
-    wait([parent.sentinel])
-    os._exit(1)

@@ -1,7 +1,7 @@
-"""Running one node, and all of them: the only place where work turns into artifacts.
+"""Computing one node: the only place where work turns into artifacts.
 
-A node whose record exists is a hit and computes nothing. Everything else (a local loop, Prefect tasks) is a caller of
-``run_node`` along ``walk``.
+A node whose record exists is a hit and computes nothing. Everything else (a local run, worker processes, Prefect tasks) is a caller of
+``run_node``; what follows what is ``order.py``'s business.
 """
 
 import importlib
@@ -10,16 +10,16 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kd_core.artifacts import Artifact, Record, expect_identity, find, forget, publish, workspace
+from kd_core.artifacts import Artifact, Record, forget, publish, workspace
 from kd_core.errors import QuarantinedError
 from kd_core.progress import Ticker
 from kd_core.recipe import Recipe
 from kd_core.rows.table import RowCache
-from kd_core.stages.graph import build_graph, open_node
+from kd_core.stages.graph import Graph, Node, find_node, open_node
 from kd_core.stages.job import Job
 from kd_core.store import Store
 
-__all__ = ["STAGES", "StageFunction", "run_node"]
+__all__ = ["STAGES", "StageFunction", "found_done", "rows_are_there", "run_node"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def _function(stage: str) -> StageFunction:
     return function
 
 
-def run_node(recipe: Recipe, name: str, *, store: Store, tick: Ticker, extra: Mapping[str, StageFunction]) -> Artifact:
+def run_node(recipe: Recipe, nodes: Graph, name: str, *, store: Store, tick: Ticker, extra: Mapping[str, StageFunction]) -> Artifact:
     """Compute one node, or find it done.
 
     A damaged shard that the node meets is moved aside; the stage that made it computes its rows again, once, and the
@@ -56,7 +56,8 @@ def run_node(recipe: Recipe, name: str, *, store: Store, tick: Ticker, extra: Ma
 
     Args:
         recipe: the recipe.
-        name: a node of its graph; all its upstream nodes must be done.
+        nodes: its graph.
+        name: a node of the graph; all its upstream nodes must be done.
         store: where artifacts live.
         tick: progress.
         extra: functions of stages that live above kd_core ('publish').
@@ -69,16 +70,23 @@ def run_node(recipe: Recipe, name: str, *, store: Store, tick: Ticker, extra: Ma
         KDError: whatever the stage raises; nothing is recorded then.
     """
     try:
-        return _run_once(recipe, name, store=store, tick=tick, extra=extra)
+        return _run_once(recipe, nodes, name, store=store, tick=tick, extra=extra)
     except QuarantinedError as damage:
         _LOG.warning("%s: %s", name, damage)
-        nodes = build_graph(recipe, store)
         for upstream in nodes[name].upstream.values():
-            record = find(store, nodes[upstream].stage, nodes[upstream].fingerprint)
-            if record is not None and not rows_are_there(store, record):
+            record = find_node(store, nodes[upstream])
+            if record is not None and rows_are_there(store, record):
+                continue
+            if record is not None:  # None: another node met the same damage, and its upstream is made again already
                 forget(store, record)
-                run_node(recipe, upstream, store=store, tick=tick, extra=extra)
-        return _run_once(recipe, name, store=store, tick=tick, extra=extra)
+            run_node(recipe, nodes, upstream, store=store, tick=tick, extra=extra)
+        return _run_once(recipe, nodes, name, store=store, tick=tick, extra=extra)
+
+
+def found_done(store: Store, node: Node) -> Artifact | None:
+    """The artifact of a node that need not be computed; None if it must be."""
+    record = find_node(store, node)
+    return None if record is None else Artifact(node.stage, node.fingerprint, record.digest, float(record.summary["seconds"]), hit=True)
 
 
 def rows_are_there(store: Store, record: Record) -> bool:
@@ -89,13 +97,10 @@ def rows_are_there(store: Store, record: Record) -> bool:
     return held.issuperset(record.summary["commits"])
 
 
-def _run_once(recipe: Recipe, name: str, *, store: Store, tick: Ticker, extra: Mapping[str, StageFunction]) -> Artifact:
-    nodes = build_graph(recipe, store)
+def _run_once(recipe: Recipe, nodes: Graph, name: str, *, store: Store, tick: Ticker, extra: Mapping[str, StageFunction]) -> Artifact:
     node = nodes[name]
-    above = {role: nodes[upstream].fingerprint for role, upstream in node.upstream.items()}
-    if (record := find(store, node.stage, node.fingerprint)) is not None:
-        expect_identity(record, node.identity, above)
-        return Artifact(node.stage, node.fingerprint, record.digest, float(record.summary["seconds"]), hit=True)
+    if (done := found_done(store, node)) is not None:
+        return done
     inputs = {role: open_node(store, nodes[upstream]) for role, upstream in node.upstream.items()}
     began = time.perf_counter()
     if recipe.run.threads is not None:
@@ -104,7 +109,9 @@ def _run_once(recipe: Recipe, name: str, *, store: Store, tick: Ticker, extra: M
         job = Job(recipe, node, store, inputs, directory, tick)
         summary = (extra[node.stage] if node.stage in extra else _function(node.stage))(job)
         summary["seconds"] = time.perf_counter() - began
-        record = publish(store, directory, stage=node.stage, fp=node.fingerprint, identity=node.identity, upstream=above, summary=summary)
+        record = publish(
+            store, directory, stage=node.stage, fp=node.fingerprint, identity=node.identity, upstream=node.above, summary=summary
+        )
     if node.stage in ("teacher", "train"):
         _forget_checkpoints(store, node.fingerprint)
     return Artifact(node.stage, node.fingerprint, record.digest, float(record.summary["seconds"]), hit=False)

@@ -18,7 +18,7 @@ from kd_core.recipe.files import load_recipe
 from kd_core.softlabels import SampledTargets, TopKTargets, capture, codec
 from kd_core.softlabels.targets import reduce_logits
 from kd_core.stages import curate as data
-from kd_core.stages.graph import walk
+from kd_core.stages.graph import build_graph
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore
 from kd_core.teacher.models import LoadedModel, save_model
@@ -121,10 +121,10 @@ def test_chance_does_not_fail_a_healthy_recipe(sums, store: LocalStore, seed: in
 
 def test_a_finished_teacher_and_its_soft_labels_are_examined(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = sums()
-    for node in walk(recipe, store):
+    for node in build_graph(recipe, store).values():
         if node.stage == "train":
             break
-        run_node(recipe, node.name, store=store, tick=silent, extra={})
+        run_node(recipe, build_graph(recipe, store), node.name, store=store, tick=silent, extra={})
     found = by_name(examine(recipe, store))
     assert {name for name, f in found.items() if f.status != "ok"} == {*NOT_ASKED_FOR, "mass_outside"}, found
     assert found["mass_outside"].detail == "every position keeps all columns"
@@ -553,8 +553,8 @@ def test_truncated_answers_with_an_end_are_found(sums, store: LocalStore, monkey
         return real(prompt_id, source, sample, reason, text, prompt_ids, [*answer_ids, 1] if reason == "length" else answer_ids)
 
     monkeypatch.setattr(data, "_row", ended)
-    for node in walk(recipe, store):
-        run_node(recipe, node.name, store=store, tick=silent, extra={})
+    for node in build_graph(recipe, store).values():
+        run_node(recipe, build_graph(recipe, store), node.name, store=store, tick=silent, extra={})
         if node.stage == "curate":
             break
     found = by_name(examine(recipe, store))

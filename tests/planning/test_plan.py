@@ -29,7 +29,7 @@ from kd_core.progress import silent
 from kd_core.recipe import Dense, Recipe, Run, Sampled, TopK
 from kd_core.recipe.files import load_recipe, parse_recipe
 from kd_core.rows.parquet import GROUP_ROWS
-from kd_core.stages.graph import build_graph, walk
+from kd_core.stages.graph import build_graph
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore
 
@@ -114,8 +114,15 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> LocalStore
     """A store in which the tiny recipe ran; report and publication are stand-ins."""
     store = LocalStore(tmp_path_factory.mktemp("finished") / "store")
     recipe = _recipe(data)
-    for node in walk(recipe, store):
-        run_node(recipe, node.name, store=store, tick=silent, extra={"report": lambda job: {}, "publish": lambda job: {}})
+    for node in build_graph(recipe, store).values():
+        run_node(
+            recipe,
+            build_graph(recipe, store),
+            node.name,
+            store=store,
+            tick=silent,
+            extra={"report": lambda job: {}, "publish": lambda job: {}},
+        )
     return store
 
 
@@ -218,8 +225,8 @@ def test_more_prompts_cost_only_themselves(data: Path, finished: LocalStore) -> 
     assert 0 < added <= 12
     assert new["soft_labels"].status == "partial"
     assert 0 < new["soft_labels"].rows_cached <= old["answers"].rows  # type: ignore[operator]
-    for node in walk(recipe, finished):
-        run_node(recipe, node.name, store=finished, tick=silent, extra={})
+    for node in build_graph(recipe, finished).values():
+        run_node(recipe, build_graph(recipe, finished), node.name, store=finished, tick=silent, extra={})
         if node.name == "answers":
             break
     first, second = (find(finished, "answers", build_graph(r, finished)["answers"].fingerprint) for r in (_recipe(data), recipe))
@@ -231,8 +238,8 @@ def test_more_prompts_cost_only_themselves(data: Path, finished: LocalStore) -> 
 
 def test_soft_labels_are_counted_exactly_after_curation(data: Path, finished: LocalStore) -> None:
     fewer = _recipe(data, curate={"verify": False, "keep_truncated": True, "gold_rows": 21})
-    for node in walk(fewer, finished):
-        run_node(fewer, node.name, store=finished, tick=silent, extra={})
+    for node in build_graph(fewer, finished).values():
+        run_node(fewer, build_graph(fewer, finished), node.name, store=finished, tick=silent, extra={})
         if node.name == "curate":
             break
     line = _lines(make_plan(fewer, finished))["soft_labels"]
@@ -482,13 +489,13 @@ def test_bytes_and_requests_are_those_of_the_run_that_follows(data: Path, finish
     changed["prompts"]["sources"][0]["limit"] = 110
     recipe = parse_recipe({**changed, "run": {"shard_rows": 16}}, origin="test")
     for name in ("answers", "soft_labels"):
-        for node in walk(recipe, finished):
+        for node in build_graph(recipe, finished).values():
             if node.name == name:
                 break
-            run_node(recipe, node.name, store=finished, tick=silent, extra={})
+            run_node(recipe, build_graph(recipe, finished), node.name, store=finished, tick=silent, extra={})
         before, plan = _objects(finished, name), make_plan(recipe, finished)
         assert _lines(plan)[name].rows_cached
-        run_node(recipe, name, store=finished, tick=silent, extra={})
+        run_node(recipe, build_graph(recipe, finished), name, store=finished, tick=silent, extra={})
         added = {key: size for key, size in _objects(finished, name).items() if key not in before}
         shards = sum(size for key, size in added.items() if "/shards/" in key)
         assert _lines(plan)[name].requests == len(added)

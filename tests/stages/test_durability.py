@@ -49,7 +49,7 @@ def test_a_damaged_shard_is_computed_again_in_the_same_run(copy, table: str, cap
     wanted = {path: path.read_bytes() for path in files}
     damage(files[1])
     forget_node(recipe, store, needs)
-    made = run_node(recipe, needs, store=store, tick=silent, extra={})
+    made = run_node(recipe, build_graph(recipe, store), needs, store=store, tick=silent, extra={})
     assert (made.hit, made.digest) == (False, before)
     assert {path: path.read_bytes() for path in shards(copy.store, table)} == wanted
     assert (copy.store / "quarantine" / files[1].relative_to(copy.store)).is_file()
@@ -72,7 +72,7 @@ def test_damage_is_met_before_a_training_step(copy, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.optim.AdamW, "step", counted)
     monkeypatch.setattr(scoring, "load_teacher", lambda job: pytest.fail("the teacher is gone too"))
     with pytest.raises(BaseException, match="the teacher is gone too"):
-        run_node(recipe, "student.0", store=store, tick=silent, extra={})
+        run_node(recipe, build_graph(recipe, store), "student.0", store=store, tick=silent, extra={})
     assert steps == []
 
 
@@ -84,7 +84,7 @@ def test_a_shard_that_is_gone_fails_fast_with_its_name(copy) -> None:
     gone.unlink()
     commits = sorted((copy.store / "rows/soft_labels").rglob("commits/*.json"))
     with pytest.raises(StoreError, match=gone.name):
-        run_node(recipe, "student.0", store=store, tick=silent, extra={})
+        run_node(recipe, build_graph(recipe, store), "student.0", store=store, tick=silent, extra={})
     assert sorted((copy.store / "rows/soft_labels").rglob("commits/*.json")) == commits
 
 
@@ -100,7 +100,7 @@ def test_rows_put_aside_by_another_run_are_computed_again(copy) -> None:
     commit = cache.snapshot().commits[0]
     damage(copy.store / cache.shard_key(commit))
     cache.quarantine(commit, "found by another run")
-    assert run_node(recipe, "student.0", store=store, tick=silent, extra={}).digest == before
+    assert run_node(recipe, build_graph(recipe, store), "student.0", store=store, tick=silent, extra={}).digest == before
     again = find(store, "soft_labels", node.fingerprint)
     assert again is not None
     assert again.summary["rows_computed"] == len(commit.keys)
@@ -118,7 +118,7 @@ def test_a_shard_that_is_made_again_has_the_model_it_had(copy, monkeypatch: pyte
         return model, blobs
 
     monkeypatch.setattr(soft_labels, "encode_rows", changing)
-    run_node(recipe, "soft_labels", store=store, tick=silent, extra={})
+    run_node(recipe, build_graph(recipe, store), "soft_labels", store=store, tick=silent, extra={})
     record = find(store, "soft_labels", build_graph(recipe, store)["soft_labels"].fingerprint)
     assert record is not None
     cache = RowCache(store, "soft_labels", record.summary["namespace"])
@@ -127,7 +127,7 @@ def test_a_shard_that_is_made_again_has_the_model_it_had(copy, monkeypatch: pyte
     for commit in commits:
         store.delete(cache.commit_key(commit))
         forget_node(recipe, store, "soft_labels")
-        run_node(recipe, "soft_labels", store=store, tick=silent, extra={})
+        run_node(recipe, build_graph(recipe, store), "soft_labels", store=store, tick=silent, extra={})
         assert cache.snapshot().commits == commits
 
 
@@ -147,13 +147,13 @@ def test_a_row_the_teacher_fails_on_is_refused_counted_and_bounded(copy, monkeyp
     with pytest.raises(
         SoftLabelError, match=r"(\d+) of \d+ rows have no usable teacher output, and max_refused_rows allows 0; first row"
     ) as error:
-        run_node(strict, "soft_labels", store=store, tick=silent, extra={})
+        run_node(strict, build_graph(strict, store), "soft_labels", store=store, tick=silent, extra={})
     assert "the teacher gave NaN" in str(error.value)
     allowed = ["soft_labels={kind: sampled, num_draws: 7, temperature: 2.0, max_refused_rows: 60}", "objective.temperature=2.0"]
     recipe = load_recipe(copy.recipe_file, allowed)
     nodes = build_graph(recipe, store)
     for name in ("soft_labels", "student.0", "ablation_hard.0"):
-        run_node(recipe, name, store=store, tick=silent, extra={})
+        run_node(recipe, build_graph(recipe, store), name, store=store, tick=silent, extra={})
     record, student, ablation = (find(store, nodes[n].stage, nodes[n].fingerprint) for n in ("soft_labels", "student.0", "ablation_hard.0"))
     assert record is not None
     assert student is not None
@@ -168,7 +168,7 @@ def test_a_row_the_teacher_fails_on_is_refused_counted_and_bounded(copy, monkeyp
 def test_hidden_states_are_kept_in_shards_of_their_own(copy) -> None:
     store = LocalStore(copy.store)
     recipe = load_recipe(copy.recipe_file, ["hidden_states={blocks: [0, 1], width: 8, reduce: project}"])
-    run_node(recipe, "hidden_states", store=store, tick=silent, extra={})
+    run_node(recipe, build_graph(recipe, store), "hidden_states", store=store, tick=silent, extra={})
     node = build_graph(recipe, store)["hidden_states"]
     record = find(store, "hidden_states", node.fingerprint)
     assert record is not None

@@ -16,7 +16,7 @@ from kd_core.progress import silent
 from kd_core.recipe import Recipe
 from kd_core.recipe.files import load_recipe
 from kd_core.rows.table import RowCache
-from kd_core.stages.graph import build_graph, walk
+from kd_core.stages.graph import build_graph
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore
 
@@ -142,7 +142,7 @@ def test_a_second_run_finds_everything_and_never_loads_torch(finished, kd, monke
 def test_a_report_made_again_for_another_registry_has_the_same_bytes_and_not_its_address(copy):
     shutil.rmtree(copy.store / "artifacts" / "report")
     recipe, store = load_recipe(copy.recipe_file, ["run.tracking=postgresql://me:secret@host/mlflow"]), LocalStore(copy.store)
-    made = run_node(recipe, "report", store=store, tick=silent, extra={})
+    made = run_node(recipe, build_graph(recipe, store), "report", store=store, tick=silent, extra={})
     assert not made.hit
     assert made.digest == next(node["digest"] for node in copy.said["nodes"] if node["name"] == "report")
     record = records(recipe, store)["report"]
@@ -155,8 +155,8 @@ def test_a_report_made_again_for_another_registry_has_the_same_bytes_and_not_its
 def run_until(recipe: Recipe, store: LocalStore, last: str) -> set[str]:
     """Run up to a node; the names of the nodes that were computed now."""
     done = set()
-    for node in walk(recipe, store):
-        if not run_node(recipe, node.name, store=store, tick=silent, extra={}).hit:
+    for node in build_graph(recipe, store).values():
+        if not run_node(recipe, build_graph(recipe, store), node.name, store=store, tick=silent, extra={}).hit:
             done.add(node.name)
         if node.name == last:
             break

@@ -36,10 +36,10 @@ def test_a_student_learns_features_and_is_written_as_a_plain_model(name: str, co
     assert ("hidden_states" in nodes["student.0"].upstream) == (name == "cached")
     assert "hidden_states" not in nodes["ablation_hard.0"].upstream
     if name == "cached":
-        run_node(recipe, "hidden_states", store=store, tick=silent, extra={})
+        run_node(recipe, build_graph(recipe, store), "hidden_states", store=store, tick=silent, extra={})
         monkeypatch.setattr(train_stage_module, "load_teacher", lambda job: pytest.fail("cached states need no teacher"))
     with caplog.at_level(logging.INFO):
-        assert not run_node(recipe, "student.0", store=store, tick=silent, extra={}).hit
+        assert not run_node(recipe, build_graph(recipe, store), "student.0", store=store, tick=silent, extra={}).hit
     assert "features: the student's blocks learn from the teacher's: 0 from 1" in caplog.text
     record = find(store, "train", nodes["student.0"].fingerprint)
     assert record is not None
@@ -59,11 +59,11 @@ def test_a_student_learns_features_and_is_written_as_a_plain_model(name: str, co
 def test_damaged_states_are_captured_again_in_the_same_run(copy, caplog) -> None:
     store = LocalStore(copy.store)
     recipe = load_recipe(copy.recipe_file, [f"objective.features={json.dumps(FEATURES['cached'])}", CAPTURED])
-    run_node(recipe, "hidden_states", store=store, tick=silent, extra={})
+    run_node(recipe, build_graph(recipe, store), "hidden_states", store=store, tick=silent, extra={})
     shard = sorted((copy.store / "rows/hidden_states").rglob("*.parquet"))[0]
     whole = shard.read_bytes()
     shard.write_bytes(whole[:2000] + bytes([whole[2000] ^ 8]) + whole[2001:])
-    assert not run_node(recipe, "student.0", store=store, tick=silent, extra={}).hit
+    assert not run_node(recipe, build_graph(recipe, store), "student.0", store=store, tick=silent, extra={}).hit
     assert "computed again" in caplog.text
     assert shard.read_bytes() == whole
 
@@ -88,13 +88,13 @@ def test_rows_the_teacher_fails_on_are_left_out_of_states_as_of_labels(copy, mon
     real = hidden_states.capture_hidden
     monkeypatch.setattr(hidden_states, "capture_hidden", failing(real, 8, "captured"))
     for name in ("soft_labels", "hidden_states"):
-        run_node(recipe, name, store=store, tick=silent, extra={})
+        run_node(recipe, build_graph(recipe, store), name, store=store, tick=silent, extra={})
     nodes = build_graph(recipe, store)
     refused = [find(store, name, nodes[name].fingerprint).summary["rows_refused"] for name in ("soft_labels", "hidden_states")]
     assert 0 < refused[0] == refused[1] <= 90
-    assert not run_node(recipe, "student.0", store=store, tick=silent, extra={}).hit
+    assert not run_node(recipe, build_graph(recipe, store), "student.0", store=store, tick=silent, extra={}).hit
     more = load_recipe(copy.recipe_file, [*overrides, "hidden_states={blocks: [0, 1]}"])
     monkeypatch.setattr(hidden_states, "capture_hidden", failing(real, 4, "captured"))
-    run_node(more, "hidden_states", store=store, tick=silent, extra={})
+    run_node(more, build_graph(more, store), "hidden_states", store=store, tick=silent, extra={})
     with pytest.raises(SoftLabelError, match=r"\d+ curated rows have soft labels and no hidden states, .*; load it in float32, or set"):
-        run_node(more, "student.0", store=store, tick=silent, extra={})
+        run_node(more, build_graph(more, store), "student.0", store=store, tick=silent, extra={})

@@ -9,19 +9,21 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
 
-from kd_core.artifacts import Artifact, Record, find, publish
+from kd_core.artifacts import Artifact, Record, publish
 from kd_core.errors import ArtifactError
 from kd_core.ledger import Entry, append, current
 from kd_core.recipe import HiddenStates, Recipe, RelationFeatures, Vocabulary
 from kd_core.recipe.files import dump_recipe, load_recipe, parse_recipe
-from kd_core.stages.graph import build_graph, open_node, selected_student, walk
+from kd_core.stages.graph import Graph, Node, build_graph, find_node, open_node, selected_student
+from kd_core.stages.order import Pending, run_graph
 from kd_core.store import LocalStore
 
 ROOT = Path(__file__).parents[2]
@@ -450,21 +452,36 @@ def test_every_recipe_of_the_project_has_a_graph(store: LocalStore) -> None:
 # ---------------------------------------------------------------------------------------------- the champion
 
 
+@dataclass(frozen=True)
+class _Computed:
+    artifact: Artifact
+
+    def result(self) -> Artifact:
+        return self.artifact
+
+
 def _compute(recipe: Recipe, store: LocalStore, folder: Path, *, losses: tuple[float | None, ...] = (0.5, 0.25)) -> list[str]:
-    """Walk the recipe, with a stand-in for each stage; publishing makes the selected student champion. Returns what was computed."""
+    """Run the graph with a stand-in for each stage; publishing makes the selected student champion. Returns what was computed."""
     computed = []
-    for node in walk(recipe, store):
-        if find(store, node.stage, node.fingerprint) is not None:
-            continue
-        computed.append(node.name)
-        loss = losses[int(node.name[-1])] if node.stage == "train" else None
-        if node.stage == "publish":
-            _promote(recipe, store)
-        directory = folder / node.fingerprint
-        directory.mkdir()
-        (directory / "file").write_text(node.fingerprint)
-        summary = {"validation_nll": loss, "seconds": 0.0}
-        publish(store, directory, stage=node.stage, fp=node.fingerprint, identity=node.identity, upstream={}, summary=summary)
+
+    def stand_in(nodes: Graph, node: Node, above: Sequence[Pending]) -> Pending:
+        assert all(find_node(store, nodes[upstream]) is not None for upstream in node.upstream.values())
+        record = find_node(store, node)
+        if record is None:
+            computed.append(node.name)
+            loss = losses[int(node.name[-1])] if node.stage == "train" else None
+            if node.stage == "publish":
+                _promote(recipe, store)
+            directory = folder / node.fingerprint
+            directory.mkdir()
+            (directory / "file").write_text(node.fingerprint)
+            summary = {"validation_nll": loss, "seconds": 0.0}
+            record = publish(
+                store, directory, stage=node.stage, fp=node.fingerprint, identity=node.identity, upstream=node.above, summary=summary
+            )
+        return _Computed(Artifact(node.stage, node.fingerprint, record.digest))
+
+    run_graph(recipe, store, stand_in)
     return computed
 
 

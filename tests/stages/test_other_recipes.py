@@ -16,7 +16,7 @@ from kd_core.progress import silent
 from kd_core.prompts.generated import running_totals
 from kd_core.recipe import Recipe
 from kd_core.recipe.files import load_recipe
-from kd_core.stages.graph import build_graph, open_node, walk
+from kd_core.stages.graph import build_graph, open_node
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore
 from kd_core.teacher.models import LoadedModel, save_model
@@ -85,10 +85,10 @@ def words(overrides: Sequence[str]) -> list[str]:
 def run_to_report(recipe: Recipe) -> list[str]:
     """All nodes but the publication, in order."""
     store, names = LocalStore(Path(recipe.run.store)), []
-    for node in walk(recipe, store):
+    for node in build_graph(recipe, store).values():
         if node.name == "publish":
             break
-        run_node(recipe, node.name, store=store, tick=silent, extra={})
+        run_node(recipe, build_graph(recipe, store), node.name, store=store, tick=silent, extra={})
         names.append(node.name)
     return names
 

@@ -36,7 +36,7 @@ def on_two(copy, *overrides: str) -> tuple[Recipe, LocalStore, Record]:
 def test_two_processes_train_the_student_of_one(copy, finished, sharded: str) -> None:
     recipe, store, before = on_two(copy, f"run.shard_weights={sharded}")
     ticks: list[Tick] = []
-    made = run_node(recipe, NODE, store=store, tick=ticks.append, extra={})
+    made = run_node(recipe, build_graph(recipe, store), NODE, store=store, tick=ticks.append, extra={})
     assert made.fingerprint == before.fingerprint, "how many processes is no part of identity"
     after = find(store, "train", made.fingerprint)
     for name in ("steps", "supervised_tokens", "rows"):
@@ -59,10 +59,12 @@ def test_a_rank_that_is_killed_ends_the_run_by_name_and_one_process_goes_on(copy
             max(multiprocessing.active_children(), key=lambda child: child.pid).kill()
 
     with pytest.raises(TrainingError, match=r"student\.0: rank 1 of 2 was killed by SIGKILL, and the others were ended"):
-        run_node(recipe, NODE, store=store, tick=kill_the_second, extra={})
+        run_node(recipe, build_graph(recipe, store), NODE, store=store, tick=kill_the_second, extra={})
     assert not multiprocessing.active_children()
     assert find(store, "train", before.fingerprint) is None
-    made = run_node(load_recipe(copy.recipe_file), NODE, store=store, tick=silent, extra={})
+    made = run_node(
+        load_recipe(copy.recipe_file), build_graph(load_recipe(copy.recipe_file), store), NODE, store=store, tick=silent, extra={}
+    )
     summary = find(store, "train", made.fingerprint).summary
     assert summary["resumed_from"] >= 10
     assert summary["validation_nll"] == pytest.approx(before.summary["validation_nll"], rel=1e-4)
@@ -72,7 +74,14 @@ def test_what_a_rank_raises_is_raised_here(copy) -> None:
     recipe, store, _ = on_two(copy)
     training = recipe.training.model_copy(update={"batch_rows": 1})
     with pytest.raises(TrainingError, match=r"training\.batch_rows: 1 rows for 2 ranks; start at most that many ranks"):
-        run_node(recipe.model_copy(update={"training": training}), NODE, store=store, tick=silent, extra={})
+        run_node(
+            recipe.model_copy(update={"training": training}),
+            build_graph(recipe.model_copy(update={"training": training}), store),
+            NODE,
+            store=store,
+            tick=silent,
+            extra={},
+        )
 
 
 def test_an_interrupt_ends_all_processes(copy, kd_process) -> None:

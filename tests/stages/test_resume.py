@@ -72,10 +72,10 @@ def test_a_stage_that_breaks_goes_on_where_it_was(copy, monkeypatch, point, node
         patch.setattr("kd_core.failpoints._reached", Counter())
         patch.setenv("KD_FAILPOINT", f"{point}:error")
         with pytest.raises(OSError, match="fail point"):
-            run_node(recipe, node, store=store, tick=silent, extra={})
+            run_node(recipe, build_graph(recipe, store), node, store=store, tick=silent, extra={})
     assert record(recipe, copy.store, node) is None, "no record before the end"
     assert objects(copy.store, rows) <= committed
-    made = run_node(recipe, node, store=store, tick=silent, extra={})
+    made = run_node(recipe, build_graph(recipe, store), node, store=store, tick=silent, extra={})
     summary = record(recipe, copy.store, node).summary
     if unbroken.stage == "train":
         assert summary["resumed_from"] == kept
@@ -234,12 +234,12 @@ def test_a_damaged_checkpoint_is_named_before_training_goes_on(copy, kd, monkeyp
         patch.setattr("kd_core.failpoints._reached", Counter())
         patch.setenv("KD_FAILPOINT", "train.step:22:error")
         with pytest.raises(OSError, match="fail point"):
-            run_node(recipe, "student.0", store=store, tick=silent, extra={})
+            run_node(recipe, build_graph(recipe, store), "student.0", store=store, tick=silent, extra={})
     damaged = flip(next(copy.store.glob("checkpoints/*/00000020/*.pt")))
     called = kd("run", "--local", "--json", copy.recipe_file)
     assert called.code == 1
     [line] = called.err.splitlines()
     assert line.startswith(f"kd: {damaged}: ")
     shutil.rmtree(copy.store / re.search(r"delete (\S+)", line)[1])
-    made = run_node(recipe, "student.0", store=store, tick=silent, extra={})
+    made = run_node(recipe, build_graph(recipe, store), "student.0", store=store, tick=silent, extra={})
     assert (made.digest, record(recipe, copy.store, "student.0").summary["resumed_from"]) == (unbroken.digest, 10)

@@ -21,7 +21,7 @@ from kd_core.planning.plan import make_plan
 from kd_core.progress import silent
 from kd_core.recipe import Recipe
 from kd_core.recipe.files import load_recipe
-from kd_core.stages.graph import build_graph, open_node, walk
+from kd_core.stages.graph import build_graph, open_node
 from kd_core.stages.run import run_node
 from kd_core.stages.vocabulary import trimmed_tokens
 from kd_core.store import LocalStore
@@ -78,8 +78,8 @@ def overrides(bpe_tokenizer, tmp_path_factory: pytest.TempPathFactory) -> list[s
 def ran(overrides: list[str]) -> Ran:
     recipe = load_recipe(str(QUICKSTART), overrides)
     store = LocalStore(Path(recipe.run.store))
-    for node in walk(recipe, store):
-        run_node(recipe, node.name, store=store, tick=silent, extra={"publish": lambda job: {}})
+    for node in build_graph(recipe, store).values():
+        run_node(recipe, build_graph(recipe, store), node.name, store=store, tick=silent, extra={"publish": lambda job: {}})
     records = {name: find(store, node.stage, node.fingerprint) for name, node in build_graph(recipe, store).items()}
     return Ran(recipe, store, {name: record for name, record in records.items() if record is not None}, overrides)
 
@@ -88,7 +88,7 @@ def record_of(ran: Ran, overrides: list[str], *names: str) -> Record:
     """The last of some nodes of a changed recipe, computed in the same store."""
     recipe = load_recipe(str(QUICKSTART), [*ran.overrides, *overrides])
     for name in names:
-        run_node(recipe, name, store=ran.store, tick=silent, extra={})
+        run_node(recipe, build_graph(recipe, ran.store), name, store=ran.store, tick=silent, extra={})
     return open_node(ran.store, build_graph(recipe, ran.store)[names[-1]])
 
 
@@ -154,7 +154,7 @@ def test_too_little_kept_mass_ends_the_run(ran: Ran) -> None:
     with pytest.raises(
         TrainingError, match=r"keeps \d+ of 420 tokens, and they hold 0\.\d{4} of the teacher's probability on \d+ training"
     ):
-        run_node(strict, node.name, store=ran.store, tick=silent, extra={})
+        run_node(strict, build_graph(strict, ran.store), node.name, store=ran.store, tick=silent, extra={})
 
 
 def test_it_is_described_before_and_after(ran: Ran, kd) -> None:
