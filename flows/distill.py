@@ -10,17 +10,17 @@ from typing import Any
 
 from prefect import State, flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.utilities.annotations import quote
+from prefect.futures import PrefectFuture
 
 from flows.registry import with_registry
 from kd_core.artifacts import Artifact, find, read_bytes
 from kd_core.recipe import Recipe
 from kd_core.recipe.files import load_recipe
 from kd_core.stages.graph import Graph, Node
-from kd_core.stages.order import Submit, run_graph
+from kd_core.stages.order import Pending, Submit, run_graph
 from kd_core.stages.workers import device_slots
 from kd_core.store import Store, open_store
-from tasks.nodes import compute, computing_in
+from tasks.nodes import compute, computing_in, unseen
 
 __all__ = ["distill"]
 
@@ -61,14 +61,20 @@ def _one_by_one(recipe: Recipe) -> Submit:
     """Nodes as task runs in this thread: where there is one slot, an interrupt ends the node at once."""
 
     def submit(nodes: Graph, node: Node, above: Sequence[Any]) -> _Done:
-        state = compute(recipe, quote(nodes), node.name, wait_for=[upstream.state for upstream in above], return_state=True)
+        state = compute(recipe, unseen(nodes), node.name, wait_for=[upstream.state for upstream in above], return_state=True)
         return _Done(state, state.result())
 
     return submit
 
 
 def _side_by_side(recipe: Recipe) -> Submit:
-    return lambda nodes, node, above: compute.submit(recipe, quote(nodes), node.name, wait_for=list(above))
+    """Nodes as task runs in threads, each of which waits for a worker process."""
+
+    def submit(nodes: Graph, node: Node, above: Sequence[Any]) -> Pending:
+        future: PrefectFuture[Artifact] = compute.submit(recipe, unseen(nodes), node.name, return_state=False, wait_for=above)
+        return future
+
+    return submit
 
 
 def _show(recipe: Recipe, store: Store, done: dict[str, Artifact]) -> None:

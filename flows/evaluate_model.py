@@ -2,14 +2,13 @@
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
-from prefect.utilities.annotations import quote
 
 from flows.registry import with_registry
 from kd_core.recipe.files import load_recipe
 from kd_core.stages.graph import build_graph
 from kd_core.store import open_store
 from tasks.evaluate import measure_model
-from tasks.nodes import compute
+from tasks.nodes import compute, unseen
 
 __all__ = ["evaluate_model"]
 
@@ -28,7 +27,7 @@ def evaluate_model(
     recipe = with_registry(load_recipe(recipe_file, overrides or ()))
     nodes = build_graph(recipe, open_store(recipe.run.store, recipe.run.s3))
     for name in ("prompts", "teacher"):
-        compute(recipe, quote(nodes), name)
+        compute(recipe, unseen(nodes), name)
     rows = measure_model(recipe, model)
     create_table_artifact(key="evaluate-model", table=rows, description=f"{model} on the suites of {recipe.name}")
     return rows

@@ -8,12 +8,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from prefect import task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.utilities.annotations import quote
 
 from kd_core.artifacts import Artifact
 from kd_core.errors import IntegrityError, StoreError
@@ -24,11 +25,16 @@ from kd_core.stages.workers import Workers
 from tasks.computing import EXTRA_STAGES, compute_node
 from tasks.listener import current_listener
 
-__all__ = ["compute", "computing_in"]
+__all__ = ["compute", "computing_in", "unseen"]
 
 _SECONDS_BETWEEN_UPDATES = 2.0
 
 _workers: ContextVar[Workers | None] = ContextVar("workers", default=None)
+
+
+def unseen(nodes: Graph) -> Graph:
+    """The graph as an argument that Prefect hands on as it is, without looking for task runs in it."""
+    return cast(Graph, quote(nodes))
 
 
 @contextmanager
@@ -60,7 +66,7 @@ class _ProgressArtifact:
         percent = 100.0 * tick.done / max(1, tick.total)
         text = f"{self.name}: {tick.done} of {tick.total} {tick.unit}" + (f", {tick.note}" if tick.note else "")
         if self.artifact is None:
-            self.artifact = create_progress_artifact(progress=percent, description=text)
+            self.artifact = cast(UUID, create_progress_artifact(progress=percent, description=text))
         else:
             update_progress_artifact(self.artifact, progress=percent, description=text)
 
