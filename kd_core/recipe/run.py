@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from kd_core.recipe.fields import Frozen
+from kd_core.recipe.fields import Fraction, Frozen
 
 __all__ = ["Run", "S3Options"]
 
@@ -38,7 +38,7 @@ class Run(Frozen):
     generate_rows: int = Field(default=256, ge=1)
     """Sequences decoded together."""
     shard_rows: int = Field(default=512, ge=1)
-    """Rows a committed shard of answers or soft labels: what a kill can cost."""
+    """Rows a committed shard of answers or soft labels: what a kill can cost. A server's answers are committed by 64 at most."""
     num_workers: int = Field(default=1, ge=1)
     """Processes that run this recipe at the same time and share the teacher's work, each with its own `worker`."""
     worker: int = Field(default=0, ge=0)
@@ -63,6 +63,8 @@ class Run(Frozen):
     """Base URL of the server teacher, for example http://127.0.0.1:8000/v1."""
     teacher_concurrency: int = Field(default=32, ge=1, le=1024)
     """Requests in flight to a server teacher."""
+    max_failed_answers: Fraction = 0.05
+    """Share of a server's answers that may fail (refused, or wrong in form); with more the run stops, and what was answered is kept."""
     score_tokens_per_second: float | None = Field(default=None, gt=0.0)
     """Rate of the scoring pass, tokens a second, prompts included, for the plan; None: as finished records measured it."""
     price_per_hour: float | None = Field(default=None, ge=0.0)
