@@ -2,16 +2,18 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 
+from flows.terminal import printable
 from kd_core.artifacts import Artifact
 from kd_core.progress import Tick
 
-__all__ = ["Display", "display", "human_bytes", "human_seconds"]
+__all__ = ["CleanConsole", "Display", "display", "human_bytes", "human_seconds"]
 
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -40,6 +42,15 @@ def human_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+class CleanConsole(Console):
+    """A console that shows control characters in what it is given, and obeys its own alone."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """The pieces of text to show, each printable."""
+        for piece in super().render(renderable, options):
+            yield piece if piece.control else Segment(printable(piece.text), piece.style)
 
 
 class Display:
@@ -97,7 +108,7 @@ def display(*, quiet: bool) -> Iterator[Display]:
     Args:
         quiet: print nothing but errors (for --json).
     """
-    console = Console(stderr=True, quiet=quiet)
+    console = CleanConsole(stderr=True, quiet=quiet)
     shown = Display(console, live=console.is_terminal and not quiet and sys.stderr.isatty())
     with shown.progress:
         yield shown

@@ -110,7 +110,7 @@ def redact_url(url: str) -> str:
     It rather hides too much: a password may hold any sign, an @ or a slash as well.
 
     >>> redact_url("postgresql://me:p@ss@host:5432/db?password=x@y&sslmode=require")
-    'postgresql://***@host:5432/db?password=***&sslmode=***'
+    'postgresql://host:5432/db?password=***&sslmode=***'
     >>> redact_url("http://127.0.0.1:8000/v1")
     'http://127.0.0.1:8000/v1'
     """
@@ -120,20 +120,20 @@ def redact_url(url: str) -> str:
     head, mark, query = rest.partition("?")
     if ":" in head and "@" not in head and "@" in query:  # perhaps the password itself holds a question mark
         return f"{scheme}://***"
-    head = f"***@{head.rpartition('@')[2]}" if "@" in head else head
+    head = head.rpartition("@")[2]
     fields = "&".join(f"{name}=***" if equals else "***" for name, equals, _ in (part.partition("=") for part in query.split("&")))
     return f"{scheme}://{head}{mark}{fields if mark else ''}"
 
 
 def hide_passwords(text: str, *urls: str) -> str:
-    """Text that others wrote, with the addresses in it redacted; the passwords of ``urls`` are hidden wherever they stand.
+    """Text that others wrote, with addresses that hold a password redacted; the passwords of ``urls`` are hidden wherever they stand.
 
     >>> hide_passwords("cannot connect to http://me:pw@host/x: pw is wrong", "http://me:pw@host")
-    'cannot connect to http://***@host/x: *** is wrong'
+    'cannot connect to http://host/x: *** is wrong'
     """
     for url in urls:
         text = text.replace(url, redact_url(url))
-    text = _URL.sub(lambda found: redact_url(found[0]), text)
+    text = _URL.sub(lambda found: redact_url(found[0]) if holds_password(found[0]) else found[0], text)
     for secret in sorted({secret for url in urls for secret in _secrets(url)}, key=len, reverse=True):
         text = text.replace(secret, "***")
     return text

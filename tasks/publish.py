@@ -8,6 +8,7 @@ import json
 import time
 from typing import Any
 
+from kd_core.addresses import redact_url
 from kd_core.artifacts import Artifact, Record, read_bytes
 from kd_core.errors import ArtifactError
 from kd_core.ledger import Entry, append, current
@@ -29,7 +30,7 @@ def publish_stage(job: Job) -> dict[str, Any]:
     uri = default_tracking_uri(job.recipe.run.tracking)
     published = publish_run(uri, _publication(job, gate, student))
     return {
-        "tracking": uri.partition("@")[2] or uri,
+        "tracking": redact_url(uri),
         "run_id": published.run_id,
         "run_url": published.run_url,
         "model": job.recipe.publish,

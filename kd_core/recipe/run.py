@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from kd_core.addresses import holds_password
 from kd_core.recipe.fields import Fraction, Frozen
 
 __all__ = ["Run", "S3Options"]
@@ -13,11 +14,17 @@ class S3Options(Frozen):
     """How to reach an S3-compatible server. Credentials come from the environment or a role, never from here."""
 
     endpoint: str | None = None
-    """http(s):// address; None is AWS."""
+    """http(s):// address without a password; None is AWS."""
     region: str = "us-east-1"
     """Region name."""
     checksums: Literal["when_supported", "when_required"] = "when_supported"
     """when_required for servers that refuse the default checksums."""
+
+    @model_validator(mode="after")
+    def _holds_no_password(self) -> Self:
+        if self.endpoint is not None and holds_password(self.endpoint):
+            raise ValueError("the endpoint holds a password; put it into the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        return self
 
 
 class Run(Frozen):
@@ -28,7 +35,7 @@ class Run(Frozen):
     s3: S3Options = S3Options()
     """Options of an s3:// store and of s3:// sources."""
     tracking: str | None = None
-    """MLflow tracking URI; None: MLFLOW_TRACKING_URI, or else sqlite:///.kd/mlflow.db."""
+    """MLflow tracking URI without a password; None: the environment's MLFLOW_TRACKING_URI, or else sqlite:///.kd/mlflow.db."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     threads: int | None = Field(default=None, ge=1)
@@ -60,7 +67,7 @@ class Run(Frozen):
     compile: bool = False
     """Run the student's blocks through torch.compile; its first steps are slow."""
     teacher_url: str | None = None
-    """Base URL of the server teacher, for example http://127.0.0.1:8000/v1."""
+    """Base URL of the server teacher without a password, for example http://127.0.0.1:8000/v1."""
     teacher_concurrency: int = Field(default=32, ge=1, le=1024)
     """Requests in flight to a server teacher."""
     max_failed_answers: Fraction = 0.05
@@ -73,6 +80,17 @@ class Run(Frozen):
     """Price of 10^9 bytes kept in the store for a month, for the plan."""
     price_per_thousand_requests: float | None = Field(default=None, ge=0.0)
     """Price of a thousand requests to the store, for the plan: reads and writes alike, so state the dearer one."""
+
+    @model_validator(mode="after")
+    def _holds_no_password(self) -> Self:
+        """Recipes are kept, printed and sent to an orchestrator: what is secret stays in the environment."""
+        if self.tracking is not None and holds_password(self.tracking):
+            raise ValueError("tracking holds a password; put the whole address into the environment variable MLFLOW_TRACKING_URI instead")
+        if self.teacher_url is not None and holds_password(self.teacher_url):
+            raise ValueError("teacher_url holds a password; put a bearer key into the environment variable KD_TEACHER_API_KEY instead")
+        if holds_password(self.store):
+            raise ValueError("store holds a password; put it into the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        return self
 
     @model_validator(mode="after")
     def _is_one_of_the_workers(self) -> Self:

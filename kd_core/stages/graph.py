@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kd_core import artifacts
+from kd_core.addresses import redact_url
 from kd_core.errors import ArtifactError
 from kd_core.fingerprint import fingerprint
 from kd_core.ledger import Entry, champion_before, current
@@ -155,7 +156,8 @@ def _add_verdict(build: _Builder, recipe: Recipe, store: Store, evaluation: dict
     report = {"name": recipe.name, "description": recipe.description, "recipe": recipe.model_dump(mode="json", exclude={"run"})}
     build.add("report", "report", report, {name: name for name in build.nodes})
     everything = {name: name for name in build.nodes}
-    place = fingerprint(recipe.run.tracking)  # a publication is an effect at a place: another registry has not had it yet
+    tracking = recipe.run.tracking
+    place = fingerprint(tracking and redact_url(tracking))  # a publication is an effect at a place: another registry has not had it yet
     build.add("publish", "publish", {"model": recipe.publish, "registry": place}, everything)
 
 
