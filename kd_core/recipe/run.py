@@ -2,12 +2,19 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from kd_core.addresses import holds_password
 from kd_core.recipe.fields import Fraction, Frozen
 
 __all__ = ["Run", "S3Options"]
+
+
+def _without_password(url: str | None, instead: str) -> str | None:
+    """The address itself. Recipes are kept, printed and sent to an orchestrator: what is secret stays in the environment."""
+    if url is not None and holds_password(url):
+        raise ValueError(f"the address holds a password; {instead}")
+    return url
 
 
 class S3Options(Frozen):
@@ -20,11 +27,10 @@ class S3Options(Frozen):
     checksums: Literal["when_supported", "when_required"] = "when_supported"
     """when_required for servers that refuse the default checksums."""
 
-    @model_validator(mode="after")
-    def _holds_no_password(self) -> Self:
-        if self.endpoint is not None and holds_password(self.endpoint):
-            raise ValueError("the endpoint holds a password; put it into the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-        return self
+    @field_validator("endpoint")
+    @classmethod
+    def _holds_no_password(cls, url: str | None) -> str | None:
+        return _without_password(url, "put it into the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 
 
 class Run(Frozen):
@@ -81,16 +87,15 @@ class Run(Frozen):
     price_per_thousand_requests: float | None = Field(default=None, ge=0.0)
     """Price of a thousand requests to the store, for the plan: reads and writes alike, so state the dearer one."""
 
-    @model_validator(mode="after")
-    def _holds_no_password(self) -> Self:
-        """Recipes are kept, printed and sent to an orchestrator: what is secret stays in the environment."""
-        if self.tracking is not None and holds_password(self.tracking):
-            raise ValueError("tracking holds a password; put the whole address into the environment variable MLFLOW_TRACKING_URI instead")
-        if self.teacher_url is not None and holds_password(self.teacher_url):
-            raise ValueError("teacher_url holds a password; put a bearer key into the environment variable KD_TEACHER_API_KEY instead")
-        if holds_password(self.store):
-            raise ValueError("store holds a password; put it into the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-        return self
+    @field_validator("store", "tracking", "teacher_url")
+    @classmethod
+    def _holds_no_password(cls, url: str | None, field: ValidationInfo) -> str | None:
+        instead = {
+            "store": "put it into the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            "tracking": "put the whole address into the environment variable MLFLOW_TRACKING_URI",
+            "teacher_url": "put a bearer key into the environment variable KD_TEACHER_API_KEY",
+        }
+        return _without_password(url, instead[field.field_name or ""])
 
     @model_validator(mode="after")
     def _is_one_of_the_workers(self) -> Self:
