@@ -51,7 +51,7 @@ class Run(Frozen):
     generate_rows: int = Field(default=256, ge=1)
     """Sequences decoded together."""
     shard_rows: int = Field(default=512, ge=1)
-    """Rows a committed shard of answers or soft labels: what a kill can cost. A server's answers are committed by 64 at most."""
+    """Rows a committed shard of answers or soft labels: what a kill can cost. A server's answers are committed by 64, or every 30 s."""
     num_workers: int = Field(default=1, ge=1)
     """Processes that run this recipe at the same time and share the teacher's work, each with its own `worker`."""
     worker: int = Field(default=0, ge=0)

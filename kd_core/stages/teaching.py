@@ -6,6 +6,7 @@ and pays for the others only.
 
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -129,7 +130,9 @@ def load_teacher(job: Job) -> LoadedModel:
 # ---------------------------------------------------------------------------------------------- answers
 
 _KEPT_TOGETHER = 64
-"""A server's answers that are committed together: what a kill can cost, beside requests in flight."""
+_KEPT_WITHIN_SECONDS = 30.0
+"""A server's answers are committed when there are so many, or the last commit is so long ago: what a kill can cost, beside requests in
+flight."""
 
 AnswerRequest = tuple[str, dict[str, Any]]  # row key, and what is asked
 
@@ -256,7 +259,7 @@ class _ServerEngine:
         if job.recipe.run.teacher_url is None:
             raise RecipeError("run.teacher_url: a server teacher needs its address; add --set run.teacher_url=http://host:port/v1")
         self.job, self.teacher, self.answers, self.url = job, teacher, answers, job.recipe.run.teacher_url
-        self.session, self.keep = session, keep
+        self.session, self.keep, self.kept_at = session, keep, time.monotonic()
         self.failed: dict[str, dict[str, Any]] = {}
 
     def order(self, rows: list[AnswerRequest]) -> list[AnswerRequest]:
@@ -275,8 +278,8 @@ class _ServerEngine:
                 self.failed[key] = full
                 return
             waiting.append(full)
-            if len(waiting) == _KEPT_TOGETHER:
-                rows, waiting[:] = waiting.copy(), ()
+            if len(waiting) == _KEPT_TOGETHER or time.monotonic() - self.kept_at >= _KEPT_WITHIN_SECONDS:
+                rows, waiting[:], self.kept_at = waiting.copy(), (), time.monotonic()
                 self.keep(_answer_table(rows))
 
         try:

@@ -1,6 +1,8 @@
 """What a server has answered is paid: it is kept at once, whatever happens to other rows, and never asked for again."""
 
 import json
+import math
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ from kd_core.artifacts import Artifact, find
 from kd_core.errors import TeacherError
 from kd_core.progress import silent
 from kd_core.recipe import Recipe
-from kd_core.recipe_io import load_recipe
+from kd_core.recipe_io import dump_recipe, load_recipe
 from kd_core.stages import teaching
 from kd_core.stages.graph import build_graph
 from kd_core.stages.job import Job
@@ -125,9 +127,11 @@ def test_what_was_answered_before_a_shard_ends_in_an_error_is_not_asked_again(ru
     assert len(server.asked) == len(set(server.asked)) + 1, "only the one that failed was asked twice"
 
 
-def test_answers_are_committed_while_their_shard_goes_on(run_answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("together", "seconds", "at_a_time"), [(5, math.inf, 5), (64, 0.0, 1)])
+def test_answers_are_committed_while_their_shard_goes_on(run_answers, tmp_path: Path, monkeypatch, together, seconds, at_a_time) -> None:
     """So a kill in the middle of a shard of 512 costs a few: what is committed survives it."""
-    monkeypatch.setattr(teaching, "_KEPT_TOGETHER", 5)
+    monkeypatch.setattr(teaching, "_KEPT_TOGETHER", together)
+    monkeypatch.setattr(teaching, "_KEPT_WITHIN_SECONDS", seconds)
     kept: list[int] = []
 
     def reply(prompt: str, before: int) -> Reply:
@@ -137,7 +141,7 @@ def test_answers_are_committed_while_their_shard_goes_on(run_answers, tmp_path: 
 
     with serving(reply) as server:
         run_answers(server)
-    assert kept == [before // 5 * 5 for before in range(len(server.asked))]
+    assert kept == [before // at_a_time * at_a_time for before in range(len(server.asked))]
 
 
 def test_a_row_that_failed_is_left_out_with_its_reason_and_asked_again_by_the_next_who_wants_it(run_answers, prompts, tmp_path) -> None:
@@ -181,3 +185,25 @@ def test_a_server_that_refuses_everything_is_asked_a_handful_of_times(run_answer
         with pytest.raises(TeacherError, match=r"none of the first 8 prompts.*top_p is not supported.*answers\.top_p"):
             run_answers(server, "run.teacher_concurrency=32")
         assert len(server.asked) < 16
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_in_mid_shard_keeps_its_answers(prompts, tmp_path, kd_process, number: int) -> None:
+    here, released = threading.Event(), threading.Event()
+
+    def reply(prompt: str, before: int) -> Reply:
+        if before == 29:
+            here.set()
+            released.wait(60)
+        return answer("4")
+
+    with serving(reply) as server:
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(dump_recipe(recipe_of(prompts, tmp_path, server)))
+        process = kd_process("run", "--local", recipe)
+        assert here.wait(120)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        released.set()
+    commits = (tmp_path / "store").glob("rows/answers/*/commits/*.json")
+    assert sum(len(json.loads(path.read_text())["keys"]) for path in commits) == 29
