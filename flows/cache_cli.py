@@ -44,12 +44,15 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
 
 
 def _open(uri: str, endpoint: str | None, region: str) -> "Store":
+    from kd_core.addresses import check_address
     from kd_core.errors import StoreError
     from kd_core.recipe import S3Options
     from kd_core.store import open_store
 
     if "://" not in uri and not Path(uri).is_dir():
         raise StoreError(f"no store at {Path(uri).absolute()}: name one with --store (a recipe's is its run.store), or run a recipe first")
+    if endpoint is not None:
+        check_address(endpoint, field="--s3-endpoint", instead="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     return open_store(uri, S3Options(endpoint=endpoint, region=region))
 
 

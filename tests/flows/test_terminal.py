@@ -73,3 +73,10 @@ def test_csv_is_exact_in_a_file_and_clean_on_a_terminal(capsys: pytest.CaptureFi
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     print_rows(["text"], [[HOSTILE]], "csv")
     assert not OBEYED.search(capsys.readouterr().out)
+
+
+def test_a_password_in_an_option_is_refused_and_not_repeated(kd) -> None:
+    called = kd("cache", "ls", "--store", "s3://bucket/x", "--s3-endpoint", "http://me:canary@127.0.0.1:9")
+    assert called.code == 2
+    assert called.err.startswith("kd: --s3-endpoint: the address of host '127.0.0.1' carries a password; put it into AWS_ACCESS_KEY_ID")
+    assert "canary" not in called.err
