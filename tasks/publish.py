@@ -11,6 +11,7 @@ from typing import Any
 from kd_core.artifacts import Artifact, Record, read_bytes
 from kd_core.errors import ArtifactError
 from kd_core.ledger import Entry, append, current
+from kd_core.recipe.addresses import redact_url
 from kd_core.stages.job import Job
 from kd_core.train.history import logged_metrics
 from tasks.tracking import DatasetInfo, ModelInfo, Publication, StageRun, default_tracking_uri, publish_run
@@ -29,7 +30,7 @@ def publish_stage(job: Job) -> dict[str, Any]:
     uri = default_tracking_uri(job.recipe.run.tracking)
     published = publish_run(uri, _publication(job, gate, student))
     return {
-        "tracking": uri.partition("@")[2] or uri,
+        "tracking": redact_url(uri),
         "run_id": published.run_id,
         "run_url": published.run_url,
         "model": job.recipe.publish,

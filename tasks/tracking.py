@@ -25,10 +25,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit
 
 from kd_core.errors import KDError
 from kd_core.fingerprint import fingerprint, sha256_bytes
+from kd_core.recipe.addresses import hide_passwords, redact_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -172,7 +173,7 @@ def publish_run(tracking_uri: str, publication: Publication) -> Published:
             version = _publish_version(client, tracking_uri, run.info.run_id, publication.model)
             champion = _point_aliases(client, publication.model, version)
             _finish(client, run, sum(stage.seconds for stage in publication.stages))
-    url = f"{_shown(tracking_uri).rstrip('/')}/#/experiments/{experiment.experiment_id}/runs/{run.info.run_id}"
+    url = f"{redact_url(tracking_uri).rstrip('/')}/#/experiments/{experiment.experiment_id}/runs/{run.info.run_id}"
     return Published(run.info.run_id, url if _is_server(tracking_uri) else None, version, champion)
 
 
@@ -187,7 +188,9 @@ def _experiment(client: "MlflowClient", tracking_uri: str, name: str) -> "Experi
         location = None if database is None else (database.parent / "mlruns").as_uri()
         return client.get_experiment(client.create_experiment(name, artifact_location=location))
     if found.lifecycle_stage != "active":
-        raise KDError(f"experiment {name!r} at {_shown(tracking_uri)} is deleted; run mlflow experiments restore -x {found.experiment_id}")
+        raise KDError(
+            f"experiment {name!r} at {redact_url(tracking_uri)} is deleted; run mlflow experiments restore -x {found.experiment_id}"
+        )
     return found
 
 
@@ -413,11 +416,11 @@ def _explained(tracking_uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, RequestException, SQLAlchemyError, CommandError, OSError, ImportError) as error:
-        reason = str(error).replace(tracking_uri, _shown(tracking_uri))
+        reason = hide_passwords(str(error), tracking_uri)
         if isinstance(error, MlflowException) and error.error_code not in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"):
-            raise KDError(f"MLflow at {_shown(tracking_uri)} refused: {reason}") from error
+            raise KDError(f"MLflow at {redact_url(tracking_uri)} refused: {reason}") from error
         raise KDError(
-            f"MLflow at {_shown(tracking_uri)} cannot be used: {reason}; start it (kd up), "
+            f"MLflow at {redact_url(tracking_uri)} cannot be used: {reason}; start it (kd up), "
             "or choose another with --set run.tracking=sqlite:///.kd/mlflow.db, then run again: only the publication is left to do"
         ) from error
 
@@ -444,9 +447,3 @@ def _sqlite_path(uri: str) -> Path | None:
     if not uri.startswith("sqlite:///"):
         return None
     return Path(urlsplit(uri).path.removeprefix("/")).absolute()
-
-
-def _shown(uri: str) -> str:
-    """The URI without user and password."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri

@@ -19,6 +19,7 @@ from typer.exceptions import TyperException
 from flows.cli.cache import cache_app
 from flows.cli.export import export
 from flows.cli.student import student_app
+from flows.cli.terminal import say
 from kd_core.errors import KDError, RecipeError
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def main() -> None:
     """Entry point: errors become one line and an exit code, never a traceback."""
     _settle_environment()
     logging.getLogger("kd_core").addHandler(logging.NullHandler())  # a try that failed shows only in the error that ends them all
-    logging.getLogger("kd_core.stages.run").handlers = [_Warnings(logging.WARNING)]  # but damage that was healed is told
+    for name in ("kd_core.stages.run", "kd_core.stages.answers", "kd_core.teacher.server"):  # but what was healed or left out is told
+        logging.getLogger(name).handlers = [_Warnings(logging.WARNING)]
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(standalone_mode=False)
@@ -78,7 +80,7 @@ class _Warnings(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print it."""
-        print(f"kd: {record.getMessage()}", file=sys.stderr)
+        say(f"kd: {record.getMessage()}", file=sys.stderr)
 
 
 def _settle_environment() -> None:
@@ -99,7 +101,7 @@ def _terminated(*_: object) -> NoReturn:
 
 
 def _fail(message: object, code: int) -> NoReturn:
-    print(f"kd: {message}", file=sys.stderr)
+    say(f"kd: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -177,7 +179,7 @@ def run(
 
     if as_json:
         return _print_json(outcome(recipe, store, done))
-    print(outcome_text(recipe, store, done, recipe_file, overrides))
+    say(outcome_text(recipe, store, done, recipe_file, overrides))
 
 
 @app.command()
@@ -216,7 +218,7 @@ def report(
     for name, data in files.items():
         (folder / name).write_bytes(data)
     show_markdown(files["report.md"].decode())
-    print(f"Written: {folder / 'report.html'} (open it in a browser), {folder / 'report.md'}, {folder / 'report.json'}")
+    say(f"Written: {folder / 'report.html'} (open it in a browser), {folder / 'report.md'}, {folder / 'report.json'}")
 
 
 @app.command()
@@ -245,14 +247,14 @@ def up(home: Home = _HOME, as_json: AsJson = False) -> None:
     from infra.stack import deploy
     from infra.stack import up as start
 
-    say = (lambda text: None) if as_json else (lambda text: print(text, file=sys.stderr))
-    info = start(home, say=say)
+    tell = (lambda text: None) if as_json else (lambda text: say(text, file=sys.stderr))
+    info = start(home, say=tell)
     deploy(info)
     from flows.cli.tables import stack_json, stack_text
 
     if as_json:
         return _print_json(stack_json(info))
-    print(stack_text(info))
+    say(stack_text(info))
 
 
 @app.command()
@@ -263,4 +265,4 @@ def down(home: Home = _HOME, as_json: AsJson = False) -> None:
     stopped = stop(home)
     if as_json:
         return _print_json({"stopped": stopped})
-    print(f"Stopped: {', '.join(stopped)}" if stopped else f"Nothing was running from {home}")
+    say(f"Stopped: {', '.join(stopped)}" if stopped else f"Nothing was running from {home}")

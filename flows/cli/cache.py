@@ -15,6 +15,7 @@ import typer
 
 from flows.cli.console import display, human_bytes
 from flows.cli.row_output import print_rows
+from flows.cli.terminal import say
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,10 +46,13 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
 def _open(uri: str, endpoint: str | None, region: str) -> "Store":
     from kd_core.errors import StoreError
     from kd_core.recipe import S3Options
+    from kd_core.recipe.addresses import check_address
     from kd_core.store import open_store
 
     if "://" not in uri and not Path(uri).is_dir():
         raise StoreError(f"no store at {Path(uri).absolute()}: name one with --store (a recipe's is its run.store), or run a recipe first")
+    if endpoint is not None:
+        check_address(endpoint, field="--s3-endpoint", instead="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     return open_store(uri, S3Options(endpoint=endpoint, region=region))
 
 
@@ -123,7 +127,7 @@ def explode(
     num_rows = _write_exploded(out, tables)
     if as_json:
         return _print_json({"file": str(out), "rows": num_rows, "bytes": out.stat().st_size})
-    print(f"Written: {out} ({num_rows:,} rows, {human_bytes(out.stat().st_size)})")
+    say(f"Written: {out} ({num_rows:,} rows, {human_bytes(out.stat().st_size)})")
 
 
 def _write_exploded(out: Path, tables: "Iterator[pa.Table]") -> int:
@@ -195,13 +199,13 @@ def stats(
     from flows.cli.cache_tables import bytes_table, counts_table, entropy_table
     from flows.cli.tables import show
 
-    print(" ".join(str(value) for value in about.values() if value))
+    say(" ".join(str(value) for value in about.values() if value))
     tables = [bytes_table(numbers), entropy_table(numbers) if numbers.entropy else None]
     tables.append(counts_table("Finish reasons", numbers.finish_reasons) if numbers.finish_reasons else None)
     unused = {"doubled rows": numbers.doubled_rows, "orphan shards": numbers.orphan_shards}
     for table in (*tables, counts_table("Not read by anyone", unused)):
         if table is not None:
-            print()
+            say("")
             show(table)
 
 
@@ -238,14 +242,14 @@ def verify(
         if found.damage:
             show(damage_table(found, store.uri))
         what = f"{found.shards:,} of {found.commits:,} shards ({found.rows:,} rows) and {found.records:,} records were read"
-        print(
+        say(
             f"{what}; {len(found.damage)} damaged. Put it aside with: kd cache repair --yes"
             if found.damage
             else f"{what}; all is as committed."
         )
         if parity is not None:
             show(parity_table(parity))
-            print(_PARITY_HOLDS if parity.holds else _PARITY_FAILS)
+            say(_PARITY_HOLDS if parity.holds else _PARITY_FAILS)
     raise typer.Exit(1 if found.damage or (parity is not None and not parity.holds) else 0)
 
 
@@ -285,9 +289,9 @@ def repair(
     from flows.cli.tables import show
 
     if not moves:
-        return print("Nothing is damaged.")
+        return say("Nothing is damaged.")
     show(repair_table(moves, store.uri, done=yes))
-    print("Run the recipe again to compute the lost rows." if yes else "Nothing was changed; do it with --yes.")
+    say("Run the recipe again to compute the lost rows." if yes else "Nothing was changed; do it with --yes.")
 
 
 @cache_app.command()
@@ -318,9 +322,9 @@ def gc(
     from flows.cli.tables import show
 
     if not found:
-        return print(f"Nothing to delete in {store.uri}: everything is reached, or younger than {grace}.")
+        return say(f"Nothing to delete in {store.uri}: everything is reached, or younger than {grace}.")
     show(garbage_table(found, store.uri, done=yes))
-    print(f"{len(found):,} objects, {human_bytes(size)} {'were deleted.' if yes else 'would be deleted; do it with --yes.'}")
+    say(f"{len(found):,} objects, {human_bytes(size)} {'were deleted.' if yes else 'would be deleted; do it with --yes.'}")
 
 
 def _print_json(value: Any) -> None:

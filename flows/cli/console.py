@@ -3,18 +3,20 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 
+from flows.cli.terminal import printable
 from kd_core.artifacts import Artifact
 from kd_core.progress import Tick, Ticker
 
-__all__ = ["Display", "display", "human_bytes", "human_seconds"]
+__all__ = ["CleanConsole", "Display", "display", "human_bytes", "human_seconds"]
 
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -53,6 +55,15 @@ class _Running:
     printed: float
     first: int | None = None
     bar: TaskID | None = None
+
+
+class CleanConsole(Console):
+    """A console that shows control characters in what it is given, and obeys its own alone."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """The pieces of text to show, each printable."""
+        for piece in super().render(renderable, options):
+            yield piece if piece.control else Segment(printable(piece.text), piece.style)
 
 
 class Display:
@@ -120,7 +131,7 @@ def display(*, quiet: bool) -> Iterator[Display]:
     Args:
         quiet: print nothing but errors (for --json).
     """
-    console = Console(stderr=True, quiet=quiet)
+    console = CleanConsole(stderr=True, quiet=quiet)
     shown = Display(console, live=console.is_terminal and not quiet and sys.stderr.isatty())
     with shown.progress:
         yield shown

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from flows.cli.console import human_bytes
+from flows.cli.terminal import say
 
 if TYPE_CHECKING:
     from kd_core.export.student import Exported
@@ -44,7 +45,9 @@ def export(
     from kd_core.export.student import export_student
 
     done = export_student(lineage, store, out, quantize=quantize, onnx=onnx)
-    print(json.dumps(_plain(done), indent=1) if as_json else _text(done))
+    if as_json:
+        return print(json.dumps(_plain(done), indent=1))
+    say(_text(done))
 
 
 def _plain(done: "Exported") -> dict[str, Any]:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Literal
 
+from flows.cli.terminal import printable
+
 __all__ = ["print_rows"]
 
 _SHOWN_ROWS = 100
@@ -29,7 +31,8 @@ def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: Lite
 def _print_csv(columns: Sequence[str], rows: Iterator[Sequence[Any]]) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows([_plain(value) for value in row] for row in rows)
+    shown = printable if sys.stdout.isatty() else str  # a file gets what is there
+    writer.writerows([shown(value) if isinstance(value, str) else value for value in map(_plain, row)] for row in rows)
 
 
 def _print_json(columns: Sequence[str], rows: Iterator[Sequence[Any]]) -> None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.cli.terminal import say
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -57,7 +59,7 @@ def describe_command(recipe_file: RecipeFile, overrides: Overrides = [], as_json
     if as_json:
         teacher = None if found.teacher is None else asdict(found.teacher)
         ratios = found.ratios()
-        print(
+        say(
             json.dumps(
                 {
                     "student": asdict(found.student),
@@ -73,7 +75,7 @@ def describe_command(recipe_file: RecipeFile, overrides: Overrides = [], as_json
 
     show(_table(found))
     if found.untrimmed:
-        print("student.vocabulary is trimmed when the rows are there (kd run): until then the student's figures are upper bounds")
+        say("student.vocabulary is trimmed when the rows are there (kd run): until then the student's figures are upper bounds")
 
 
 def _table(found: "Description") -> "Table":

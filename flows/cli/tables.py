@@ -4,11 +4,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.markdown import Markdown
 from rich.table import Table
 
-from flows.cli.console import human_bytes, human_seconds
+from flows.cli.console import CleanConsole, human_bytes, human_seconds
+from flows.cli.terminal import say
 
 if TYPE_CHECKING:
     from infra.stack import StackInfo
@@ -30,16 +31,16 @@ _FINDINGS = {"ok": "[green]ok[/]", "failed": "[red]failed[/]", "skipped": "[dim]
 
 def show(table: RenderableType) -> None:
     """Print a table, or several to standard output; wide enough not to fold when it is no terminal."""
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = CleanConsole(width=None if sys.stdout.isatty() else 160)
     console.print(table)
 
 
 def show_markdown(text: str) -> None:
     """Print Markdown to standard output: set on a terminal, as it is elsewhere."""
     if sys.stdout.isatty():
-        Console().print(Markdown(text))
+        CleanConsole().print(Markdown(text))
     else:
-        print(text)
+        say(text)
 
 
 def _number(value: int | None) -> str:

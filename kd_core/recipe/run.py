@@ -2,22 +2,35 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from kd_core.recipe.fields import Frozen
+from kd_core.recipe.addresses import holds_password
+from kd_core.recipe.fields import Fraction, Frozen
 
 __all__ = ["Run", "S3Options"]
+
+
+def _without_password(url: str | None, instead: str) -> str | None:
+    """The address itself. Recipes are kept, printed and sent to an orchestrator: what is secret stays in the environment."""
+    if url is not None and holds_password(url):
+        raise ValueError(f"the address holds a password; {instead}")
+    return url
 
 
 class S3Options(Frozen):
     """How to reach an S3-compatible server. Credentials come from the environment or a role, never from here."""
 
     endpoint: str | None = None
-    """http(s):// address; None is AWS."""
+    """http(s):// address without a password; None is AWS."""
     region: str = "us-east-1"
     """Region name."""
     checksums: Literal["when_supported", "when_required"] = "when_supported"
     """when_required for servers that refuse the default checksums."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _holds_no_password(cls, url: str | None) -> str | None:
+        return _without_password(url, "put it into the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 
 
 class Run(Frozen):
@@ -28,7 +41,7 @@ class Run(Frozen):
     s3: S3Options = S3Options()
     """Options of an s3:// store and of s3:// sources."""
     tracking: str | None = None
-    """MLflow tracking URI; None: MLFLOW_TRACKING_URI, or else sqlite:///.kd/mlflow.db."""
+    """MLflow tracking URI without a password; None: the environment's MLFLOW_TRACKING_URI, or else sqlite:///.kd/mlflow.db."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     threads: int | None = Field(default=None, ge=1)
@@ -41,7 +54,7 @@ class Run(Frozen):
     generate_rows: int = Field(default=256, ge=1)
     """Sequences decoded together."""
     shard_rows: int = Field(default=512, ge=1)
-    """Rows a committed shard of answers or soft labels: what a kill can cost."""
+    """Rows a committed shard of answers or soft labels: what a kill can cost. A server's answers are committed by 64, or every 30 s."""
     num_workers: int = Field(default=1, ge=1)
     """Processes that run this recipe at the same time and share the teacher's work, each with its own `worker`."""
     worker: int = Field(default=0, ge=0)
@@ -63,9 +76,11 @@ class Run(Frozen):
     compile: bool = False
     """Run the student's blocks through torch.compile; its first steps are slow."""
     teacher_url: str | None = None
-    """Base URL of the server teacher, for example http://127.0.0.1:8000/v1."""
+    """Base URL of the server teacher without a password, for example http://127.0.0.1:8000/v1."""
     teacher_concurrency: int = Field(default=32, ge=1, le=1024)
     """Requests in flight to a server teacher."""
+    max_failed_answers: Fraction = 0.05
+    """Share of a server's answers that may fail (refused, or wrong in form); with more the run stops, and what was answered is kept."""
     score_tokens_per_second: float | None = Field(default=None, gt=0.0)
     """Rate of the scoring pass, tokens a second, prompts included, for the plan; None: as finished records measured it."""
     price_per_hour: float | None = Field(default=None, ge=0.0)
@@ -74,6 +89,16 @@ class Run(Frozen):
     """Price of 10^9 bytes kept in the store for a month, for the plan."""
     price_per_thousand_requests: float | None = Field(default=None, ge=0.0)
     """Price of a thousand requests to the store, for the plan: reads and writes alike, so state the dearer one."""
+
+    @field_validator("store", "tracking", "teacher_url")
+    @classmethod
+    def _holds_no_password(cls, url: str | None, field: ValidationInfo) -> str | None:
+        instead = {
+            "store": "put it into the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            "tracking": "put the whole address into the environment variable MLFLOW_TRACKING_URI",
+            "teacher_url": "put a bearer key into the environment variable KD_TEACHER_API_KEY",
+        }
+        return _without_password(url, instead[field.field_name or ""])
 
     @model_validator(mode="after")
     def _is_one_of_the_workers(self) -> Self:

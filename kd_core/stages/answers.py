@@ -4,11 +4,15 @@ Answers are kept by row, not by stage: a recipe with more prompts, or another ob
 and pays for the others only.
 """
 
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from kd_core.errors import RecipeError, TeacherError
+from kd_core.errors import RecipeError
 from kd_core.fingerprint import fingerprint
 from kd_core.recipe import Answers, ServerTeacher
 from kd_core.rows.keys import about_answers, answer_rows
@@ -20,17 +24,30 @@ from kd_core.stages.sharded import Progress, frozen_rows, sharded_summary
 from kd_core.stages.teacher import load_teacher
 from kd_core.teacher.generate import generate
 from kd_core.teacher.models import LoadedModel, load_tokenizer
-from kd_core.teacher.server import answer_prompts
+from kd_core.teacher.replies import ServerAnswer
+from kd_core.teacher.server import Session, answer_prompts
 from kd_core.tokens.encoding import encode_prompt
 
 __all__ = ["answers_stage", "read_answers"]
 
+_LOG = logging.getLogger(__name__)
+
+
+_KEPT_TOGETHER = 64
+_KEPT_WITHIN_SECONDS = 30.0
+"""A server's answers are committed when there are so many, or the last commit is so long ago: what a kill can cost, beside requests in
+flight."""
 
 AnswerRequest = tuple[str, dict[str, Any]]  # row key, and what is asked
 
 
 def answers_stage(job: Job) -> dict[str, Any]:
-    """Files: keys.parquet, the rows of the shared answer table that belong to this recipe. Summary: counts and rates."""
+    """Files: keys.parquet, the rows of the shared answer table that belong to this recipe; failed.parquet, rows that a server
+    failed on, if there are any. Summary: counts and rates.
+
+    Raises:
+        TeacherError: more rows failed than run.max_failed_answers allows.
+    """
     recipe = job.recipe
     answers = recipe.answers
     assert answers is not None, "a recipe without answers has no such node"
@@ -39,9 +56,8 @@ def answers_stage(job: Job) -> dict[str, Any]:
     cache = RowCache(job.store, "answers", fingerprint(about))
     cache.describe(about)
     progress = Progress(job, len(dict(rows)), "answers")
-    teacher = recipe.teacher
-    engine = _ServerEngine(job, teacher, answers) if isinstance(teacher, ServerTeacher) else _LocalEngine(job, answers)
-    ordered, run = engine.order(rows), recipe.run
+    engine, run = _engine(job, answers, cache, rows), recipe.run
+    ordered = engine.order(rows)
     snapshot, computed = work_in_shards(
         cache,
         lambda: ordered,
@@ -52,12 +68,29 @@ def answers_stage(job: Job) -> dict[str, Any]:
         worker=run.worker,
         num_workers=run.num_workers,
     )
-    keys = [key for key, _ in rows]
+    failed = [row for key, row in engine.failed.items() if key not in snapshot.lines]
+    gone = {row["key"] for row in failed}
+    keys = [key for key, _ in rows if key not in gone]
     table = cache.read(snapshot, keys)
     job.write_table("keys.parquet", pa.table({"key": keys}))
     reasons = {r["values"]: r["counts"] for r in table["finish_reason"].value_counts().to_pylist()}
+    if failed:
+        job.write_table("failed.parquet", _answer_table(failed))
+        reasons["error"] = len(failed)
+        what = "%d of %d answers failed and are left out, the first: %s; a recipe with other prompts or samples asks for them again"
+        _LOG.warning(what, len(failed), len(rows), failed[0]["error"])
     tokens = int(sum(len(ids) for ids in table["answer_ids"].to_pylist()))
-    return {**sharded_summary(cache, snapshot, keys, computed), "tokens": tokens, "finish_reasons": reasons}
+    return {**sharded_summary(cache, snapshot, keys, computed - len(failed)), "tokens": tokens, "finish_reasons": reasons}
+
+
+def _engine(job: Job, answers: Answers, cache: RowCache, rows: Sequence[AnswerRequest]) -> "_LocalEngine | _ServerEngine":
+    teacher = job.recipe.teacher
+    if not isinstance(teacher, ServerTeacher):
+        return _LocalEngine(job, answers)
+    allowed = math.floor(job.recipe.run.max_failed_answers * len(rows))
+    held = cache.snapshot().lines
+    session = Session(proven=any(key in held for key, _ in rows), max_failed=allowed)
+    return _ServerEngine(job, teacher, answers, session=session, keep=lambda rows: cache.commit(rows, num_tokens=0))
 
 
 def _packed_answers(rows: pa.Table) -> Packed:
@@ -70,6 +103,7 @@ class _LocalEngine:
     def __init__(self, job: Job, answers: Answers) -> None:
         self.job, self.answers = job, answers
         self._loaded: LoadedModel | None = None
+        self.failed: dict[str, dict[str, Any]] = {}  # it answers every row
         with job.files(job.inputs["teacher"]) as files:
             self.tokenizer = load_tokenizer(files / "model")
 
@@ -94,38 +128,62 @@ class _LocalEngine:
 
 
 class _ServerEngine:
-    """A server teacher answering shards. A prompt it refuses is a row with its reason; a shard with no answer at all is an error."""
+    """A server teacher answering shards. Answers are committed as they come; a failed row is kept apart, with its reason."""
 
-    def __init__(self, job: Job, teacher: ServerTeacher, answers: Answers) -> None:
+    def __init__(self, job: Job, teacher: ServerTeacher, answers: Answers, *, session: Session, keep: Callable[[pa.Table], object]) -> None:
         if job.recipe.run.teacher_url is None:
             raise RecipeError("run.teacher_url: a server teacher needs its address; add --set run.teacher_url=http://host:port/v1")
         self.job, self.teacher, self.answers, self.url = job, teacher, answers, job.recipe.run.teacher_url
+        self.session, self.keep, self.kept_at = session, keep, time.monotonic()
+        self.failed: dict[str, dict[str, Any]] = {}
 
     def order(self, rows: list[AnswerRequest]) -> list[AnswerRequest]:
-        """As they are: the server makes its own batches."""
-        return rows
+        """Every prompt's first sample, then every second: the first failures are those of different prompts."""
+        return sorted(rows, key=lambda item: item[1]["sample_index"])
 
     def answer(self, shard: list[AnswerRequest]) -> pa.Table:
-        found = answer_prompts(
-            self.teacher,
-            url=self.url,
-            prompts=[(row["prompt"], row["sample_index"]) for _, row in shard],
-            answers=self.answers,
-            task=self.job.recipe.task,
-            seed=self.job.recipe.seeds[0],
-            concurrency=self.job.recipe.run.teacher_concurrency,
-            on_done=lambda _: None,
-        )
-        if all(answer.finish_reason == "error" for answer in found):
-            raise TeacherError(f"the teacher at {self.url} answered none of {len(found)} prompts; it says: {found[0].error}")
-        out = []
-        for (key, row), answer in zip(shard, found, strict=True):
+        """The last answers of the shard: those that are not committed yet."""
+        waiting: list[dict[str, Any]] = []
+
+        def done(found: tuple[int, ServerAnswer]) -> None:
+            (key, row), answer = shard[found[0]], found[1]
             said: dict[str, Any] = {"answer_ids": [], "text": answer.text, "finish_reason": answer.finish_reason, "error": answer.error}
-            out.append({"key": key, "prompt_id": row["prompt_id"], "sample_index": row["sample_index"], "prompt_ids": [], **said})
-        return pa.Table.from_pylist(out, schema=ANSWER_SCHEMA)
+            full = {"key": key, "prompt_id": row["prompt_id"], "sample_index": row["sample_index"], "prompt_ids": [], **said}
+            if answer.error is not None:
+                self.failed[key] = full
+                return
+            waiting.append(full)
+            if len(waiting) == _KEPT_TOGETHER or time.monotonic() - self.kept_at >= _KEPT_WITHIN_SECONDS:
+                rows, waiting[:], self.kept_at = waiting.copy(), (), time.monotonic()
+                self.keep(_answer_table(rows))
+
+        try:
+            answer_prompts(
+                self.teacher,
+                url=self.url,
+                prompts=[(row["prompt"], row["sample_index"]) for _, row in shard],
+                answers=self.answers,
+                task=self.job.recipe.task,
+                seed=self.job.recipe.seeds[0],
+                concurrency=self.job.recipe.run.teacher_concurrency,
+                on_done=done,
+                session=self.session,
+            )
+        except BaseException:
+            if waiting:
+                self.keep(_answer_table(waiting))
+            raise
+        return _answer_table(waiting)
+
+
+def _answer_table(rows: list[dict[str, Any]]) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=ANSWER_SCHEMA)
 
 
 def read_answers(job: Job) -> pa.Table:
-    """All answers of the upstream 'answers' node, in prompt order, verified."""
+    """All answers of the upstream 'answers' node, verified: in prompt order, and then the rows that failed."""
     cache, snapshot = frozen_rows(job, "answers")
-    return cache.read(snapshot, job.read_table("answers", "keys.parquet")["key"].to_pylist())
+    found = cache.read(snapshot, job.read_table("answers", "keys.parquet")["key"].to_pylist())
+    if "failed.parquet" not in {file.name for file in job.inputs["answers"].files}:
+        return found
+    return pa.concat_tables([found, job.read_table("answers", "failed.parquet").cast(found.schema)])

@@ -29,6 +29,7 @@ from kd_core.recipe import (
     SourceSuite,
     TrainedTeacher,
 )
+from kd_core.recipe.addresses import redact_url
 from kd_core.store import Store
 from kd_core.teacher.reference import reference_identity
 
@@ -187,7 +188,8 @@ def _add_verdict(build: _Builder, recipe: Recipe, holder: Entry | None) -> None:
     report = {"name": recipe.name, "description": recipe.description, "recipe": recipe.model_dump(mode="json", exclude={"run"})}
     build.add("report", "report", report, {name: name for name in build.nodes})
     everything = {name: name for name in build.nodes}
-    place = fingerprint(recipe.run.tracking)  # a publication is an effect at a place: another registry has not had it yet
+    tracking = recipe.run.tracking
+    place = fingerprint(tracking and redact_url(tracking))  # a publication is an effect at a place: another registry has not had it yet
     build.add("publish", "publish", {"model": recipe.publish, "registry": place}, everything)
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kd_core.errors import StoreError
 from kd_core.fingerprint import sha256_bytes, sha256_file
+from kd_core.recipe.addresses import check_address, hide_passwords, redact_url
 from kd_core.store.base import ObjectInfo, check_key
 from kd_core.store.local import replacing
 
@@ -110,6 +111,7 @@ class S3Store:
             multipart_bytes: larger objects are sent in parts.
 
         Raises:
+            RecipeError: the endpoint's address is refused.
             StoreError: no credentials, no such bucket, no right to it, or no server there.
         """
         from boto3.session import Session
@@ -120,6 +122,8 @@ class S3Store:
         if prefix:
             check_key(prefix)
         self._bucket, self._prefix, self._multipart_bytes = bucket, prefix, multipart_bytes
+        if options.endpoint is not None:
+            check_address(options.endpoint, field="run.s3.endpoint", instead="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         config = Config(
             retries={"total_max_attempts": 1},
             connect_timeout=5,
@@ -138,9 +142,10 @@ class S3Store:
             )
         except (BotoCoreError, ValueError) as error:
             raise StoreError(
-                f"{self.uri}: cannot set up S3: {error}; correct run.s3, or the AWS_* variables and files it is read with"
+                f"{self.uri}: cannot set up S3: {hide_passwords(str(error))}; correct run.s3, or the AWS_* variables and files "
+                "it is read with"
             ) from error
-        self._endpoint: str = self._client.meta.endpoint_url
+        self._endpoint: str = redact_url(self._client.meta.endpoint_url)  # AWS_ENDPOINT_URL may hold a password
         self._call("", lambda: self._client.head_bucket(Bucket=bucket))
 
     @property
@@ -186,7 +191,7 @@ class S3Store:
         if isinstance(error, boto.ConnectionError) and not isinstance(error, boto.SSLError):
             return f"cannot reach {self._endpoint} in {attempts} tries; start the server, or correct run.s3.endpoint"
         if not isinstance(error, boto.ClientError):
-            return f"gave up at try {attempts} of {ATTEMPTS}: {' '.join(str(error).split())}"
+            return f"gave up at try {attempts} of {ATTEMPTS}: {hide_passwords(' '.join(str(error).split()))}"
         code, text, status = error.response["Error"].get("Code", ""), error.response["Error"].get("Message", ""), _status(error)
         if code == "NoSuchKey":
             return "no such object"

@@ -1,72 +1,84 @@
 """A teacher behind an OpenAI-compatible server: prompts in, text out, over ``POST {url}/chat/completions``.
 
-Owns the protocol: one request a sample with its own seed, a bounded number in flight, bounded jittered retries that
-honour Retry-After. A prompt that the server refuses costs its own row; everything that would spoil all rows (no server,
-wrong key, wrong model, another protocol) is a TeacherError at once. Refuses link-local and metadata addresses, redirects
-and addresses with a password. The bearer key comes from the environment variable KD_TEACHER_API_KEY and from nowhere else.
+Owns the requests: one a sample with its own seed, a bounded number in flight, bounded jittered retries that honour
+Retry-After, replies of bounded size. A prompt that is refused or answered in a wrong form costs its own row. What would
+spoil all rows (no server, wrong key, wrong model, the first prompts all failing) stops the run with one line: no request
+is begun then, and those in flight are waited for, because they are paid. How a reply reads is ``replies``' business. The
+bearer key comes from the environment variable KD_TEACHER_API_KEY and from nowhere else.
 """
 
 import asyncio
-import ipaddress
+import logging
 import os
 import random
-import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from typing import Any, Literal, TypeGuard
-from urllib.parse import urlsplit
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import httpx
 
 from kd_core.errors import TeacherError
 from kd_core.fingerprint import fingerprint
 from kd_core.recipe import Answers, ServerTeacher, Task
+from kd_core.recipe.addresses import check_address
+from kd_core.teacher.replies import ServerAnswer, ServerError, read_body, read_reply, retry_after, server_message
 
-__all__ = ["API_KEY_VARIABLE", "ServerAnswer", "answer_prompts", "check_url", "sample_seed"]
+__all__ = ["API_KEY_VARIABLE", "Session", "answer_prompts", "sample_seed"]
 
 API_KEY_VARIABLE = "KD_TEACHER_API_KEY"
+FIRST_ROWS = 8
+"""Requests in flight until the first answer comes; if as many rows fail before it, the run stops."""
 MAX_ATTEMPTS = 8
 """Tries a request: with 30% of requests failing, one row in 15,000 still fails."""
 BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 8.0
 """Waits double from BACKOFF_SECONDS up to this, half of each at random: at most 32 s over all attempts."""
 MAX_RETRY_AFTER_SECONDS = 120.0
-TIMEOUT = httpx.Timeout(connect=10.0, read=1800.0, write=60.0, pool=None)
-"""An answer arrives in one piece, so reading waits for a whole generation: long reasoning takes many minutes."""
+"""A server that asks for a longer wait stops the run."""
+ANSWER_SECONDS = 1800.0
+"""For one request, whole: long reasoning takes many minutes."""
+TIMEOUT = httpx.Timeout(connect=10.0, read=None, write=60.0, pool=None)
+REPLY_BYTES = 64 * 2**10
+REPLY_BYTES_A_TOKEN = 2**10
+"""A reply holds at most REPLY_BYTES and this for each of max_tokens: a streamed token takes a few hundred bytes."""
 
-_ROW_REFUSED = frozenset({400, 413, 422})
-_RETRIED = frozenset({408, 409, 425, 429})
-_METADATA_HOSTS = frozenset({"metadata", "metadata.google.internal", "metadata.goog", "instance-data", "instance-data.ec2.internal"})
-_METADATA_ADDRESSES = frozenset({ipaddress.ip_address("fd00:ec2::254"), ipaddress.ip_address("100.100.100.200")})
+_ROW_REFUSED = frozenset({400, 413, 414, 415, 422, 451})
+_SERVER_AWAY = frozenset({408, 409, 425, 429, 502, 503, 504})
+_LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ServerAnswer:
-    """One answer of the server, or the reason why this row has none.
+@dataclass
+class Session:
+    """What a run has learnt of its server so far.
 
     Attributes:
-        text: the answer; reasoning that the server returned apart stands in front, in <think> tags. Empty on error.
-        finish_reason: stop (the end token), length (met max_tokens), or error.
-        error: the server's message where finish_reason is error, else None.
-        prompt_tokens: tokens of the prompt as the server counts them; None where it does not say.
-        completion_tokens: generated tokens as the server counts them; None where it does not say.
+        proven: the server has answered a prompt of this run, so that a failure is its row's.
+        failed: rows that failed.
+        max_failed: rows that may fail before the run stops; None: any number.
+        limit_field: under which name the server takes max_tokens.
     """
 
-    text: str
-    finish_reason: Literal["stop", "length", "error"]
-    error: str | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    proven: bool = False
+    failed: int = 0
+    max_failed: int | None = None
+    limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
 
 
 @dataclass(frozen=True)
 class _Retry:
-    """Why an attempt failed, and the least seconds the server asked us to wait."""
+    """Why an attempt failed; the least seconds the server asked us to wait; whether it is the server's trouble, and not this row's."""
 
     reason: str
     after_seconds: float = 0.0
+    server_is_away: bool = False
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """Why the run must stop, and what to do."""
+
+    reason: str
 
 
 def answer_prompts(
@@ -78,7 +90,8 @@ def answer_prompts(
     task: Task,
     seed: int,
     concurrency: int,
-    on_done: Callable[[int], None],
+    on_done: Callable[[tuple[int, ServerAnswer]], None],
+    session: Session | None = None,
 ) -> list[ServerAnswer]:
     """Have the server answer every (prompt, sample index), at most ``concurrency`` requests in flight.
 
@@ -92,28 +105,32 @@ def answer_prompts(
         task: its ``system`` message, if any, goes first.
         seed: base seed; each request carries ``sample_seed(seed, prompt, index)``.
         concurrency: requests in flight, at least 1.
-        on_done: called after each finished row with the number of rows finished so far.
+        on_done: called with each row's number and answer as soon as it is there, also of those that come after an error.
+        session: what earlier calls of this run have learnt of the server; None: nothing.
 
     Returns:
         One ServerAnswer a prompt, in the order given.
 
     Raises:
-        TeacherError: the address is refused or cannot be reached, the key or model is refused, the server goes on failing
-            after all retries, or it does not speak the protocol. Requests in flight are dropped.
+        RecipeError: the address is refused.
+        TeacherError: the server cannot be reached, refuses the key or the model, asks for too long a wait, answers none of
+            the first prompts, or fails on more rows than the session allows.
     """
-    endpoint = check_url(url) + "/chat/completions"
-    sampling = {"temperature": answers.temperature, "top_p": answers.top_p, "max_tokens": answers.max_tokens}
+    endpoint = check_address(url, field="run.teacher_url", instead=API_KEY_VARIABLE) + "/chat/completions"
     system = [] if task.system is None else [{"role": "system", "content": task.system}]
     bodies = [
         {
             "model": teacher.model,
-            **sampling,
+            "temperature": answers.temperature,
+            "top_p": answers.top_p,
             "messages": [*system, {"role": "user", "content": prompt}],
             "seed": sample_seed(seed, prompt, index),
+            "stream": False,
         }
         for prompt, index in prompts
     ]
-    return asyncio.run(_ask_all(endpoint, bodies, concurrency, on_done))
+    asking = _Asking(endpoint, _api_key(), answers.max_tokens, session or Session(), iter(enumerate(bodies)), on_done)
+    return asyncio.run(asking.all(len(bodies), concurrency))
 
 
 def sample_seed(seed: int, prompt: str, sample_index: int) -> int:
@@ -125,206 +142,171 @@ def sample_seed(seed: int, prompt: str, sample_index: int) -> int:
     return int(fingerprint([seed, prompt, sample_index])[:8], 16) >> 1
 
 
-# ---------------------------------------------------------------------------------------------- the address
+def _api_key() -> str:
+    key = os.environ.get(API_KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise TeacherError(f"{API_KEY_VARIABLE} holds signs that no header can carry; set it to the key alone")
+    return key
 
 
-def check_url(url: str) -> str:
-    """The base URL without a trailing slash, or a refusal.
+@dataclass
+class _Asking:
+    """One call's rows, asked by workers side by side. The first reason to stop is kept and ends them all."""
 
-    A name is resolved and every address it stands for is checked; a name that does not resolve here is left to the
-    request itself (a proxy may know it).
+    endpoint: str
+    key: str
+    max_tokens: int
+    session: Session
+    rows: Iterator[tuple[int, dict[str, Any]]]
+    on_done: Callable[[tuple[int, ServerAnswer]], None]
+    results: dict[int, ServerAnswer] = field(default_factory=dict)
+    failure: str | None = None
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    opened: asyncio.Event = field(default_factory=asyncio.Event)  # the server is proven, or there is nothing left to wait for
 
-    Raises:
-        TeacherError: not http(s), no host, a password in it, or a link-local or metadata address.
+    async def all(self, num_rows: int, concurrency: int) -> list[ServerAnswer]:
+        headers = {"Accept-Encoding": "gzip", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
+        limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        if self.session.proven:
+            self.opened.set()
+        try:
+            async with httpx.AsyncClient(headers=headers, timeout=TIMEOUT, limits=limits) as client, asyncio.TaskGroup() as group:
+                for number in range(min(concurrency, num_rows)):
+                    group.create_task(self._work(client, number))
+        except BaseExceptionGroup as failures:  # of the caller's ``on_done``: nothing more could be kept
+            raise failures.exceptions[0] from None
+        if self.failure is None and num_rows and not self.session.proven:
+            self._stop(_none_answered(num_rows, self.results[0].error))
+        if self.failure is not None:
+            raise TeacherError(self.failure)
+        return [self.results[row] for row in range(num_rows)]
 
-    >>> check_url("http://127.0.0.1:8000/v1/")
-    'http://127.0.0.1:8000/v1'
-    """
+    async def _work(self, client: httpx.AsyncClient, number: int) -> None:
+        if number >= FIRST_ROWS:
+            await self.opened.wait()
+        for row, body in self.rows:
+            answer = None if self.stopping.is_set() else await self._ask(client, body)
+            if answer is None:
+                return
+            self.results[row] = answer
+            self._count(answer)
+            self.on_done((row, answer))
+        self.opened.set()
+
+    def _count(self, answer: ServerAnswer) -> None:
+        session = self.session
+        if answer.error is None:
+            session.proven = True
+            self.opened.set()
+            return
+        session.failed += 1
+        if not session.proven and session.failed >= FIRST_ROWS:
+            self._stop(_none_answered(session.failed, answer.error))
+        elif session.proven and session.max_failed is not None and session.failed > session.max_failed:
+            self._stop(f"{session.failed} rows have failed, more than run.max_failed_answers allows; the last one: {answer.error}")
+
+    def _stop(self, reason: str) -> None:
+        self.failure = self.failure or self._redacted(f"teacher at {self.endpoint}: {reason}")
+        self.stopping.set()
+        self.opened.set()
+
+    async def _ask(self, client: httpx.AsyncClient, body: dict[str, Any]) -> ServerAnswer | None:
+        """One row: ask until there is an answer, a refusal of the row, or no attempt left. None: the run stops."""
+        attempt = 1
+        while isinstance(outcome := await self._attempt(client, body), _Retry):
+            if outcome.after_seconds > MAX_RETRY_AFTER_SECONDS:
+                outcome = _Stop(f"{outcome.reason}; it asks to wait {outcome.after_seconds:.0f} s: run again after that")
+                break
+            if attempt == MAX_ATTEMPTS:
+                outcome = _given_up(outcome)
+                break
+            backoff = min(BACKOFF_SECONDS * 2 ** (attempt - 1), MAX_BACKOFF_SECONDS)
+            if await _stopped_within(self.stopping, outcome.after_seconds + backoff * random.uniform(0.5, 1.0)):
+                return None
+            attempt += 1
+        if isinstance(outcome, _Stop):
+            self._stop(outcome.reason)
+            return None
+        return outcome if outcome.error is None else replace(outcome, error=self._redacted(outcome.error))
+
+    async def _attempt(self, client: httpx.AsyncClient, body: dict[str, Any]) -> ServerAnswer | _Retry | _Stop:
+        limit_field = self.session.limit_field
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                async with client.stream("POST", self.endpoint, json={**body, limit_field: self.max_tokens}) as response:
+                    bound = REPLY_BYTES + REPLY_BYTES_A_TOKEN * self.max_tokens
+                    data = await read_body(response, bound)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            return _Retry(f"cannot be reached ({error or type(error).__name__})", server_is_away=True)
+        except TimeoutError:
+            return _Retry(f"no answer within {ANSWER_SECONDS:.0f} s")
+        except httpx.RequestError as error:
+            return _Retry(f"the connection failed ({type(error).__name__}: {error})")
+        except httpx.InvalidURL as error:
+            return _Stop(f"{error}; correct run.teacher_url")
+        except zlib.error:
+            return _Retry("a reply was cut short")
+        status, message = response.status_code, ""
+        if status == 200:
+            if len(data) > bound:
+                return ServerAnswer(
+                    "", "error", f"the reply is longer than the {bound:,} bytes that answers.max_tokens {self.max_tokens} allows"
+                )
+            found = read_reply(data, response.headers.get("content-type", ""))
+            if not isinstance(found, ServerError):
+                return found if found is not None else _Retry("a reply was cut short")
+            status, message = found.status, found.message
+        message = message or server_message(data)
+        if status in _ROW_REFUSED and limit_field == "max_tokens" and "max_completion_tokens" in message:
+            self._rename_limit()
+            return await self._attempt(client, body)
+        return self._refusal(status, message, retry_after(response), body["model"])
+
+    def _rename_limit(self) -> None:
+        if self.session.limit_field == "max_tokens":
+            self.session.limit_field = "max_completion_tokens"
+            _LOG.warning("the teacher takes max_completion_tokens in place of max_tokens: answers.max_tokens is sent under that name")
+
+    def _refusal(self, status: int, message: str, after_seconds: float, model: str) -> ServerAnswer | _Retry | _Stop:
+        """What an error status means: for this row, for a while, or for the run."""
+        if status in _ROW_REFUSED or (status == 403 and self.session.proven):
+            return ServerAnswer("", "error", f"HTTP {status}: {message}")
+        if status >= 500 or status in _SERVER_AWAY:
+            return _Retry(f"HTTP {status} ({message})", after_seconds, server_is_away=status in _SERVER_AWAY)
+        return _Stop(f"HTTP {status} ({message}); {_advice(status, model, has_key=bool(self.key))}")
+
+    def _redacted(self, text: str) -> str:
+        """Servers echo keys in their messages; ours never go on into a log or an artifact."""
+        return text.replace(self.key, "***") if self.key else text
+
+
+async def _stopped_within(stopping: asyncio.Event, seconds: float) -> bool:
+    """Wait; whether the run stopped meanwhile."""
     try:
-        parts = urlsplit(url)
-        host, port = (parts.hostname or "").rstrip(".").lower(), parts.port
-    except ValueError as error:
-        raise TeacherError(f"run.teacher_url: {url!r} is not an address ({error}); use one like http://127.0.0.1:8000/v1") from error
-    if parts.username is not None or parts.password is not None:
-        raise TeacherError(
-            f"run.teacher_url: the address of host {host!r} carries a password; put a bearer key in {API_KEY_VARIABLE} instead"
-        )
-    if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
-        raise TeacherError(
-            f"run.teacher_url: {url!r} is refused; use a plain base URL like http://127.0.0.1:8000/v1 (http or https, no query)"
-        )
-    if host in _METADATA_HOSTS:
-        raise TeacherError(f"run.teacher_url: {url} is a cloud metadata address, which never is a teacher; name the server itself")
-    for address in _addresses(host, port or 443):
-        if address.is_link_local or address in _METADATA_ADDRESSES:
-            raise TeacherError(f"run.teacher_url: {url} is the link-local or metadata address {address}; name the server's own address")
-    return url.rstrip("/")
+        async with asyncio.timeout(seconds):
+            return await stopping.wait()
+    except TimeoutError:
+        return False
 
 
-def _addresses(host: str, port: int) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
-    try:
-        infos = socket.getaddrinfo(host.split("%")[0], port, type=socket.SOCK_STREAM)
-    except OSError:
-        return []
-    addresses = [ipaddress.ip_address(str(info[4][0]).split("%")[0]) for info in infos]
-    return [a.ipv4_mapped if isinstance(a, ipaddress.IPv6Address) and a.ipv4_mapped else a for a in addresses]
+def _given_up(last: _Retry) -> ServerAnswer | _Stop:
+    """No attempt is left: without its server the run stops, another trouble may be this row's alone."""
+    reason = f"{last.reason}, {MAX_ATTEMPTS} times in a row"
+    if last.server_is_away:
+        return _Stop(f"{reason}; start the server, or name another one with --set run.teacher_url=")
+    return ServerAnswer("", "error", reason)
 
 
-# ---------------------------------------------------------------------------------------------- requests
+def _none_answered(num_rows: int, error: str | None) -> str:
+    return (
+        f"none of the first {num_rows} prompts was answered; one failed with: {error}; correct what it names (answers.max_tokens, "
+        "answers.temperature, answers.top_p, task.system, teacher.model, run.teacher_url), then run again"
+    )
 
 
-async def _ask_all(endpoint: str, bodies: list[dict[str, Any]], concurrency: int, on_done: Callable[[int], None]) -> list[ServerAnswer]:
-    key = os.environ.get(API_KEY_VARIABLE, "")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    results: dict[int, ServerAnswer] = {}
-    todo = iter(enumerate(bodies))
-
-    async def work(client: httpx.AsyncClient) -> None:
-        for i, body in todo:
-            results[i] = await _ask(client, endpoint, body)
-            on_done(len(results))
-
-    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-    try:
-        async with httpx.AsyncClient(headers=headers, timeout=TIMEOUT, limits=limits) as client, asyncio.TaskGroup() as group:
-            for _ in range(min(concurrency, len(bodies))):
-                group.create_task(work(client))
-    except BaseExceptionGroup as failures:
-        raise _without_key(failures.exceptions[0], key) from None
-    return [
-        answer if answer.error is None else ServerAnswer("", "error", _redact(answer.error, key))
-        for answer in (results[i] for i in range(len(bodies)))
-    ]
-
-
-async def _ask(client: httpx.AsyncClient, endpoint: str, body: dict[str, Any]) -> ServerAnswer:
-    """One row: ask until there is an answer, a refusal of the row, or no attempt left."""
-    attempt = 1
-    while isinstance(outcome := await _attempt(client, endpoint, body), _Retry):
-        if outcome.after_seconds > MAX_RETRY_AFTER_SECONDS:
-            raise TeacherError(
-                f"teacher at {endpoint}: {outcome.reason}; it asks to wait {outcome.after_seconds:.0f} s: run again after that"
-            )
-        if attempt == MAX_ATTEMPTS:
-            raise TeacherError(
-                f"teacher at {endpoint}: {outcome.reason}, {attempt} times in a row; "
-                "start the server, or name another one with --set run.teacher_url="
-            )
-        backoff = min(BACKOFF_SECONDS * 2 ** (attempt - 1), MAX_BACKOFF_SECONDS)
-        await asyncio.sleep(outcome.after_seconds + backoff * random.uniform(0.5, 1.0))
-        attempt += 1
-    return outcome
-
-
-async def _attempt(client: httpx.AsyncClient, endpoint: str, body: dict[str, Any]) -> ServerAnswer | _Retry:
-    try:
-        response = await client.post(endpoint, json=body)
-    except httpx.ReadTimeout as error:
-        raise TeacherError(f"teacher at {endpoint}: no answer within {TIMEOUT.read:.0f} s; lower answers.max_tokens or the load") from error
-    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-        return _Retry(f"cannot be reached ({error or type(error).__name__})")
-    except httpx.RequestError as error:
-        return _Retry(f"the connection failed ({type(error).__name__}: {error})")
-    status = response.status_code
-    if status == 200:
-        return _parse(endpoint, response)
-    message = _server_message(response)
-    if status in _ROW_REFUSED:
-        return ServerAnswer("", "error", f"HTTP {status}: {message}")
-    if status >= 500 or status in _RETRIED:
-        return _Retry(f"HTTP {status} ({message})", _retry_after(response))
-    raise TeacherError(f"teacher at {endpoint}: HTTP {status} ({message}); {_advice(status, body['model'])}")
-
-
-def _advice(status: int, model: str) -> str:
+def _advice(status: int, model: str, *, has_key: bool) -> str:
     if status in (401, 403):
-        found = "is set" if os.environ.get(API_KEY_VARIABLE) else "is not set"
-        return f"the server wants another key: {API_KEY_VARIABLE} {found}"
+        return f"the server wants another key: {API_KEY_VARIABLE} is {'set' if has_key else 'not set'}"
     if status == 404:
         return f"check that run.teacher_url ends where /chat/completions begins (often /v1) and that the server has a model {model!r}"
     return "this is not an answer of an OpenAI-compatible server; check run.teacher_url"
-
-
-def _retry_after(response: httpx.Response) -> float:
-    """Seconds of the Retry-After header, a number or a date; 0 without one."""
-    value = response.headers.get("retry-after", "").strip()
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        until = parsedate_to_datetime(value)
-    except ValueError:
-        return 0.0
-    return max(0.0, (until.replace(tzinfo=until.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
-
-
-# ---------------------------------------------------------------------------------------------- replies
-
-
-def _parse(endpoint: str, response: httpx.Response) -> ServerAnswer | _Retry:
-    """A 200 reply as an answer; a body cut short is asked for again, another protocol is an error."""
-    try:
-        reply = response.json()
-    except ValueError:
-        if "json" in response.headers.get("content-type", ""):
-            return _Retry("a reply was cut short")
-        reply = None
-    choice = reply["choices"][0] if _is_object(reply) and isinstance(reply.get("choices"), list) and reply["choices"] else None
-    message = choice.get("message") if _is_object(choice) else None
-    if not _is_object(choice) or not _is_object(message):
-        raise TeacherError(f"teacher at {endpoint}: the reply is no chat completion: {response.text[:200]!r}; check run.teacher_url")
-    content, reasoning = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning") or ""
-    if not isinstance(content, str) or not isinstance(reasoning, str):
-        raise TeacherError(f"teacher at {endpoint}: content is a {type(content).__name__}, expected text; use a text-only model")
-    usage = reply.get("usage") if _is_object(reply.get("usage")) else {}
-    return _answer(_join(reasoning, content), choice.get("finish_reason"), usage)
-
-
-def _answer(text: str, finish_reason: object, usage: dict[str, Any]) -> ServerAnswer:
-    if finish_reason not in ("stop", "length"):
-        return ServerAnswer("", "error", f"the server ended the answer with finish_reason {finish_reason!r}; expected 'stop' or 'length'")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return ServerAnswer("", "error", "the answer is not valid Unicode (a lone surrogate)")
-    reason: Literal["stop", "length"] = "stop" if finish_reason == "stop" else "length"
-    return ServerAnswer(text, reason, None, _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
-
-
-def _join(reasoning: str, content: str) -> str:
-    """Put reasoning that a server's parser took out back in front of the content; a thought cut off stays open."""
-    if not reasoning:
-        return content
-    return f"<think>\n{reasoning}\n</think>\n\n{content}" if content else f"<think>\n{reasoning}"
-
-
-def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _server_message(response: httpx.Response) -> str:
-    """The message of an error reply in its usual forms ({error: {message}}, {message}, {detail}), else its first text."""
-    try:
-        reply = response.json()
-    except ValueError:
-        reply = None
-    if _is_object(reply):
-        error = reply.get("error")
-        for found in (error.get("message") if _is_object(error) else error, reply.get("message"), reply.get("detail")):
-            if found:
-                return str(found)[:500]
-    return response.text.strip()[:200] or "no message"
-
-
-def _is_object(value: object) -> TypeGuard[dict[str, Any]]:
-    return isinstance(value, dict)
-
-
-def _redact(text: str, key: str) -> str:
-    return text.replace(key, "***") if key else text
-
-
-def _without_key(error: BaseException, key: str) -> BaseException:
-    """Servers echo keys in their messages; ours never go on into a log or an artifact."""
-    return TeacherError(_redact(str(error), key)) if isinstance(error, TeacherError) else error

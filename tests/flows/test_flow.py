@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import shutil
+import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -129,27 +132,40 @@ def test_evaluate_model_without_a_champion_says_so(flows, finished):
 # ------------------------------------------------------------------------------------------- kd run, with its own server
 
 
-def test_kd_run_starts_a_server_for_itself_and_leaves_nothing_behind(copy, finished, kd_process):
-    def children(process: psutil.Process) -> set[psutil.Process]:
-        try:
-            return set(process.children(recursive=True))
-        except psutil.NoSuchProcess:
-            return set()
-
-    process = kd_process("run", copy.recipe_file, MLFLOW_TRACKING_URI=finished.tracking)
-    watched, seen = psutil.Process(process.pid), set()
-    while process.poll() is None:
-        seen |= children(watched)
-        time.sleep(0.2)
+def _watched(process: subprocess.Popen[str]) -> tuple[str, str, set[psutil.Process]]:
+    """What a process said until it ended, and all processes that it had started."""
+    seen: set[psutil.Process] = set()
+    with suppress(psutil.NoSuchProcess):
+        watched = psutil.Process(process.pid)
+        while process.poll() is None:
+            seen |= set(watched.children(recursive=True))
+            time.sleep(0.1)
     out, err = process.communicate()
+    return out, err, seen
+
+
+def test_kd_run_starts_a_server_for_itself_and_leaves_nothing_behind(copy, finished, kd_process):
+    shutil.rmtree(copy.store / "artifacts" / "report")
+    process = kd_process("run", copy.recipe_file, MLFLOW_TRACKING_URI=finished.tracking)
+    out, err, seen = _watched(process)
     assert process.returncode == 0, err
     nodes = [node["name"] for node in finished.said["nodes"]]
     assert [line.split()[1] for line in err.splitlines()] == nodes, "one line a node and nothing else"
-    assert all(line.endswith("already done") for line in err.splitlines())
+    assert [line.split()[1] for line in err.splitlines() if not line.endswith("already done")] == ["report"]
     assert finished.said["verdict"]["headline"] in out
     assert seen, "the temporary server is a process of its own"
     _, alive = psutil.wait_procs(seen, timeout=10)
     assert alive == []
+
+
+def test_a_run_in_which_all_is_done_starts_no_server(copy, finished, kd_process):
+    process = kd_process("run", copy.recipe_file, MLFLOW_TRACKING_URI=finished.tracking)
+    out, err, seen = _watched(process)
+    assert process.returncode == 0, err
+    assert [line.split()[1] for line in err.splitlines()] == [node["name"] for node in finished.said["nodes"]]
+    assert all(line.endswith("already done") for line in err.splitlines())
+    assert finished.said["verdict"]["headline"] in out
+    assert seen == set()
 
 
 def test_kd_run_of_a_recipe_that_fails_ends_in_one_line(small_recipe, kd_process):

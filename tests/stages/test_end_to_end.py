@@ -141,7 +141,8 @@ def test_a_second_run_finds_everything_and_never_loads_torch(finished, kd, monke
 
 def test_a_report_made_again_for_another_registry_has_the_same_bytes_and_not_its_address(copy):
     shutil.rmtree(copy.store / "artifacts" / "report")
-    recipe, store = load_recipe(copy.recipe_file, ["run.tracking=postgresql://me:secret@host/mlflow"]), LocalStore(copy.store)
+    recipe, store = load_recipe(copy.recipe_file), LocalStore(copy.store)
+    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"tracking": "postgresql://me:secret@host/mlflow"})})
     made = run_node(recipe, build_graph(recipe, store), "report", store=store, tick=silent, extra={})
     assert not made.hit
     assert made.digest == next(node["digest"] for node in copy.said["nodes"] if node["name"] == "report")

@@ -13,7 +13,7 @@ import pytest
 
 from infra.fault_proxy import Decide, Fault, fault_proxy
 from infra.stack import StackInfo
-from kd_core.errors import StoreError
+from kd_core.errors import RecipeError, StoreError
 from kd_core.recipe import S3Options
 from kd_core.store import S3Store, open_store, s3
 
@@ -147,7 +147,7 @@ def test_what_keeps_a_store_from_opening_is_said_in_one_line(s3_environment: Sta
         _open("no-such-bucket", endpoint)
     with pytest.raises(StoreError, match=r"^s3://distillery/x: cannot reach http://127.0.0.1:9 in 10 tries; start the server"):
         _open("distillery", "http://127.0.0.1:9")
-    with pytest.raises(StoreError, match=r"^s3://distillery/x: cannot set up S3: Invalid endpoint: nonsense; correct run.s3"):
+    with pytest.raises(RecipeError, match=r"^run\.s3\.endpoint: 'nonsense' is refused; use a plain address"):
         _open("distillery", "nonsense")
     with pytest.raises(StoreError, match=r"^s3://b!d/x: gave up at try 1 of 10: .*Invalid bucket name"):
         _open("b!d", endpoint)
