@@ -1,0 +1,110 @@
+r"""Where the final answer stands in a text: the last box, what follows 'the answer is', or the end of the last sentence.
+
+The same for an answer and for a reference. A text that holds several numbers and does not say which of them it means has
+no final answer.
+"""
+
+import re
+
+from kd_core.curate.forms import MAX_CHARACTERS, Form, Text, read_form
+
+__all__ = ["read_final"]
+
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_PHRASE = re.compile(
+    r"(?:\banswers?\b[^.\n]{0,40}?(?:\bis\b|\bare\b|\bequals\b|=|:)|\banswer\s*[:=])(?:\s*\*\*)?\s*(?P<rest>.+)", re.IGNORECASE | re.DOTALL
+)
+_NEGATION = re.compile(r"\b(?:not|never|cannot|neither|nor|unlikely|wrong|incorrect)\b|n't\b", re.IGNORECASE)
+_MATH = re.compile(r"\$\$.+?\$\$|\\\(.+?\\\)|\\\[.+?\\\]|\$(?![0-9][^$]*[A-Za-z]{2,} )[^$\n]+\$", re.DOTALL)
+_SENTENCE_END = re.compile(r"[.!?](?=\s|\Z)|\n\s*\n")
+_COPULA = re.compile(r".*(?:\b(?:is|are|was|were|be|equals?|gives?|gets?|get|obtain|have|has|becomes?|totals?)\b|[:=]|\bof\b(?=\s*[$0-9]))\s*", re.IGNORECASE | re.DOTALL)
+_ONE_NUMBER = re.compile(r"[+−-]?\s?\\?\$?\s?(?:[0-9][0-9,.]*[0-9]|[0-9])\s?%?")
+_MAX_SENTENCE = 1000
+
+
+def read_final(text: str) -> Form | None:
+    r"""The final answer of a text, read; None where it has none that can be told or read.
+
+    >>> read_final("First \\boxed{41}, corrected: \\boxed{42}").value, read_final("The answer is 2 2/3.").value
+    (Fraction(42, 1), Fraction(8, 3))
+    >>> read_final("The answer is not 42"), read_final("\\boxed{}"), read_final("3 or 4 of 7, I think")
+    (None, None, None)
+    """
+    if boxes := list(_BOX.finditer(text)):
+        return _unboxed(text[boxes[-1].end() :])
+    whole = read_form(text) if len(text) <= MAX_CHARACTERS else None
+    if whole is not None and not (isinstance(whole, Text) and _PHRASE.search(text)):
+        return whole
+    phrases = list(_phrases(text))
+    sentence = phrases[-1] if phrases else _last_sentence(text)
+    if sentence is None or len(sentence) > _MAX_SENTENCE or _NEGATION.search(_MATH.sub(" ", sentence)):
+        return None
+    return _first_read(sentence, is_answer=bool(phrases))
+
+
+def _unboxed(rest: str) -> Form | None:
+    """What stands in a box, given the text after its command; None where the box is empty or was cut off."""
+    if not rest.startswith("{"):
+        return read_form(rest[:1])
+    depth = 0
+    for position, character in enumerate(re.sub(r"\\[{}]", "..", rest)):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return read_final(rest[1:position])
+    return None
+
+
+def _phrases(text: str) -> list[str]:
+    """The rest of each sentence that says what the answer is."""
+    found, at = [], 0
+    while match := _PHRASE.search(text, at):
+        rest = match["rest"]
+        head = match[0][: match.start("rest") - match.start()]
+        found.append(("not " if _NEGATION.search(head) else "") + _first_sentence(rest))
+        at = match.start("rest")
+    return found
+
+
+def _spans(text: str) -> list[tuple[int, int]]:
+    return [found.span() for found in _MATH.finditer(text)]
+
+
+def _ends(text: str) -> list[tuple[int, int]]:
+    """Where sentences end, outside of mathematics."""
+    spans = _spans(text)
+    return [found.span() for found in _SENTENCE_END.finditer(text) if not any(start < found.start() < end for start, end in spans)]
+
+
+def _first_sentence(text: str) -> str:
+    ends = _ends(text)
+    return text[: ends[0][0]] if ends else text
+
+
+def _last_sentence(text: str) -> str | None:
+    text = text.strip()
+    cuts = [0, *(end for _, end in _ends(text)), len(text)]
+    return next((part for start, end in reversed(list(zip(cuts, cuts[1:], strict=False))) if (part := text[start:end].strip(" .!?\n"))), None)
+
+
+def _first_read(sentence: str, *, is_answer: bool) -> Form | None:
+    """The answer in one sentence: as a whole, after its last verb, its only formula, or its only number."""
+    candidates = [sentence] if is_answer else []
+    spans = _spans(sentence)
+    masked = sentence
+    for start, end in spans:
+        masked = masked[:start] + "\0" * (end - start) + masked[end:]
+    if copula := _COPULA.match(masked):
+        candidates.append(sentence[copula.end() :])
+    if spans and not re.search("[0-9]", masked[spans[-1][0] :]):
+        start, end = spans[-1]
+        candidates.append(sentence[start:end])
+    numbers = list(_ONE_NUMBER.finditer(sentence))
+    if not spans and len(numbers) == 1 and len(re.findall(r"[0-9]+", sentence)) == len(re.findall(r"[0-9]+", numbers[0][0])):
+        after = sentence[numbers[0].end() :]
+        if re.match(r"\s[A-Za-z]|\s?[.,!;:]?\s*\Z|,\s[A-Za-z]", after) and re.search(r"(?:\A|[\s(])\Z", sentence[: numbers[0].start()]):
+            candidates.append(numbers[0][0])
+    for candidate in candidates:
+        form = read_form(candidate)
+        if form is not None and not (isinstance(form, Text) and not is_answer):
+            return form
+    return None

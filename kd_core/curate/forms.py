@@ -1,0 +1,379 @@
+r"""What a final answer is: a number, a text, a list, a bracket, an equation, a matrix, or a formula that is left to sympy.
+
+A text is read as a whole or not at all (None): no part of it stands for it. Splitting is done at the top level only,
+outside of brackets and braces.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from kd_core.curate.canonical import canonical
+from kd_core.curate.numbers import Number, read_number, read_unit
+
+__all__ = ["Bracket", "Equation", "Form", "Formula", "Listing", "Matrix", "Text", "Union", "read_form"]
+
+MAX_CHARACTERS = 2000
+"""A longer text is no final answer."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Words, a choice, a time, a number in another base: equal when they are spelled the same."""
+
+    words: str
+
+
+@dataclass(frozen=True)
+class Formula:
+    """LaTeX of one value, or of one expression in variables."""
+
+    latex: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Values whose order does not matter; ``is_set`` where they stood in braces."""
+
+    items: "tuple[Form, ...]"
+    is_set: bool
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """A tuple, a point or an interval: with round brackets they look alike, and an inequality in one variable is one too."""
+
+    left: str
+    items: "tuple[Form, ...]"
+    right: str
+
+
+@dataclass(frozen=True)
+class Union:
+    """Intervals or sets joined, in any order."""
+
+    parts: "tuple[Form, ...]"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Rows of entries, whatever the brackets around them."""
+
+    rows: "tuple[tuple[Form, ...], ...]"
+
+
+@dataclass(frozen=True)
+class Equation:
+    """A relation. ``name`` is the left side where that only names what the right side, ``value``, is: 'x = 5'."""
+
+    left: str
+    operator: str
+    right: str
+    name: str | None = None
+    value: "Form | None" = None
+
+
+Form = Number | Text | Formula | Listing | Bracket | Union | Matrix | Equation
+
+_PREFIX = re.compile(r"(?:(?:approximately|approx\.?|about|around|roughly|exactly|only|just|\\approx|~)\s?)+", re.IGNORECASE)
+_TEXT = re.compile(r"\\text\{\s*([^{}]*?)\s*\}")
+_AND = re.compile(r"\s*(?:\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*")
+_MATRIX = re.compile(r"\\begin\s?\{(?:[pbB]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\s?\{(?:[pbB]?matrix|array)\}")
+_OPERATOR = re.compile(r"\\le |\\ge |\\ne |\\in (?!fty)|\\approx |[=<>]")
+_FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne", r"\approx": r"\approx"}
+_SYMBOL = r"(?:[A-Za-z]|\\[a-z]+)(?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9,]+\}|\\text\{[^{}]*\}))?'*"
+_IS_SYMBOL = re.compile(rf"(?!\\(?:pi|infty)\b){_SYMBOL}")
+_NAME = re.compile(rf"{_SYMBOL}(?:\^\{{-1\}})?(?:\([a-z](?:,\s?[a-z])*\))?|[A-Z]{{2,4}}|\\angle ?[A-Z]+|\\text\{{[^{{}}]*\}}|(?:[A-Za-z]{{3,}} ?)+|P\([A-Za-z ]+\)")
+_NAMES = re.compile(rf"\(\s?{_SYMBOL}(?:,\s?{_SYMBOL})+\s?\)")
+_BASED = re.compile(r"([0-9A-Fa-f]+)_\{?([0-9]{1,2})\}?")
+_CLOCK = re.compile(r"[0-9]+(?:\s?:\s?[0-9]+)+(?:\s?[ap]\.?m\.?)?", re.IGNORECASE)
+_WORDS = re.compile(r"\(?[A-Za-z][A-Za-z'.-]*(?:[ ,]+[A-Za-z][A-Za-z'.-]*)*\)?")
+_PLAIN_FUNCTION = re.compile(r"(?<![A-Za-z\\])(sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|exp|pi|theta|alpha|beta|infty)(?![A-Za-z])")
+_REALS = {r"\mathbb{R}", "all real numbers", "all reals", "the set of all real numbers"}
+_MAX_WORDS = 6
+
+
+def read_form(text: str) -> Form | None:
+    r"""What an extracted answer says; None where it cannot be read as a whole.
+
+    >>> read_form("\\left[1,2\\right)")
+    Bracket(left='[', items=(Number(value=Fraction(1, 1), form='integer', digits=0, percent=False, unit=None), Number(value=Fraction(2, 1), form='integer', digits=0, percent=False, unit=None)), right=')')
+    """
+    return _read(canonical(text)) if len(text) <= MAX_CHARACTERS else None
+
+
+@lru_cache(maxsize=1 << 12)
+def _read(text: str) -> Form | None:
+    text = _bare(text)
+    if not text or not _is_balanced(text):
+        return None
+    for read in (read_number, _matrix, _fixed, _union, _listing, _relation, _bracket, _plus_minus, _words, _formula):
+        form = read(text)
+        if form is not None:
+            return form
+    return None
+
+
+def _bare(text: str) -> str:
+    """The text without delimiters, closing punctuation and words of approximation around it."""
+    while True:
+        before = text
+        text = text.strip().rstrip(".,;:!").removesuffix("\\").strip("`\"").strip()
+        for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("*", "*")):
+            inside = text[len(left) : len(text) - len(right)]
+            if len(text) > len(left) + len(right) and text.startswith(left) and text.endswith(right) and left not in inside:
+                text = inside
+        text = _PREFIX.sub("", text, count=1) if _PREFIX.match(text) else text
+        if (whole := _TEXT.fullmatch(text)) and re.search(r"[0-9]", whole[1]):
+            text = whole[1]
+        if text.startswith("{") and text.endswith("}") and _closes(text, 0) == len(text) - 1 and not _has_top_comma(text[1:-1]):
+            text = text[1:-1]
+        if text == before:
+            return text
+
+
+def _is_balanced(text: str) -> bool:
+    depth = 0
+    for character in re.sub(r"\\[{}]", "", text):
+        depth += (character == "{") - (character == "}")
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def _depths(text: str) -> Iterator[tuple[int, str, int]]:
+    """(position, character, depth) where a bracket of any kind goes one deeper; intervals may close with another kind."""
+    depth, i = 0, 0
+    while i < len(text):
+        token = text[i : i + 2] if text[i] == "\\" and text[i + 1 : i + 2] in "{}" else text[i]
+        if token in ("(", "[", "{", "\\{"):
+            depth += 1
+            yield i, token, depth
+        elif token in (")", "]", "}", "\\}"):
+            yield i, token, depth
+            depth -= 1
+        else:
+            yield i, token, depth
+        i += len(token)
+
+
+def _closes(text: str, start: int) -> int:
+    for position, token, depth in _depths(text):
+        if position > start and depth == 1 and token in (")", "]", "}", "\\}"):
+            return position
+    return -1
+
+
+def _has_top_comma(text: str) -> bool:
+    return any(token == "," and depth == 0 for _, token, depth in _depths(text))
+
+
+def _split(text: str, *, keep_thousands: bool) -> list[str]:
+    """The parts between commas, semicolons and 'and' or 'or' at the top level; a comma inside a number is none where asked."""
+    cuts: list[tuple[int, int]] = []
+    top = "".join(token if depth == 0 else " " * len(token) for _, token, depth in _depths(text))
+    for found in re.finditer("[,;]", top):
+        at = found.start()
+        if keep_thousands and re.search(r"[0-9]\Z", text[:at]) and re.match(r",[0-9]{3}(?![0-9])", text[at:]):
+            continue
+        cuts.append((at, at + 1))
+    cuts += [(f.start(), f.end()) for f in _AND.finditer(text) if top[f.start() : f.end()].strip() or text[f.start() : f.end()].strip().startswith("\\text")]
+    parts, last = [], 0
+    for start, end in sorted(cuts):
+        if start >= last:
+            parts.append(text[last:start].strip())
+            last = end
+    return [part for part in [*parts, text[last:].strip()] if part]
+
+
+def _all(parts: Sequence[str]) -> "tuple[Form, ...] | None":
+    forms = tuple(form for part in parts if (form := _read(part)) is not None)
+    return forms if len(forms) == len(parts) else None
+
+
+def _matrix(text: str) -> Matrix | None:
+    found = _MATRIX.fullmatch(text)
+    if found is None or r"\begin" in found[1]:
+        return None
+    rows = [_all([cell.strip() for cell in row.split("&")]) for row in re.split(r"\\\\", found[1]) if row.strip()]
+    return Matrix(tuple(row for row in rows if row is not None)) if rows and None not in rows else None
+
+
+def _fixed(text: str) -> Form | None:
+    if text in (r"\emptyset", r"\{\}", r"\{ \}", "{}"):
+        return Listing((), True)
+    if text.lower() in _REALS or text in _REALS:
+        return Bracket("(", (Formula(r"-\infty"), Formula(r"\infty")), ")")
+    if text.lower() in ("infinity", "+infinity", r"+\infty", r"\text{infinity}"):
+        return Formula(r"\infty")
+    if text.lower() in ("-infinity", "negative infinity"):
+        return Formula(r"-\infty")
+    if found := _BASED.fullmatch(text):
+        return Text(f"{found[1].lower()}_{found[2]}")
+    return Text(re.sub(r"[\s.]", "", text.lower())) if _CLOCK.fullmatch(text) else None
+
+
+def _union(text: str) -> Union | None:
+    top = "".join(token if depth == 0 else " " * len(token) for _, token, depth in _depths(text))
+    if r"\cup" not in top:
+        return None
+    name = re.match(rf"{_SYMBOL}\s?\\in ", text)
+    cuts = [f.start() for f in re.finditer(r"\\cup", top)]
+    starts = [name.end() if name else 0, *(cut + 4 for cut in cuts)]
+    parts = _all([text[start:end].strip() for start, end in zip(starts, [*cuts, len(text)], strict=True)])
+    return Union(parts) if parts is not None else None
+
+
+def _listing(text: str) -> Form | None:
+    parts = _split(text, keep_thousands=True)
+    if len(parts) < 2 or any(_is_prose(part) for part in parts):
+        return None
+    items = _all(parts)
+    if items is None:
+        return None
+    if re.search(r"(?<![A-Za-z])or(?![A-Za-z])", text) and all(isinstance(item, Bracket) for item in items):
+        return Union(items)
+    first = items[0]
+    if isinstance(first, Equation) and first.name and first.value and not any(isinstance(item, Equation) for item in items[1:]):
+        items = (first.value, *items[1:])  # 'x = 1, 2' names both
+    return Listing(_flat(items), False)
+
+
+def _flat(items: "Sequence[Form]") -> "tuple[Form, ...]":
+    return tuple(inner for item in items for inner in (item.items if isinstance(item, Listing) and not item.is_set else (item,)))
+
+
+def _is_prose(part: str) -> bool:
+    return _WORDS.fullmatch(part) is not None and len(part.split()) > 2
+
+
+def _relation(text: str) -> Form | None:
+    top = "".join(token if depth == 0 else " " * len(token) for _, token, depth in _depths(text))
+    found = list(_OPERATOR.finditer(top))
+    if not found:
+        return None
+    operators = [f[0].strip() for f in found]
+    starts = [0, *(f.end() for f in found)]
+    sides = [text[start:end].strip() for start, end in zip(starts, [*(f.start() for f in found), len(text)], strict=True)]
+    if r"\in" in operators:
+        return _read(sides[1]) if operators == [r"\in"] and _NAME.fullmatch(sides[0]) else None
+    if operators[0] == r"\approx" or not all(sides):
+        return None
+    if set(operators) <= {"=", r"\approx"}:
+        return _equation(sides)
+    if len(sides) == 2:
+        return _inequality(sides[0], operators[0], sides[1])
+    return _chain(sides, operators) if len(sides) == 3 else None
+
+
+def _equation(sides: list[str]) -> Form | None:
+    left, right = sides[0], sides[-1]
+    if _NAME.fullmatch(right) and not _NAME.fullmatch(left) and len(sides) == 2 and not _is_constant(right):
+        left, right = right, left
+    if (_NAME.fullmatch(left) and not _is_constant(left)) or _NAMES.fullmatch(left):
+        value = _read(right)
+        return Equation(left, "=", right, left, value) if value is not None else None
+    if _is_constant(left):
+        return _read(right)
+    if _formula(left) is None or _formula(right) is None:
+        return None
+    return Equation(left, "=", right)
+
+
+def _is_constant(text: str) -> bool:
+    return not re.search(r"[A-Za-z]", re.sub(r"\\(?:frac|sqrt|pi|cdot|times|text|left|right)(?![A-Za-z])|(?<![A-Za-z])(?:x|\\times)(?=\s?[0-9])", "", text))
+
+
+def _inequality(left: str, operator: str, right: str) -> Form | None:
+    if _IS_SYMBOL.fullmatch(right) and not _IS_SYMBOL.fullmatch(left):
+        left, operator, right = right, _FLIPPED[operator], left
+    if _IS_SYMBOL.fullmatch(left) and operator != r"\ne":
+        bound = _read(right)
+        if bound is None:
+            return None
+        infinite = Formula(r"-\infty"), Formula(r"\infty")
+        if operator in ("<", r"\le"):
+            return Bracket("(", (infinite[0], bound), ")" if operator == "<" else "]")
+        return Bracket("(" if operator == ">" else "[", (bound, infinite[1]), ")")
+    return Equation(left, operator, right) if _formula(left) and _formula(right) else None
+
+
+def _chain(sides: list[str], operators: list[str]) -> Form | None:
+    """An interval: 'a < x <= b'; 'a > x > b' is turned round."""
+    if not _IS_SYMBOL.fullmatch(sides[1]):
+        return None
+    if set(operators) <= {">", r"\ge"}:
+        sides, operators = sides[::-1], [_FLIPPED[o] for o in operators[::-1]]
+    ends = _all([sides[0], sides[2]])
+    if ends is None or not set(operators) <= {"<", r"\le"}:
+        return None
+    return Bracket("(" if operators[0] == "<" else "[", ends, ")" if operators[1] == "<" else "]")
+
+
+def _bracket(text: str) -> Form | None:
+    start = next((left for left in ("\\{", "(", "[", "{", r"\langle") if text.startswith(left)), None)
+    end = next((right for right in ("\\}", ")", "]", "}", r"\rangle") if text.endswith(right)), None)
+    if start is None or end is None:
+        return None
+    if start != r"\langle" and _closes(text, 0) != len(text) - len(end):
+        return None
+    parts = _split(text[len(start) : len(text) - len(end)], keep_thousands=False)
+    items = _all(parts)
+    if items is None or not items:
+        return None
+    if start in ("\\{", "{"):
+        return Listing(_flat(items), True) if end in ("\\}", "}") else None
+    if len(items) == 1:
+        return items[0] if (start, end) in (("(", ")"), ("[", "]")) else None
+    left, right = "(" if start == r"\langle" else start, ")" if end == r"\rangle" else end
+    is_infinite = [isinstance(item, Formula) and item.latex.replace(" ", "") in (r"-\infty", r"\infty") for item in items]
+    if len(items) == 2:
+        left, right = "(" if is_infinite[0] else left, ")" if is_infinite[1] else right
+    return Bracket(left, items, right)
+
+
+def _plus_minus(text: str) -> Listing | None:
+    if len(re.findall(r"\\pm|\\mp", text)) != 1:
+        return None
+    halves = [re.sub(r"\\[pm][mp] ?", sign, text) for sign in ("+", "-")]
+    items = _all([half.removeprefix("+") for half in halves])
+    return Listing(items, False) if items is not None else None
+
+
+def _words(text: str) -> Text | None:
+    """Words, from \\text{} or bare; a single bare letter is a variable to sympy and a choice to people: spelling decides."""
+    plain = _TEXT.sub(r" \1 ", text).strip()
+    if not _WORDS.fullmatch(plain) or len(plain.split()) > _MAX_WORDS or "_" in plain:
+        return None
+    if _PLAIN_FUNCTION.search(plain):
+        return None
+    if plain == text and len(plain) > 1 and not plain.startswith("(") and not re.search("[aeiouyAEIOUY]", plain):
+        return None  # 'pqr' is a product
+    plain = re.sub(r"[(),.]", " ", plain)
+    words = [word for word in plain.split() if word.lower() not in ("the", "a", "an")] or plain.split()
+    return Text(" ".join(words) if len(plain.strip()) == 1 else " ".join(words).lower())
+
+
+def _formula(text: str) -> Formula | None:
+    """Anything else that looks like mathematics; a unit at its end is taken off."""
+    if found := re.search(r"(\\text\{[^{}]*\}(?:\^\{?[23]\}?)?|(?<=[0-9})]) [a-z]{2,}\.?)\Z", text):
+        if read_unit(" " + found[1]) is None:
+            return None
+        text = text[: found.start()].strip()
+    text = _PLAIN_FUNCTION.sub(r"\\\1 ", text)
+    text = re.sub(r"(?<![A-Za-z\\])sqrt(?![A-Za-z])", r"\\sqrt", text)
+    text = re.sub(r"\\sqrt\s?\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\sqrt\s?([0-9]|[a-z])(?![A-Za-z0-9])", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\sqrt\s?([0-9]+)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\^\s?\(([^()]*)\)", r"^{\1}", text)
+    text = re.sub(r"\^\s?(-?[0-9]{2,})", r"^{\1}", text)
+    text = re.sub(r"\s?\*\s?", r" \\cdot ", text)
+    text = re.sub(r"(?<=[0-9)}])\s?\(", r" \\cdot (", text)
+    if not text or re.search(r"[?!]{2}|\\ldots|\\begin|\\text|[0-9] [0-9]|[\"`;:@#&]|\$", text) or re.search(r"(?<!\\)\\\\", text):
+        return None
+    if re.search(r"(?<![A-Za-z\\])[A-Za-z]{4,}", text) or re.search(r"(?<![A-Za-z\\])[A-Za-z]{2,} [A-Za-z]{2,}", text):
+        return None
+    if re.search(r"[0-9)}]\s?\\frac\s?\{?[0-9]", text) and not re.search(r"[-+*/(={]\s?\\frac", text) and re.match(r"-?[0-9]", text):
+        return None  # a whole number before a fraction that is no mixed number
+    return Formula(text)
