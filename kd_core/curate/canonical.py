@@ -15,7 +15,7 @@ _SIGNS = {
     "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "﹣": "-", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "∙": r"\cdot ", "÷": "/", "⁄": "/", "∕": "/",
     "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp ", "°": r"^\circ ", "º": r"^\circ ",
     "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ", "ℝ": r"\mathbb{R} ", "√": r"\sqrt ", "∛": r"\sqrt[3] ", "π": r"\pi ", "’": "'", "‘": "'", "“": '"', "”": '"',
-    "⟨": r"\langle ", "⟩": r"\rangle ", "…": r"\ldots ", "€": r"\text{EUR}", "£": r"\text{GBP}", "¥": r"\text{JPY}",
+    "⟨": "(", "⟩": ")", "…": r"\ldots ", "€": r"\text{EUR}", "£": r"\text{GBP}", "¥": r"\text{JPY}",
 }  # fmt: skip
 _GREEK = {
     chr(code): f"\\{unicodedata.name(chr(code)).split()[-1].lower().replace('lamda', 'lambda')} " for code in (*range(0x3B1, 0x3C2), *range(0x3C3, 0x3CA))
@@ -46,6 +46,8 @@ _LATEX = _rules(
     (r"\\(?:rbrace)(?![A-Za-z])", r"\\}"),
     (r"\\(?:lbrack)(?![A-Za-z])", "["),
     (r"\\(?:rbrack)(?![A-Za-z])", "]"),
+    (r"\\langle(?![A-Za-z])", "("),
+    (r"\\rangle(?![A-Za-z])", ")"),
     (r"\\[lr]vert(?![A-Za-z])|\\[lr]?Vert(?![A-Za-z])", "|"),
     (r"\\(?:varnothing|O)(?![A-Za-z])", r"\\emptyset"),
     (r"\s*\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])", r"\\text{ degrees}"),
@@ -55,7 +57,9 @@ _LATEX = _rules(
     (r"\\(?:div)(?![A-Za-z])", "/"),
     (r"\\(?:varphi)(?![A-Za-z])", r"\\phi"),
     (r"\\(?:simeq|thickapprox)(?![A-Za-z])", r"\\approx "),
-    (r"\*\*(?=\s*[0-9({-])", "^"),
+    (r"(?<=[A-Za-z0-9)}])(?:\*\*| \*\* )(?=[0-9({-])", "^"),
+    (r"\\text\{\s*\\\$\s*\}", r"\\$"),
+    (r"(?<=[0-9])\s?x\s?(?=[0-9])", r" \\times "),
 )
 
 

@@ -7,7 +7,7 @@ process. Nothing is right that could not be compared.
 from collections.abc import Iterable
 from typing import Literal
 
-from kd_core.curate.forms import Bracket, Equation, Form, Formula, Listing, Matrix, Text, Union
+from kd_core.curate.forms import Bracket, Choice, Equation, Form, Formula, Listing, Matrix, Text, Union
 from kd_core.curate.numbers import Number, compare_numbers
 from kd_core.curate.symbolic import compare_equations, compare_formulas
 
@@ -24,6 +24,8 @@ def same(left: Form, right: Form) -> Verdict:
     """
     if left == right:
         return "right"
+    if isinstance(left, Choice) or isinstance(right, Choice):
+        return _same_choices(left, right)
     if isinstance(left, Equation) or isinstance(right, Equation):
         return _same_equations(left, right)
     if isinstance(left, Number) and isinstance(right, Number):
@@ -43,14 +45,29 @@ def same(left: Form, right: Form) -> Verdict:
     return _same_values(left, right)
 
 
+def _same_choices(left: Form, right: Form) -> Verdict:
+    """'(C) 5' is C, and it is 5."""
+    if isinstance(left, Choice) and isinstance(right, Choice):
+        return "right" if left.letter == right.letter else "wrong"
+    choice, other = (left, right) if isinstance(left, Choice) else (right, left)
+    assert isinstance(choice, Choice), "one of the two is a choice"
+    return same(Text(choice.letter) if isinstance(other, Text) and len(other.words) == 1 else choice.value, other)
+
+
 def _same_values(left: Form, right: Form) -> Verdict:
     """Two single values of which at most one is a number; other kinds are never the same."""
     if isinstance(left, Text | Number | Formula) and isinstance(right, Text | Number | Formula):
         one, other = (_letter(form) for form in (left, right))
         if isinstance(one, Text) or isinstance(other, Text):
             return "wrong"
-        return compare_formulas(one, other)
+        found = compare_formulas(one, other)
+        return "undecided" if found == "wrong" and (_is_degrees(one) or _is_degrees(other)) else found
     return "wrong"
+
+
+def _is_degrees(form: Number | Formula) -> bool:
+    """Whether a number is an angle in degrees, which a formula may give in radians."""
+    return isinstance(form, Number) and form.unit is not None and form.unit.name == "degree"
 
 
 def _letter(form: Text | Number | Formula) -> Text | Number | Formula:
@@ -70,7 +87,9 @@ def _same_equations(left: Form, right: Form) -> Verdict:
         return compare_equations((left.left, left.operator, left.right), (right.left, right.operator, right.right))
     equation, other = (left, right) if isinstance(left, Equation) else (right, left)
     assert isinstance(equation, Equation), "one of the two is an equation"
-    return same(equation.value, other) if equation.value is not None else "undecided"
+    if equation.value is not None:
+        return same(equation.value, other)
+    return "undecided" if isinstance(other, Number | Formula) else "wrong"
 
 
 def _is_scalar(equation: Equation) -> bool:
@@ -78,7 +97,7 @@ def _is_scalar(equation: Equation) -> bool:
 
 
 def _same_listings(left: Form, right: Form) -> Verdict:
-    """A list in any order; one with round brackets, or one whose members have different names, in its own order."""
+    """A list in any order, or in its own where its members have different names: 'x = 1, y = 2' is the point (1, 2)."""
     if isinstance(left, Listing) and isinstance(right, Listing):
         if left.is_set or right.is_set:
             left, right = _distinct(left), _distinct(right)
@@ -88,8 +107,10 @@ def _same_listings(left: Form, right: Form) -> Verdict:
     listing, other = (left, right) if isinstance(left, Listing) else (right, left)
     assert isinstance(listing, Listing), "one of the two is a list"
     if isinstance(other, Bracket):
-        is_tuple = (other.left, other.right) == ("(", ")") and not listing.is_set
-        return _in_order(tuple(_value(item) for item in listing.items), other.items) if is_tuple else "wrong"
+        if listing.is_set or (other.left, other.right) != ("(", ")") or len(listing.items) != len(other.items):
+            return "wrong"
+        in_order = _in_order(tuple(_value(item) for item in listing.items), other.items)
+        return in_order if _has_names(listing) or in_order == "wrong" else "undecided"
     if isinstance(other, Union) and not listing.is_set:
         return _in_any_order(listing.items, other.parts)
     return same(listing.items[0], other) if len(listing.items) == 1 else "wrong"

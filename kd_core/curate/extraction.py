@@ -15,10 +15,14 @@ _PHRASE = re.compile(
     r"(?:\banswers?\b[^.\n]{0,40}?(?:\bis\b|\bare\b|\bequals\b|=|:)|\banswer\s*[:=])(?:\s*\*\*)?\s*(?P<rest>.+)", re.IGNORECASE | re.DOTALL
 )
 _NEGATION = re.compile(r"\b(?:not|never|cannot|neither|nor|unlikely|wrong|incorrect)\b|n't\b", re.IGNORECASE)
-_MATH = re.compile(r"\$\$.+?\$\$|\\\(.+?\\\)|\\\[.+?\\\]|\$(?![0-9][^$]*[A-Za-z]{2,} )[^$\n]+\$", re.DOTALL)
+_MATH = re.compile(r"\$\$.+?\$\$|\\\(.+?\\\)|\\\[.+?\\\]|\$(?![0-9][^$]*(?<![A-Za-z\\])[A-Za-z]{2,} )[^$\n]+\$", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\Z)|\n\s*\n")
-_COPULA = re.compile(r".*(?:\b(?:is|are|was|were|be|equals?|gives?|gets?|get|obtain|have|has|becomes?|totals?)\b|[:=]|\bof\b(?=\s*[$0-9]))\s*", re.IGNORECASE | re.DOTALL)
-_ONE_NUMBER = re.compile(r"[+−-]?\s?\\?\$?\s?(?:[0-9][0-9,.]*[0-9]|[0-9])\s?%?")
+_COPULA = re.compile(r".*(?:\b(?:is|are|was|were|be|equals?|gives?|gets?|get|obtain|have|has|becomes?|totals?)\b|[:=]|\bof\b(?=\s*[$0-9]))[\s*]*(?=[^\s*])", re.IGNORECASE | re.DOTALL)
+_ONE_NUMBER = re.compile(r"(?:[+−-]\s?)?(?:\\?\$\s?)?(?:[0-9][0-9,.]*[0-9]|[0-9])(?:\s?%)?")
+_CHANGED = re.compile(
+    r"\s?(?:more|less|fewer|or|and|plus|minus|times|percentage points|dozens?|scores?|hal[fv]|thirds?|quarters?|squared|cubed|hundred|thousand|million|billion)\b",
+    re.IGNORECASE,
+)
 _MAX_SENTENCE = 1000
 
 
@@ -101,7 +105,7 @@ def _first_read(sentence: str, *, is_answer: bool) -> Form | None:
     numbers = list(_ONE_NUMBER.finditer(sentence))
     if not spans and len(numbers) == 1 and len(re.findall(r"[0-9]+", sentence)) == len(re.findall(r"[0-9]+", numbers[0][0])):
         after = sentence[numbers[0].end() :]
-        if re.match(r"\s[A-Za-z]|\s?[.,!;:]?\s*\Z|,\s[A-Za-z]", after) and re.search(r"(?:\A|[\s(])\Z", sentence[: numbers[0].start()]):
+        if re.match(r"\s[A-Za-z]|\s?[.,!;:]?\s*\Z|,\s[A-Za-z]", after) and not _CHANGED.match(after) and re.search(r"(?:\A|[\s(])\Z", sentence[: numbers[0].start()]):
             candidates.append(numbers[0][0])
     for candidate in candidates:
         form = read_form(candidate)

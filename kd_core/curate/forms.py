@@ -7,12 +7,13 @@ outside of brackets and braces.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 
 from kd_core.curate.canonical import canonical
 from kd_core.curate.numbers import Number, read_number, read_unit
 
-__all__ = ["Bracket", "Equation", "Form", "Formula", "Listing", "Matrix", "Text", "Union", "read_form"]
+__all__ = ["Bracket", "Choice", "Equation", "Form", "Formula", "Listing", "Matrix", "Text", "Union", "read_form"]
 
 MAX_CHARACTERS = 2000
 """A longer text is no final answer."""
@@ -23,6 +24,14 @@ class Text:
     """Words, a choice, a time, a number in another base: equal when they are spelled the same."""
 
     words: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A letter of a multiple choice with the value that stands beside it: '(C) 5' is both."""
+
+    letter: str
+    value: "Form"
 
 
 @dataclass(frozen=True)
@@ -74,13 +83,13 @@ class Equation:
     value: "Form | None" = None
 
 
-Form = Number | Text | Formula | Listing | Bracket | Union | Matrix | Equation
+Form = Number | Text | Choice | Formula | Listing | Bracket | Union | Matrix | Equation
 
 _PREFIX = re.compile(r"(?:(?:approximately|approx\.?|about|around|roughly|exactly|only|just|\\approx|~)\s?)+", re.IGNORECASE)
 _TEXT = re.compile(r"\\text\{\s*([^{}]*?)\s*\}")
 _AND = re.compile(r"\s*(?:\\text\{\s*,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*")
 _MATRIX = re.compile(r"\\begin\s?\{(?:[pbB]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\s?\{(?:[pbB]?matrix|array)\}")
-_OPERATOR = re.compile(r"\\le |\\ge |\\ne |\\in (?!fty)|\\approx |[=<>]")
+_OPERATOR = re.compile(r"\\le |\\ge |\\ne |\\in(?![A-Za-z])|\\approx |[=<>]")
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne", r"\approx": r"\approx"}
 _SYMBOL = r"(?:[A-Za-z]|\\[a-z]+)(?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9,]+\}|\\text\{[^{}]*\}))?'*"
 _IS_SYMBOL = re.compile(rf"(?!\\(?:pi|infty)\b){_SYMBOL}")
@@ -91,6 +100,10 @@ _CLOCK = re.compile(r"[0-9]+(?:\s?:\s?[0-9]+)+(?:\s?[ap]\.?m\.?)?", re.IGNORECAS
 _WORDS = re.compile(r"\(?[A-Za-z][A-Za-z'.-]*(?:[ ,]+[A-Za-z][A-Za-z'.-]*)*\)?")
 _PLAIN_FUNCTION = re.compile(r"(?<![A-Za-z\\])(sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|exp|pi|theta|alpha|beta|infty)(?![A-Za-z])")
 _REALS = {r"\mathbb{R}", "all real numbers", "all reals", "the set of all real numbers"}
+_CHOICE = re.compile(r"\(([A-H])\)\s?[:.]?\s?([^()+*/=<>,].*)")
+_BUILDER = re.compile(rf"\\\{{\s?{_SYMBOL}\s?(?:\\in\s?\\mathbb\{{R\}}\s?)?(?:\\mid|\\vert|\||:)\s?(.+?)\s?\\\}}")
+_COUNTS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve".split(), range(13), strict=True))
+_DEGREES = re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\^\{?[0-9]\}?)?)\s?[({]?\s?([0-9.]+)\\text\{ degrees\}\s?[)}]?")
 _MAX_WORDS = 6
 
 
@@ -108,7 +121,7 @@ def _read(text: str) -> Form | None:
     text = _bare(text)
     if not text or not _is_balanced(text):
         return None
-    for read in (read_number, _matrix, _fixed, _union, _listing, _relation, _bracket, _plus_minus, _words, _formula):
+    for read in (read_number, _matrix, _fixed, _choice, _union, _listing, _relation, _bracket, _plus_minus, _words, _formula):
         form = read(text)
         if form is not None:
             return form
@@ -119,13 +132,13 @@ def _bare(text: str) -> str:
     """The text without delimiters, closing punctuation and words of approximation around it."""
     while True:
         before = text
-        text = text.strip().rstrip(".,;:!").removesuffix("\\").strip("`\"").strip()
+        text = text.strip().rstrip(".,;:").removesuffix("\\").strip("`\"").strip()
         for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("*", "*")):
             inside = text[len(left) : len(text) - len(right)]
-            if len(text) > len(left) + len(right) and text.startswith(left) and text.endswith(right) and left not in inside:
+            if len(text) > len(left) + len(right) and text.startswith(left) and text.endswith(right) and left not in inside.replace(r"\$", ""):
                 text = inside
         text = _PREFIX.sub("", text, count=1) if _PREFIX.match(text) else text
-        if (whole := _TEXT.fullmatch(text)) and re.search(r"[0-9]", whole[1]):
+        if (whole := _TEXT.fullmatch(text)) and re.search(r"[0-9,;]", whole[1]):
             text = whole[1]
         if text.startswith("{") and text.endswith("}") and _closes(text, 0) == len(text) - 1 and not _has_top_comma(text[1:-1]):
             text = text[1:-1]
@@ -209,16 +222,24 @@ def _fixed(text: str) -> Form | None:
         return Formula(r"\infty")
     if text.lower() in ("-infinity", "negative infinity"):
         return Formula(r"-\infty")
+    if text.lower() in _COUNTS:
+        return Number(Fraction(_COUNTS[text.lower()]), "integer")
     if found := _BASED.fullmatch(text):
         return Text(f"{found[1].lower()}_{found[2]}")
     return Text(re.sub(r"[\s.]", "", text.lower())) if _CLOCK.fullmatch(text) else None
+
+
+def _choice(text: str) -> Choice | None:
+    found = _CHOICE.fullmatch(_TEXT.sub(r" \1 ", text).strip())
+    value = _read(found[2]) if found else None
+    return Choice(found[1], value) if found and value is not None else None
 
 
 def _union(text: str) -> Union | None:
     top = "".join(token if depth == 0 else " " * len(token) for _, token, depth in _depths(text))
     if r"\cup" not in top:
         return None
-    name = re.match(rf"{_SYMBOL}\s?\\in ", text)
+    name = re.match(rf"{_SYMBOL}\s?\\in(?![A-Za-z])", text)
     cuts = [f.start() for f in re.finditer(r"\\cup", top)]
     starts = [name.end() if name else 0, *(cut + 4 for cut in cuts)]
     parts = _all([text[start:end].strip() for start, end in zip(starts, [*cuts, len(text)], strict=True)])
@@ -234,10 +255,22 @@ def _listing(text: str) -> Form | None:
         return None
     if re.search(r"(?<![A-Za-z])or(?![A-Za-z])", text) and all(isinstance(item, Bracket) for item in items):
         return Union(items)
+    if len(items) == 2 and re.search(r"(?<![A-Za-z])and(?![A-Za-z])", text) and (both := _intersection(*items)):
+        return both
     first = items[0]
     if isinstance(first, Equation) and first.name and first.value and not any(isinstance(item, Equation) for item in items[1:]):
         items = (first.value, *items[1:])  # 'x = 1, 2' names both
     return Listing(_flat(items), False)
+
+
+def _intersection(one: Form, other: Form) -> Bracket | None:
+    """'x > 2 and x < 7': one interval, from two that are bounded at one end each."""
+    if not (isinstance(one, Bracket) and isinstance(other, Bracket) and len(one.items) == len(other.items) == 2):
+        return None
+    lower, upper = (one, other) if one.items[1] == Formula(r"\infty") else (other, one)
+    if lower.items[1] != Formula(r"\infty") or upper.items[0] != Formula(r"-\infty") or lower.items[0] == upper.items[0]:
+        return None
+    return Bracket(lower.left, (lower.items[0], upper.items[1]), upper.right)
 
 
 def _flat(items: "Sequence[Form]") -> "tuple[Form, ...]":
@@ -282,7 +315,8 @@ def _equation(sides: list[str]) -> Form | None:
 
 
 def _is_constant(text: str) -> bool:
-    return not re.search(r"[A-Za-z]", re.sub(r"\\(?:frac|sqrt|pi|cdot|times|text|left|right)(?![A-Za-z])|(?<![A-Za-z])(?:x|\\times)(?=\s?[0-9])", "", text))
+    """Whether a side of an equation has no variables: '20 - 2', 'f(2) + f(3)'."""
+    return not re.search(r"[A-Za-z]", re.sub(r"(?<![A-Za-z\\])[A-Za-z](?=\()|\\(?:frac|sqrt|pi|cdot|times|text|left|right)(?![A-Za-z])|(?<![A-Za-z])(?:x|\\times)(?=\s?[0-9])", "", text))
 
 
 def _inequality(left: str, operator: str, right: str) -> Form | None:
@@ -312,11 +346,11 @@ def _chain(sides: list[str], operators: list[str]) -> Form | None:
 
 
 def _bracket(text: str) -> Form | None:
-    start = next((left for left in ("\\{", "(", "[", "{", r"\langle") if text.startswith(left)), None)
-    end = next((right for right in ("\\}", ")", "]", "}", r"\rangle") if text.endswith(right)), None)
-    if start is None or end is None:
-        return None
-    if start != r"\langle" and _closes(text, 0) != len(text) - len(end):
+    if (built := _BUILDER.fullmatch(text)) and (form := _read(built[1])) is not None:
+        return form if isinstance(form, Bracket | Union) else None
+    start = next((left for left in ("\\{", "(", "[", "{") if text.startswith(left)), None)
+    end = next((right for right in ("\\}", ")", "]", "}") if text.endswith(right)), None)
+    if start is None or end is None or _closes(text, 0) != len(text) - len(end):
         return None
     parts = _split(text[len(start) : len(text) - len(end)], keep_thousands=False)
     items = _all(parts)
@@ -326,11 +360,10 @@ def _bracket(text: str) -> Form | None:
         return Listing(_flat(items), True) if end in ("\\}", "}") else None
     if len(items) == 1:
         return items[0] if (start, end) in (("(", ")"), ("[", "]")) else None
-    left, right = "(" if start == r"\langle" else start, ")" if end == r"\rangle" else end
     is_infinite = [isinstance(item, Formula) and item.latex.replace(" ", "") in (r"-\infty", r"\infty") for item in items]
     if len(items) == 2:
-        left, right = "(" if is_infinite[0] else left, ")" if is_infinite[1] else right
-    return Bracket(left, items, right)
+        start, end = "(" if is_infinite[0] else start, ")" if is_infinite[1] else end
+    return Bracket(start, items, end)
 
 
 def _plus_minus(text: str) -> Listing | None:
@@ -355,8 +388,15 @@ def _words(text: str) -> Text | None:
     return Text(" ".join(words) if len(plain.strip()) == 1 else " ".join(words).lower())
 
 
+def _small_fraction(found: re.Match[str]) -> str:
+    """'\\frac12' and '\\frac a{b}' with the braces that they leave out."""
+    under = f"{{{found[3]}}}" if found[3] else ""
+    return f"\\frac{{{found[1] or found[2]}}}{under}"
+
+
 def _formula(text: str) -> Formula | None:
     """Anything else that looks like mathematics; a unit at its end is taken off."""
+    text = _DEGREES.sub(r"\1 (\\frac{\2 \\pi}{180})", text)
     if found := re.search(r"(\\text\{[^{}]*\}(?:\^\{?[23]\}?)?|(?<=[0-9})]) [a-z]{2,}\.?)\Z", text):
         if read_unit(" " + found[1]) is None:
             return None
@@ -366,12 +406,17 @@ def _formula(text: str) -> Formula | None:
     text = re.sub(r"\\sqrt\s?\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"\\sqrt\s?([0-9]|[a-z])(?![A-Za-z0-9])", r"\\sqrt{\1}", text)
     text = re.sub(r"\\sqrt\s?([0-9]+)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\log\s?_\s?([0-9a-z])(?![0-9])", r"\\log_{\1} ", text)
+    text = re.sub(r"(\\frac\s?\{[^{}]*\})\s?([A-Za-z0-9])", r"\1{\2}", text)
+    text = re.sub(r"\\frac(?:\s([A-Za-z])|\s?([0-9]))\s?(?:([A-Za-z0-9])|(?=\{))", _small_fraction, text)
     text = re.sub(r"\^\s?\(([^()]*)\)", r"^{\1}", text)
     text = re.sub(r"\^\s?(-?[0-9]{2,})", r"^{\1}", text)
     text = re.sub(r"\s?\*\s?", r" \\cdot ", text)
     text = re.sub(r"(?<=[0-9)}])\s?\(", r" \\cdot (", text)
     if not text or re.search(r"[?!]{2}|\\ldots|\\begin|\\text|[0-9] [0-9]|[\"`;:@#&]|\$", text) or re.search(r"(?<!\\)\\\\", text):
         return None
+    if re.search(r"/\s?[0-9]+\s?[A-Za-z\\(]", text):
+        return None  # 1/2x is read in two ways
     if re.search(r"(?<![A-Za-z\\])[A-Za-z]{4,}", text) or re.search(r"(?<![A-Za-z\\])[A-Za-z]{2,} [A-Za-z]{2,}", text):
         return None
     if re.search(r"[0-9)}]\s?\\frac\s?\{?[0-9]", text) and not re.search(r"[-+*/(={]\s?\\frac", text) and re.match(r"-?[0-9]", text):

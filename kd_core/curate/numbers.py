@@ -119,7 +119,7 @@ def read_number(text: str) -> Number | None:
     if percent is not None:
         rest = rest[percent.end() :]
     unit = read_unit(rest)
-    if unit is None and rest.strip(" .,!;"):
+    if unit is None and rest.strip(" .,;"):
         return None
     if head["currency"]:
         unit = Unit(_CURRENCIES[re.sub(r"\\text|[\\{}.]", "", head["currency"])], 1)
@@ -192,13 +192,13 @@ def read_unit(text: str) -> Unit | None:
     (Unit(name='inch', power=2), Unit(name='', power=1), None)
     """
     plain = re.sub(r"\\text\s?\{([^{}]*)\}", r" \1 ", text)
-    plain = _ASIDE.sub(" ", plain).strip(" .,!;")
+    plain = _ASIDE.sub(" ", plain).strip(" .,;")
     if not plain:
-        return Unit("", 1) if text.strip(" .,!;") else None
+        return Unit("", 1) if text.strip(" .,;") else None
     if not _UNIT.fullmatch(plain) or _NO_UNIT.search(plain):
         return None
     words = re.sub(r"\^\{?[23]\}?|[,.]", " ", plain.lower()).split()
-    if "\\text" not in text and not _are_words(words, apart=text.startswith(" ")):
+    if not words or ("\\text" not in text and not _are_words(words, apart=text.startswith(" "))):
         return None
     power = max([int(n) for n in re.findall(r"\^\{?([23])", plain)] + [_POWERS.get(word, 1) for word in words])
     words = [word for word in words if word not in _POWERS] or words
@@ -210,11 +210,13 @@ def read_unit(text: str) -> Unit | None:
 
 def _are_words(words: list[str], *, apart: bool) -> bool:
     """Whether letters after a number are words and no product of variables."""
+    if not apart and len(words) == 1 and words[0] in ("st", "nd", "rd", "th"):
+        return True
     if not apart and len(words[0]) == 1:
         return False
     if len(words) == 1 and len(words[0]) < 3:
         return words[0] in _MEASURES
-    return all(len(word) > 3 or word in _MEASURES or re.search("[aeiou/]", word) for word in words)
+    return all(len(word) > 3 or word in _MEASURES or word in _POWERS or re.search("[aeiou/]", word) for word in words)
 
 
 def _singular(word: str) -> str:

@@ -68,16 +68,25 @@ def _serve() -> None:
 def _parsed(latex: str) -> Any:
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
-    from sympy import Expr, Float, I, Rational, Symbol
+    from sympy import Expr, Float, I, Pow, Rational, Symbol
 
     normalise = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none")
     found = latex2sympy(latex, normalization_config=normalise, conversion_config=ConversionConfig(lowercase_symbols=False))
     if not isinstance(found, Expr):
         raise Undecided
     exact = {number: Rational(str(number)) for number in found.atoms(Float)}
-    found = found.xreplace({**exact, Symbol("i"): I})
+    if Symbol("i") in found.free_symbols:
+        exact[Symbol("i")] = I
+    found = found.xreplace(exact)
     _check_size(found)
-    return found.doit()
+    found = found.doit()
+    odd = {power: -Pow(-power.base, power.exp) for power in found.atoms(Pow) if power.base.is_negative and _is_odd_root(power.exp)}
+    return found.xreplace(odd)
+
+
+def _is_odd_root(exponent: Any) -> bool:
+    """Whether an exponent is 1/3, 1/5 ...: of a negative number the real root is meant, not sympy's complex one."""
+    return bool(exponent.is_Rational and exponent.p == 1 and exponent.q % 2 == 1 and exponent.q > 1)
 
 
 def _check_size(found: Any) -> None:
@@ -132,15 +141,18 @@ def _equal(a: Any, b: Any) -> bool:
     if a in (oo, -oo) or b in (oo, -oo) or (isinstance(a, Rational) and isinstance(b, Rational)):
         return False
     x, y = _number(a), _number(b)
-    return bool(abs(x - y) <= 10 ** (10 - DIGITS) * max(abs(x), abs(y))) or bool(max(abs(x), abs(y)) < 10 ** (-3 * DIGITS))
+    return bool(abs(x - y) <= Rational(10) ** (10 - DIGITS) * max(abs(x), abs(y)))
 
 
 def _number(value: Any) -> Any:
-    found = value.evalf(DIGITS, maxn=1000)
-    real, imaginary = found.as_real_imag()
-    if not (real.is_Float or real.is_Rational) or not (imaginary.is_Float or imaginary.is_Rational):
+    """A constant to 50 digits; a part of it that keeps no digit in 1,000 is zero."""
+    from sympy import I, Integer
+
+    parts = value.evalf(DIGITS, maxn=1000).as_real_imag()
+    if not all(part.is_Float or part.is_Rational for part in parts):
         raise Undecided
-    return found
+    real, imaginary = (Integer(0) if part.is_Float and part._prec <= 1 else part for part in parts)
+    return real + I * imaginary
 
 
 def _is_rounded(rounded: Any, exact: Any, digits: int) -> bool:

@@ -8,10 +8,16 @@ import re
 
 from kd_core.recipe import Task
 
-__all__ = ["THOUGHT_OPEN", "continue_thought", "final_answer", "is_run_on", "leaves_thought_open", "without_thought"]
-
-THOUGHT_OPEN = re.compile(r"(?:<think(?:ing)?>|\[THINK\])\s*\Z")
-"""Matches a prompt (template applied) after which the answer begins inside a thought."""
+__all__ = [
+    "continue_thought",
+    "final_answer",
+    "is_run_on",
+    "is_thought_tag",
+    "leaves_thought_open",
+    "opens_thought",
+    "without_opening",
+    "without_thought",
+]
 
 _TAG = re.compile(r"<(/?)think(?:ing)?>|\[(/?)THINK\]")
 _TURN = re.compile(
@@ -40,13 +46,32 @@ def leaves_thought_open(text: str) -> bool:
     return without_thought(text) is None
 
 
+def is_thought_tag(token: str) -> bool:
+    """Whether a token is nothing but the beginning or the end of a thought."""
+    return _TAG.fullmatch(token.strip()) is not None
+
+
+def opens_thought(prompt: str) -> bool:
+    """Whether the answer to a prompt (template applied) begins inside a thought."""
+    return re.search(r"(?:<think(?:ing)?>|\[THINK\])\s*\Z", prompt) is not None
+
+
+def without_opening(text: str, *, opened: bool) -> str:
+    r"""An answer as it is written after its prompt: a thought that the prompt has opened is not opened again.
+
+    >>> without_opening("<think>\n2+2\n</think>4", opened=True)
+    '2+2\n</think>4'
+    """
+    first = _TAG.match(text.lstrip()) if opened else None
+    return text if first is None or first[1] or first[2] else text.lstrip()[first.end() :].lstrip()
+
+
 def continue_thought(text: str, *, opened: bool) -> str:
-    """An answer as it reads after its prompt, with its thought opened exactly once.
+    """An answer as it reads without its prompt, with its thought opened exactly once.
 
     Args:
         text: the generated text.
-        opened: whether the prompt ends in an open thought (THOUGHT_OPEN). Then a text that does not open one itself
-            begins inside it.
+        opened: whether the prompt ends in an open thought. Then a text that does not open one itself begins inside it.
 
     >>> continue_thought("2+2</think>4", opened=True), continue_thought("<think>2+2</think>4", opened=True)
     ('<think>2+2</think>4', '<think>2+2</think>4')

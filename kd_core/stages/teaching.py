@@ -25,7 +25,7 @@ from kd_core.teacher.generate import generate
 from kd_core.teacher.models import LoadedModel, load_directory, load_model, load_tokenizer, pick_device, save_model, teacher_identity
 from kd_core.teacher.reference import reference_identity
 from kd_core.teacher.server import answer_prompts
-from kd_core.tokens import character_tokenizer, encode_gold, encode_prompt
+from kd_core.tokens import character_tokenizer, decode_answer, encode_gold, encode_prompt
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.data import MemoryRows, TokenRow, TrainingData
 from kd_core.train.history import to_jsonl
@@ -98,7 +98,7 @@ def _train_teacher(job: Job, teacher: TrainedTeacher) -> dict[str, Any]:
 
 def _token_row(tokenizer: Any, recipe: Recipe, row: dict[str, Any]) -> TokenRow:
     prompt_ids = encode_prompt(tokenizer, row["prompt"], recipe.task)
-    return TokenRow((*prompt_ids, *encode_gold(tokenizer, row["gold"])), len(prompt_ids))
+    return TokenRow((*prompt_ids, *encode_gold(tokenizer, row["gold"], prompt_ids=prompt_ids)), len(prompt_ids))
 
 
 def _weights_digest(model: torch.nn.Module) -> str:
@@ -213,7 +213,7 @@ class _LocalEngine:
             part = shard[start : start + step]
             found = generate(self._loaded, [row["prompt_ids"] for _, row in part], keys=[key for key, _ in part], answers=self.answers)
             for (key, row), answer in zip(part, found, strict=True):
-                text = self.tokenizer.decode(answer.ids, skip_special_tokens=True)
+                text = decode_answer(self.tokenizer, answer.ids, prompt_ids=row["prompt_ids"])
                 said = {"answer_ids": answer.ids, "text": text, "finish_reason": answer.finish_reason, "error": None}
                 out.append({"key": key, **{n: row[n] for n in ("prompt_id", "sample_index", "prompt_ids")}, **said})
         return pa.Table.from_pylist(out, schema=ANSWER_SCHEMA)
