@@ -12,7 +12,7 @@ __all__ = ["read_final"]
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _PHRASE = re.compile(
-    r"(?:\banswers?\b[^.\n]{0,40}?(?:\bis\b|\bare\b|\bequals\b|=|:)|\banswer\s*[:=])(?:\s*\*\*)?\s*(?P<rest>.+)", re.IGNORECASE | re.DOTALL
+    r"\banswers?\b(?:[^.\n]{0,40}?(?:\bis\b|\bare\b|\bequals\b|=|:))(?:\s*\*\*)?\s*(?=\S)", re.IGNORECASE
 )
 _NEGATION = re.compile(r"\b(?:not|never|cannot|neither|nor|unlikely|wrong|incorrect)\b|n't\b", re.IGNORECASE)
 _MATH = re.compile(r"\$\$.+?\$\$|\\\(.+?\\\)|\\\[.+?\\\]|\$(?![0-9][^$]*(?<![A-Za-z\\])[A-Za-z]{2,} )[^$\n]+\$", re.DOTALL)
@@ -39,11 +39,13 @@ def read_final(text: str) -> Form | None:
     whole = read_form(text) if len(text) <= MAX_CHARACTERS else None
     if whole is not None and not (isinstance(whole, Text) and _PHRASE.search(text)):
         return whole
-    phrases = list(_phrases(text))
-    sentence = phrases[-1] if phrases else _last_sentence(text)
+    sentence = _after_phrase(text)
+    is_answer = sentence is not None
+    if sentence is None:
+        sentence = _last_sentence(text[-2 * _MAX_SENTENCE :])
     if sentence is None or len(sentence) > _MAX_SENTENCE or _NEGATION.search(_MATH.sub(" ", sentence)):
         return None
-    return _first_read(sentence, is_answer=bool(phrases))
+    return _first_read(sentence, is_answer=is_answer)
 
 
 def _unboxed(rest: str) -> Form | None:
@@ -58,15 +60,16 @@ def _unboxed(rest: str) -> Form | None:
     return None
 
 
-def _phrases(text: str) -> list[str]:
-    """The rest of each sentence that says what the answer is."""
-    found, at = [], 0
-    while match := _PHRASE.search(text, at):
-        rest = match["rest"]
-        head = match[0][: match.start("rest") - match.start()]
-        found.append(("not " if _NEGATION.search(head) else "") + _first_sentence(rest))
-        at = match.start("rest")
-    return found
+def _after_phrase(text: str) -> str | None:
+    """The rest of the last sentence that says what the answer is, its negation kept in front; None where none does."""
+    found = None
+    for found in _PHRASE.finditer(text):
+        pass
+    if found is None:
+        return None
+    rest = text[found.end() : found.end() + _MAX_SENTENCE]
+    ends = _ends(rest)
+    return ("not " if _NEGATION.search(found[0]) else "") + (rest[: ends[0][0]] if ends else rest)
 
 
 def _spans(text: str) -> list[tuple[int, int]]:
@@ -77,11 +80,6 @@ def _ends(text: str) -> list[tuple[int, int]]:
     """Where sentences end, outside of mathematics."""
     spans = _spans(text)
     return [found.span() for found in _SENTENCE_END.finditer(text) if not any(start < found.start() < end for start, end in spans)]
-
-
-def _first_sentence(text: str) -> str:
-    ends = _ends(text)
-    return text[: ends[0][0]] if ends else text
 
 
 def _last_sentence(text: str) -> str | None:

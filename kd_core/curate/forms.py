@@ -17,6 +17,7 @@ __all__ = ["Bracket", "Choice", "Equation", "Form", "Formula", "Listing", "Matri
 
 MAX_CHARACTERS = 2000
 """A longer text is no final answer."""
+_MAX_DEPTH = 20
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ _OPERATOR = re.compile(r"\\le |\\ge |\\ne |\\in(?![A-Za-z])|\\approx |[=<>]")
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", "=": "=", r"\ne": r"\ne", r"\approx": r"\approx"}
 _SYMBOL = r"(?:[A-Za-z]|\\[a-z]+)(?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9,]+\}|\\text\{[^{}]*\}))?'*"
 _IS_SYMBOL = re.compile(rf"(?!\\(?:pi|infty)\b){_SYMBOL}")
-_NAME = re.compile(rf"{_SYMBOL}(?:\^\{{-1\}})?(?:\([a-z](?:,\s?[a-z])*\))?|[A-Z]{{2,4}}|\\angle ?[A-Z]+|\\text\{{[^{{}}]*\}}|(?:[A-Za-z]{{3,}} ?)+|P\([A-Za-z ]+\)")
+_NAME = re.compile(rf"{_SYMBOL}(?:\^\{{-1\}})?(?:\([a-z](?:,\s?[a-z])*\))?|[A-Z]{{2,4}}|\\angle ?[A-Z]+|\\text\{{[^{{}}]*\}}|[A-Za-z]{{3,}}(?: [A-Za-z]{{3,}})*|P\([A-Za-z ]+\)")
 _NAMES = re.compile(rf"\(\s?{_SYMBOL}(?:,\s?{_SYMBOL})+\s?\)")
 _BASED = re.compile(r"([0-9A-Fa-f]+)_\{?([0-9]{1,2})\}?")
 _CLOCK = re.compile(r"[0-9]+(?:\s?:\s?[0-9]+)+(?:\s?[ap]\.?m\.?)?", re.IGNORECASE)
@@ -147,12 +148,13 @@ def _bare(text: str) -> str:
 
 
 def _is_balanced(text: str) -> bool:
+    """Whether braces close, and no brackets are nested deeper than an answer's are."""
     depth = 0
     for character in re.sub(r"\\[{}]", "", text):
         depth += (character == "{") - (character == "}")
         if depth < 0:
             return False
-    return depth == 0
+    return depth == 0 and all(level <= _MAX_DEPTH for _, _, level in _depths(text))
 
 
 def _depths(text: str) -> Iterator[tuple[int, str, int]]:

@@ -37,7 +37,7 @@ _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
 _SCALE = re.compile(rf"\s?({'|'.join(_SCALES)})(?![a-z])", re.IGNORECASE)
 _PERCENT = re.compile(r"\s?(?:%|\\?text\{\s?percent\s?\}|percent(?:age)?(?![a-z])|pct(?![a-z]))", re.IGNORECASE)
 
-_UNIT = re.compile(r"(?:[A-Za-z][A-Za-z.'-]*|/|\^(?:\{[23]\}|[23])|,|\.)(?:\s?(?:[A-Za-z][A-Za-z.'-]*|/|\^(?:\{[23]\}|[23])|,|\.))*")
+_UNIT = re.compile(r"[A-Za-z/](?:[A-Za-z.'/, -]|\^(?:\{[23]\}|[23]))*")
 _NO_UNIT = re.compile(
     r"\b(?:not|no|never|or|and|more|less|fewer|than|plus|minus|times|over|least|most|between|to|from|is|are|was|equals?|dozens?|halves|half|thirds?|quarters?"
     r"|squared|cubed|remainder|but|except|mod|modulo|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|sqrt|infinity|if|when|where|for|ago|before|after|hundred|thousand"
@@ -250,11 +250,10 @@ def _same_value(left: Number, right: Number) -> bool:
 
 def _has_digits(value: Fraction, digits: int) -> bool:
     """Whether a value can be written out in so many significant digits, so that a decimal of them need not be rounded."""
-    rest = value.denominator
-    for prime in (2, 5):
-        while rest % prime == 0:
-            rest //= prime
-    if rest != 1:
+    scaled = abs(value) * 10 ** value.denominator.bit_length()
+    if scaled.denominator != 1:
         return False
-    scaled = value.numerator * 10 ** value.denominator.bit_length() // value.denominator
-    return len(str(abs(scaled)).rstrip("0")) <= digits
+    whole = scaled.numerator
+    while whole and whole % 10 == 0:
+        whole //= 10
+    return whole < 10**digits

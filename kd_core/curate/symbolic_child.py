@@ -160,8 +160,11 @@ def _is_rounded(rounded: Any, exact: Any, digits: int) -> bool:
     from sympy import Rational
 
     if isinstance(exact, Rational):
-        scaled = exact * Rational(10) ** (exact.q.bit_length())
-        if scaled.q == 1 and len(str(abs(scaled.p)).rstrip("0")) <= digits:
+        scaled = abs(exact) * Rational(10) ** exact.q.bit_length()
+        whole = int(scaled) if scaled.q == 1 else 10**digits
+        while whole and whole % 10 == 0:
+            whole //= 10
+        if scaled.q == 1 and whole < 10**digits:
             return False
     x, y = _number(rounded), _number(exact)
     return bool(abs(x - y) <= abs(y) * 10**-TOLERANCE_DIGITS * (1 + 10**-20))
