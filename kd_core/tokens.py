@@ -21,7 +21,17 @@ from kd_core.errors import SourceError
 from kd_core.fingerprint import fingerprint
 from kd_core.recipe import CharacterTokenizer, Task
 
-__all__ = ["Batch", "character_tokenizer", "collate", "decode_answer", "encode_answer", "encode_gold", "encode_prompt", "num_columns", "tokenizer_identity"]
+__all__ = [
+    "Batch",
+    "character_tokenizer",
+    "collate",
+    "decode_answer",
+    "encode_answer",
+    "encode_gold",
+    "encode_prompt",
+    "num_columns",
+    "tokenizer_identity",
+]
 
 PAD, EOS = "<pad>", "<eos>"
 _TAIL_TOKENS = 32  # of a prompt: enough for a thought tag and white space, at one token a character
@@ -94,9 +104,7 @@ def encode_gold(tokenizer: PreTrainedTokenizerBase, answer: str, *, prompt_ids: 
     return encode_answer(tokenizer, answer, ended=True, prompt_ids=prompt_ids)
 
 
-def encode_answer(
-    tokenizer: PreTrainedTokenizerBase, answer: str, *, ended: bool, prompt_ids: Sequence[int] | None = None
-) -> list[int]:
+def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str, *, ended: bool, prompt_ids: Sequence[int] | None = None) -> list[int]:
     """Token ids of an answer that is known as text only.
 
     Args:

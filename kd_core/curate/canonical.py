@@ -4,6 +4,8 @@ Changes how a text is written and never what it says: full-width digits, supersc
 fractions become ASCII, \dfrac and \tfrac become \frac, \left and \! go. Every reader of answers starts from here.
 """
 
+# ruff: noqa: RUF001, RUF002  # characters that look like others are the subject here
+
 import re
 import unicodedata
 
@@ -12,13 +14,15 @@ __all__ = ["canonical"]
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ", "0123456789+-()ni")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-")
 _SIGNS = {
-    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "﹣": "-", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "∙": r"\cdot ", "÷": "/", "⁄": "/", "∕": "/",
-    "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp ", "°": r"^\circ ", "º": r"^\circ ",
-    "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ", "ℝ": r"\mathbb{R} ", "√": r"\sqrt ", "∛": r"\sqrt[3] ", "π": r"\pi ", "’": "'", "‘": "'", "“": '"', "”": '"',
-    "⟨": "(", "⟩": ")", "…": r"\ldots ", "€": r"\text{EUR}", "£": r"\text{GBP}", "¥": r"\text{JPY}",
+    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "﹣": "-", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "∙": r"\cdot ",
+    "÷": "/", "⁄": "/", "∕": "/", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ",
+    "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp ", "°": r"^\circ ", "º": r"^\circ ", "∪": r"\cup ", "∩": r"\cap ",
+    "∅": r"\emptyset ", "∈": r"\in ", "ℝ": r"\mathbb{R} ", "√": r"\sqrt ", "∛": r"\sqrt[3] ", "π": r"\pi ", "’": "'", "‘": "'",
+    "“": '"', "”": '"', "⟨": "(", "⟩": ")", "…": r"\ldots ", "€": r"\text{EUR}", "£": r"\text{GBP}", "¥": r"\text{JPY}",
 }  # fmt: skip
 _GREEK = {
-    chr(code): f"\\{unicodedata.name(chr(code)).split()[-1].lower().replace('lamda', 'lambda')} " for code in (*range(0x3B1, 0x3C2), *range(0x3C3, 0x3CA))
+    chr(code): f"\\{unicodedata.name(chr(code)).split()[-1].lower().replace('lamda', 'lambda')} "
+    for code in (*range(0x3B1, 0x3C2), *range(0x3C3, 0x3CA))
 }
 _CHARACTERS = str.maketrans(_GREEK | _SIGNS | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad", ""))
 

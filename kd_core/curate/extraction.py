@@ -5,22 +5,26 @@ no final answer.
 """
 
 import re
+from itertools import pairwise
 
-from kd_core.curate.forms import MAX_CHARACTERS, Form, Text, read_form
+from kd_core.curate.forms import Form, Text
+from kd_core.curate.reading import MAX_CHARACTERS, read_form
 
 __all__ = ["read_final"]
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
-_PHRASE = re.compile(
-    r"\banswers?\b(?:[^.\n]{0,40}?(?:\bis\b|\bare\b|\bequals\b|=|:))(?:\s*\*\*)?\s*(?=\S)", re.IGNORECASE
-)
+_PHRASE = re.compile(r"\banswers?\b(?:[^.\n]{0,40}?(?:\bis\b|\bare\b|\bequals\b|=|:))(?:\s*\*\*)?\s*(?=\S)", re.IGNORECASE)
 _NEGATION = re.compile(r"\b(?:not|never|cannot|neither|nor|unlikely|wrong|incorrect)\b|n't\b", re.IGNORECASE)
 _MATH = re.compile(r"\$\$.+?\$\$|\\\(.+?\\\)|\\\[.+?\\\]|\$(?![0-9][^$]*(?<![A-Za-z\\])[A-Za-z]{2,} )[^$\n]+\$", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\Z)|\n\s*\n")
-_COPULA = re.compile(r".*(?:\b(?:is|are|was|were|be|equals?|gives?|gets?|get|obtain|have|has|becomes?|totals?)\b|[:=]|\bof\b(?=\s*[$0-9]))[\s*]*(?=[^\s*])", re.IGNORECASE | re.DOTALL)
-_ONE_NUMBER = re.compile(r"(?:[+−-]\s?)?(?:\\?\$\s?)?(?:[0-9][0-9,.]*[0-9]|[0-9])(?:\s?%)?")
+_COPULA = re.compile(
+    r".*(?:\b(?:is|are|was|were|be|equals?|gives?|gets?|get|obtain|have|has|becomes?|totals?)\b|[:=]|\bof\b(?=\s*[$0-9]))[\s*]*(?=[^\s*])",
+    re.IGNORECASE | re.DOTALL,
+)
+_ONE_NUMBER = re.compile(r"(?:[+\u2212-]\s?)?(?:\\?\$\s?)?(?:[0-9][0-9,.]*[0-9]|[0-9])(?:\s?%)?")
 _CHANGED = re.compile(
-    r"\s?(?:more|less|fewer|or|and|plus|minus|times|percentage points|dozens?|scores?|hal[fv]|thirds?|quarters?|squared|cubed|hundred|thousand|million|billion)\b",
+    r"\s?(?:more|less|fewer|or|and|plus|minus|times|percentage points|dozens?|scores?"
+    r"|hal[fv]|thirds?|quarters?|squared|cubed|hundred|thousand|million|billion)\b",
     re.IGNORECASE,
 )
 _MAX_SENTENCE = 1000
@@ -62,11 +66,10 @@ def _unboxed(rest: str) -> Form | None:
 
 def _after_phrase(text: str) -> str | None:
     """The rest of the last sentence that says what the answer is, its negation kept in front; None where none does."""
-    found = None
-    for found in _PHRASE.finditer(text):
-        pass
-    if found is None:
+    phrases = list(_PHRASE.finditer(text))
+    if not phrases:
         return None
+    found = phrases[-1]
     rest = text[found.end() : found.end() + _MAX_SENTENCE]
     ends = _ends(rest)
     return ("not " if _NEGATION.search(found[0]) else "") + (rest[: ends[0][0]] if ends else rest)
@@ -85,7 +88,8 @@ def _ends(text: str) -> list[tuple[int, int]]:
 def _last_sentence(text: str) -> str | None:
     text = text.strip()
     cuts = [0, *(end for _, end in _ends(text)), len(text)]
-    return next((part for start, end in reversed(list(zip(cuts, cuts[1:], strict=False))) if (part := text[start:end].strip(" .!?\n"))), None)
+    parts = [text[start:end].strip(" .!?\n") for start, end in pairwise(cuts)]
+    return next((part for part in reversed(parts) if part), None)
 
 
 def _first_read(sentence: str, *, is_answer: bool) -> Form | None:
@@ -103,7 +107,11 @@ def _first_read(sentence: str, *, is_answer: bool) -> Form | None:
     numbers = list(_ONE_NUMBER.finditer(sentence))
     if not spans and len(numbers) == 1 and len(re.findall(r"[0-9]+", sentence)) == len(re.findall(r"[0-9]+", numbers[0][0])):
         after = sentence[numbers[0].end() :]
-        if re.match(r"\s[A-Za-z]|\s?[.,!;:]?\s*\Z|,\s[A-Za-z]", after) and not _CHANGED.match(after) and re.search(r"(?:\A|[\s(])\Z", sentence[: numbers[0].start()]):
+        if (
+            re.match(r"\s[A-Za-z]|\s?[.,!;:]?\s*\Z|,\s[A-Za-z]", after)
+            and not _CHANGED.match(after)
+            and re.search(r"(?:\A|[\s(])\Z", sentence[: numbers[0].start()])
+        ):
             candidates.append(numbers[0][0])
     for candidate in candidates:
         form = read_form(candidate)

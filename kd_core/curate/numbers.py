@@ -47,10 +47,11 @@ _NO_UNIT = re.compile(
 _MEASURES = {
     name: names.split()[0]
     for names in (
-        "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre", "inch inche in", "ft foot feet", "yd yard", "mi mile",
-        "mg milligram", "g gram gm", "kg kilogram", "lb pound", "oz ounce", "ton tonne", "ml milliliter millilitre", "l liter litre", "gallon gal", "quart", "pint", "cup",
-        "s second sec", "min minute", "h hour hr", "day", "week", "month", "year yr", "degree deg", "radian rad", "dollar usd buck", "cent", "eur euro", "gbp", "jpy yen", "rs rupee",
-        "unit", "mph", "kmph kph", "hectare", "acre",
+        "mm millimeter millimetre", "cm centimeter centimetre", "m meter metre", "km kilometer kilometre", "inch inche in",
+        "ft foot feet", "yd yard", "mi mile", "mg milligram", "g gram gm", "kg kilogram", "lb pound", "oz ounce", "ton tonne",
+        "ml milliliter millilitre", "l liter litre", "gallon gal", "quart", "pint", "cup", "s second sec", "min minute",
+        "h hour hr", "day", "week", "month", "year yr", "degree deg", "radian rad", "dollar usd buck", "cent", "eur euro", "gbp",
+        "jpy yen", "rs rupee", "unit", "mph", "kmph kph", "hectare", "acre",
     )
     for name in names.split()
 }  # fmt: skip
@@ -256,4 +257,4 @@ def _has_digits(value: Fraction, digits: int) -> bool:
     whole = scaled.numerator
     while whole and whole % 10 == 0:
         whole //= 10
-    return whole < 10**digits
+    return bool(whole < 10**digits)

@@ -74,7 +74,8 @@ class _Child:
         atexit.unregister(self.stop)
         if process is None:
             return None
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         with suppress(BrokenPipeError):
             process.stdin.close()
         with suppress(subprocess.TimeoutExpired):

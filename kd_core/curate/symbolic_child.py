@@ -39,7 +39,7 @@ def _limit_memory_and_life() -> None:
         sys.exit(1)
 
 
-class Undecided(Exception):
+class UndecidedError(Exception):
     """Raised where values cannot be compared."""
 
 
@@ -73,7 +73,7 @@ def _parsed(latex: str) -> Any:
     normalise = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none")
     found = latex2sympy(latex, normalization_config=normalise, conversion_config=ConversionConfig(lowercase_symbols=False))
     if not isinstance(found, Expr):
-        raise Undecided
+        raise UndecidedError
     exact = {number: Rational(str(number)) for number in found.atoms(Float)}
     if Symbol("i") in found.free_symbols:
         exact[Symbol("i")] = I
@@ -100,10 +100,10 @@ def _check_size(found: Any) -> None:
         if base.is_number and exponent.is_number:
             size = abs(exponent.evalf(15)) * (abs(log(abs(base.evalf(15)) + 2)) / 2.3)
             if not size < LIMIT_DIGITS:
-                raise Undecided
+                raise UndecidedError
     for call in found.atoms(factorial):
         if call.args[0].is_number and not abs(call.args[0].evalf(15)) < 5_000:
-            raise Undecided
+            raise UndecidedError
 
 
 def _value(sent: list[str]) -> tuple[Any, int | None]:
@@ -135,7 +135,7 @@ def _equal(a: Any, b: Any) -> bool:
     from sympy import Rational, nan, oo, zoo
 
     if nan in (a, b) or zoo in (a, b):
-        raise Undecided
+        raise UndecidedError
     if a == b:
         return True
     if a in (oo, -oo) or b in (oo, -oo) or (isinstance(a, Rational) and isinstance(b, Rational)):
@@ -150,7 +150,7 @@ def _number(value: Any) -> Any:
 
     parts = value.evalf(DIGITS, maxn=1000).as_real_imag()
     if not all(part.is_Float or part.is_Rational for part in parts):
-        raise Undecided
+        raise UndecidedError
     real, imaginary = (Integer(0) if part.is_Float and part._prec <= 1 else part for part in parts)
     return real + I * imaginary
 
@@ -174,9 +174,10 @@ def _points(symbols: list[Any]) -> list[dict[Any, Any]]:
     from sympy import Rational
 
     if len(symbols) > LIMIT_SYMBOLS:
-        raise Undecided
+        raise UndecidedError
     return [
-        {symbol: Rational(over + 31 * i * (1 if over > 0 else -1), under + 2 * i) for i, symbol in enumerate(symbols)} for over, under in _POINTS
+        {symbol: Rational(over + 31 * i * (1 if over > 0 else -1), under + 2 * i) for i, symbol in enumerate(symbols)}
+        for over, under in _POINTS
     ]
 
 
@@ -191,7 +192,7 @@ def _equal_at_points(a: Any, b: Any, symbols: list[Any]) -> str:
     for point in _points(symbols):
         try:
             equal = _equal(a.subs(point), b.subs(point))
-        except Undecided:
+        except UndecidedError:
             continue
         if not equal:
             return "wrong"

@@ -21,7 +21,8 @@ __all__ = [
 
 _TAG = re.compile(r"<(/?)think(?:ing)?>|\[(/?)THINK\]")
 _TURN = re.compile(
-    r"^[ \t#*]*(?:Question|Q|Problem|Exercise|Example|Instruction|Task|Input|Human|User)\b[ \t]*[0-9]*[ \t]*(?:[:.]|\*\*)|<\|(?:im_start|user|start_header_id)",
+    r"^[ \t#*]*(?:Question|Q|Problem|Exercise|Example|Instruction|Task|Input|Human|User)\b[ \t]*[0-9]*[ \t]*(?:[:.]|\*\*)"
+    r"|<\|(?:im_start|user|start_header_id)",
     re.MULTILINE | re.IGNORECASE,
 )
 _BOX = re.compile(r"\\(?:boxed|fbox)\b")
@@ -33,11 +34,10 @@ def without_thought(text: str) -> str | None:
     >>> without_thought("<think>4? no, 5</think>5"), without_thought("so 5</think>5"), without_thought("<think>5")
     ('5', '5', None)
     """
-    last = None
-    for last in _TAG.finditer(text):
-        pass
-    if last is None:
+    tags = list(_TAG.finditer(text))
+    if not tags:
         return text
+    last = tags[-1]
     return text[last.end() :] if last[1] or last[2] else None
 
 
