@@ -10,7 +10,7 @@ from itertools import pairwise
 from kd_core.curate.forms import Form, Text
 from kd_core.curate.reading import MAX_CHARACTERS, read_form
 
-__all__ = ["read_final"]
+__all__ = ["read_final", "read_marked"]
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _PHRASE = re.compile(r"\banswers?\b(?:[^.\n]{0,40}?(?:\bis\b|\bare\b|\bequals\b|=|:))(?:\s*\*\*)?\s*(?=\S)", re.IGNORECASE)
@@ -35,7 +35,7 @@ def read_final(text: str) -> Form | None:
 
     >>> read_final("First \\boxed{41}, corrected: \\boxed{42}").value, read_final("The answer is 2 2/3.").value
     (Fraction(42, 1), Fraction(8, 3))
-    >>> read_final("The answer is not 42"), read_final("\\boxed{}"), read_final("3 or 4 of 7, I think")
+    >>> read_final("The answer is not 42"), read_final("\\boxed{}"), read_final("Of 12 pieces 7 were pears")
     (None, None, None)
     """
     if boxes := list(_BOX.finditer(text)):
@@ -50,6 +50,14 @@ def read_final(text: str) -> Form | None:
     if sentence is None or len(sentence) > _MAX_SENTENCE or _NEGATION.search(_MATH.sub(" ", sentence)):
         return None
     return _first_read(sentence, is_answer=is_answer)
+
+
+def read_marked(text: str) -> Form | None:
+    """The final answer that follows a marker: its first line where that can be read, whatever is explained below it."""
+    first = read_form(text.partition("\n")[0])
+    if first is None or (isinstance(first, Text) and " " in first.words):
+        return read_final(text)
+    return first
 
 
 def _unboxed(rest: str) -> Form | None:
@@ -115,6 +123,6 @@ def _first_read(sentence: str, *, is_answer: bool) -> Form | None:
             candidates.append(numbers[0][0])
     for candidate in candidates:
         form = read_form(candidate)
-        if form is not None and not (isinstance(form, Text) and not is_answer):
+        if form is not None and (is_answer or not isinstance(form, Text) or _MATH.fullmatch(candidate.strip())):
             return form
     return None

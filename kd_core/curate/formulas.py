@@ -48,7 +48,9 @@ def formula_latex(text: str) -> str | None:
         return None
     if re.search(r"/\s?[0-9]+\s?[A-Za-z\\(]", text):
         return None  # 1/2x is read in two ways
-    if re.search(r"(?<![A-Za-z\\])[A-Za-z]{4,}", text) or re.search(r"(?<![A-Za-z\\])[A-Za-z]{2,} [A-Za-z]{2,}", text):
+    if re.search(r"(?<![A-Za-z\\])[A-Za-z]{4,}", text) or re.search(
+        r"(?<![A-Za-z\\])[A-Za-z]{2,} [A-Za-z]{2,}|(?<= )[A-Za-z]{2,}(?= )", text
+    ):
         return None
     if re.search(r"[0-9)}]\s?\\frac\s?\{?[0-9]", text) and not re.search(r"[-+*/(={]\s?\\frac", text) and re.match(r"-?[0-9]", text):
         return None  # a whole number before a fraction that is no mixed number

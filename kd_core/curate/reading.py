@@ -49,7 +49,7 @@ def read_form(text: str) -> Form | None:
     r"""What an extracted answer says; None where it cannot be read as a whole.
 
     >>> read_form("\\text{even}"), read_form("2*pi"), read_form("12 16")
-    (Text(words='even'), Formula(latex='2 \\\\cdot \\\\pi '), None)
+    (Text(words='even'), Formula(latex='2 \\cdot \\pi '), None)
     """
     return _read(canonical(text)) if len(text) <= MAX_CHARACTERS else None
 

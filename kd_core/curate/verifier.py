@@ -3,8 +3,8 @@
 from functools import lru_cache
 
 from kd_core.curate.equality import Verdict, same
-from kd_core.curate.extraction import read_final
-from kd_core.curate.thoughts import final_answer, is_run_on
+from kd_core.curate.extraction import read_final, read_marked
+from kd_core.curate.thoughts import final_answer, is_run_on, is_thought_tag
 from kd_core.recipe import Task
 
 __all__ = ["Verdict", "judge", "verify"]
@@ -30,7 +30,10 @@ def judge(answer_text: str, reference: str, task: Task) -> Verdict:
         return "wrong"
     if answer == reference:
         return "right"
-    return _compare(answer, reference) if task.verifier == "math" else "wrong"
+    if task.verifier == "exact":
+        return "wrong"
+    is_marked = task.answer_marker is not None and not is_thought_tag(task.answer_marker)
+    return _compare(answer, reference, is_marked)
 
 
 def verify(answer_text: str, reference: str, task: Task) -> bool:
@@ -39,6 +42,6 @@ def verify(answer_text: str, reference: str, task: Task) -> bool:
 
 
 @lru_cache(maxsize=1 << 16)
-def _compare(answer: str, reference: str) -> Verdict:
-    left, right = read_final(answer), read_final(reference)
+def _compare(answer: str, reference: str, is_marked: bool) -> Verdict:
+    left, right = read_marked(answer) if is_marked else read_final(answer), read_final(reference)
     return "undecided" if left is None or right is None else same(left, right)

@@ -32,6 +32,13 @@ def test_no_marker_is_wrong_even_where_the_number_is_there() -> None:
     assert judge("####", "16", GSM8K) == "wrong"
 
 
+def test_the_first_line_after_a_marker_counts_whatever_is_explained_below() -> None:
+    assert judge("#### 18\n\nExplanation: 3 times 6", "18", GSM8K) == "right"
+    assert judge("#### 18\n\nExplanation: 3 times 6", "6", GSM8K) == "wrong"
+    assert judge("####\n18", "18", GSM8K) == "right"
+    assert judge("#### It is\n\\boxed{18}", "18", GSM8K) == "right"
+
+
 def test_exact_is_equal_text_after_trimming() -> None:
     assert judge(" ok\n", "ok", EXACT) == "right"
     assert judge("016", "16", EXACT) == "wrong"
