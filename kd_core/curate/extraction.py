@@ -8,25 +8,31 @@ import re
 from itertools import pairwise
 
 from kd_core.curate.forms import Form, Text
+from kd_core.curate.numbers import Number
 from kd_core.curate.reading import MAX_CHARACTERS, read_form
 
 __all__ = ["read_final", "read_marked"]
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _PHRASE = re.compile(r"\banswers?\b(?:[^.\n]{0,40}?(?:\bis\b|\bare\b|\bequals\b|=|:))(?:\s*\*\*)?\s*(?=\S)", re.IGNORECASE)
-_NEGATION = re.compile(r"\b(?:not|never|cannot|neither|nor|unlikely|wrong|incorrect)\b|n't\b", re.IGNORECASE)
+_NEGATION = re.compile(
+    r"\b(?:at least|at most|(?:more|less|greater|fewer) than|(?:and|or) (?:more|less|fewer|so)|not|never|cannot|neither|nor|unlikely|wrong|incorrect)\b|n't\b",
+    re.IGNORECASE,
+)
 _MATH = re.compile(r"\$\$.+?\$\$|\\\(.+?\\\)|\\\[.+?\\\]|\$(?![0-9][^$]*(?<![A-Za-z\\])[A-Za-z]{2,} )[^$\n]+\$", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|\Z)|\n\s*\n")
 _COPULA = re.compile(
-    r".*(?:\b(?:is|are|was|were|be|equals?|gives?|gets?|get|obtain|have|has|becomes?|totals?)\b|[:=]|\bof\b(?=\s*[$0-9]))[\s*]*(?=[^\s*])",
+    r".*(?:\b(?:is|are|was|were|be|equals?|gives?|gets?|get|obtain|have|has|becomes?|totals?)\b|:|\bof\b(?=\s*[$0-9]))[\s*]*(?=[^\s*])",
     re.IGNORECASE | re.DOTALL,
 )
 _ONE_NUMBER = re.compile(r"(?:[+\u2212-]\s?)?(?:\\?\$\s?)?(?:[0-9][0-9,.]*[0-9]|[0-9])(?:\s?%)?")
 _CHANGED = re.compile(
-    r"\s?(?:more|less|fewer|or|and|plus|minus|times|percentage points|dozens?|scores?"
+    r"\s?(?:(?:more|less|fewer) than|or|and|plus|minus|times|percentage points|dozens?|scores?"
     r"|hal[fv]|thirds?|quarters?|squared|cubed|hundred|thousand|million|billion)\b",
     re.IGNORECASE,
 )
+_LISTED = re.compile(r"\b(?:and|or)\b|,(?![0-9]{3})|;")
+_PLAIN_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}(?![A-Za-z])")
 _MAX_SENTENCE = 1000
 
 
@@ -41,7 +47,7 @@ def read_final(text: str) -> Form | None:
     if boxes := list(_BOX.finditer(text)):
         return _unboxed(text[boxes[-1].end() :])
     whole = read_form(text) if len(text) <= MAX_CHARACTERS else None
-    if whole is not None and not (isinstance(whole, Text) and _PHRASE.search(text)):
+    if whole is not None and (isinstance(whole, Number) or not _is_prose(text, whole)):
         return whole
     sentence = _after_phrase(text)
     is_answer = sentence is not None
@@ -50,6 +56,13 @@ def read_final(text: str) -> Form | None:
     if sentence is None or len(sentence) > _MAX_SENTENCE or _NEGATION.search(_MATH.sub(" ", sentence)):
         return None
     return _first_read(sentence, is_answer=is_answer)
+
+
+def _is_prose(text: str, whole: Form) -> bool:
+    """Whether a text that can be read as a whole is a sentence all the same."""
+    if isinstance(whole, Text):
+        return _PHRASE.search(text) is not None
+    return re.search("[0-9]", text) is not None and len(_PLAIN_WORD.findall(re.sub(r"\\(?:text|mbox|mathrm)\s*\{[^{}]*\}", " ", text))) >= 3
 
 
 def read_marked(text: str) -> Form | None:
@@ -107,8 +120,12 @@ def _first_read(sentence: str, *, is_answer: bool) -> Form | None:
     masked = sentence
     for start, end in spans:
         masked = masked[:start] + "\0" * (end - start) + masked[end:]
-    if copula := _COPULA.match(masked):
-        candidates.append(sentence[copula.end() :])
+    start = copula.end() if (copula := _COPULA.match(masked)) else 0
+    if start:
+        candidates.append(sentence[start:])
+    *_, before, after = ["", "", *masked[start:].split("=")]
+    if before and not _LISTED.search(before):
+        candidates.append(sentence[len(sentence) - len(after) :])
     if spans and not re.search("[0-9]", masked[spans[-1][0] :]):
         start, end = spans[-1]
         candidates.append(sentence[start:end])

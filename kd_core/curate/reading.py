@@ -144,6 +144,8 @@ def _listing(text: str) -> Form | None:
         return None
     if re.search(r"(?<![A-Za-z])or(?![A-Za-z])", text) and all(isinstance(item, Bracket) for item in items):
         return Union(items)
+    if len({isinstance(item, Text) and len(item.words) > 1 for item in items}) > 1:
+        return None  # words and values together are a sentence
     if len(items) == 2 and re.search(r"(?<![A-Za-z])and(?![A-Za-z])", text) and (both := _intersection(*items)):
         return both
     first = items[0]
