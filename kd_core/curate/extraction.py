@@ -16,7 +16,8 @@ __all__ = ["read_final", "read_marked"]
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _PHRASE = re.compile(r"\banswers?\b(?:[^.\n]{0,40}?(?:\bis\b|\bare\b|\bequals\b|=|:))(?:\s*\*\*)?\s*(?=\S)", re.IGNORECASE)
 _NEGATION = re.compile(
-    r"\b(?:at least|at most|(?:more|less|greater|fewer) than|(?:and|or) (?:more|less|fewer|so)|not|never|cannot|neither|nor|unlikely|wrong|incorrect)\b|n't\b",
+    r"\b(?:at least|at most|(?:more|less|greater|fewer) than|(?:and|or) (?:more|less|fewer|so)"
+    r"|not|never|cannot|neither|nor|unlikely|wrong|incorrect)\b|n't\b",
     re.IGNORECASE,
 )
 _MATH = re.compile(r"\$\$.+?\$\$|\\\(.+?\\\)|\\\[.+?\\\]|\$(?![0-9][^$]*(?<![A-Za-z\\])[A-Za-z]{2,} )[^$\n]+\$", re.DOTALL)

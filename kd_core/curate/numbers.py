@@ -39,7 +39,8 @@ _PERCENT = re.compile(r"\s?(?:%|\\?text\{\s?percent\s?\}|percent(?:age)?(?![a-z]
 
 _UNIT = re.compile(r"[A-Za-z/](?:[A-Za-z.'/, -]|\^(?:\{[23]\}|[23]))*")
 _NO_UNIT = re.compile(
-    r"\A\s*(?:and|or)\b|\b(?:and|or) (?:more|less|fewer|so)\b|\b(?:not|no|never|than|plus|minus|times|over|least|most|between|to|from|is|are|was|equals?|dozens?|halves|half|thirds?|quarters?"
+    r"\A\s*(?:and|or)\b|\b(?:and|or) (?:more|less|fewer|so)\b"
+    r"|\b(?:not|no|never|than|plus|minus|times|over|least|most|between|to|from|is|are|was|equals?|dozens?|halves|half|thirds?|quarters?"
     r"|squared|cubed|remainder|but|except|mod|modulo|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|sqrt|infinity|if|when|where|for|ago|before|after|hundred|thousand"
     r"|million|billion|trillion|e|i|x|y|z|n|k)\b|n't\b",
     re.IGNORECASE,
