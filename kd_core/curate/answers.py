@@ -1,4 +1,4 @@
-"""Which rows the student learns from: verdicts in Python, then one query that gives every row its reason.
+"""Which rows the student learns from: faults found in Python, then one query that gives every row its reason.
 
 Every answer ends in exactly one of two tables, kept or rejected, in the order (prompt_id, sample_index). Nothing is
 dropped without a reason and a count.
@@ -12,13 +12,17 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kd_core.curate.verifier import verify
+from kd_core.curate.thoughts import is_run_on, leaves_thought_open
+from kd_core.curate.verifier import judge
 from kd_core.errors import ArtifactError
 from kd_core.recipe import Curate, Task
 
 __all__ = ["Curated", "Reason", "curate_answers", "gold_rows"]
 
-Reason = Literal["error", "empty", "truncated", "no_reference", "wrong", "duplicate", "over_limit"]
+Fault = Literal["open_thought", "run_on", "wrong", "undecided"]
+Reason = Literal["error", "empty", "truncated", "open_thought", "run_on", "no_reference", "wrong", "undecided", "duplicate", "over_limit"]
+"""Why an answer is not kept. open_thought: it ends inside its thought. run_on: it goes on to another question. undecided: it
+or its reference cannot be read, or they could not be compared."""
 
 _REASONS = """
 WITH judged AS (
@@ -32,12 +36,13 @@ WITH judged AS (
             WHEN answers.finish_reason = 'error' THEN 'error'
             WHEN NOT regexp_matches(answers.text, '\\S') THEN 'empty'
             WHEN answers.finish_reason = 'length' AND NOT $keep_truncated THEN 'truncated'
+            WHEN faults.fault IN ('open_thought', 'run_on') THEN faults.fault
             WHEN $verify AND prompts.reference IS NULL AND NOT $keep_unverified THEN 'no_reference'
-            WHEN $verify AND NOT verdicts.is_right THEN 'wrong'
+            ELSE faults.fault
         END AS reason
     FROM answers
     JOIN prompts USING (prompt_id)
-    JOIN verdicts USING (row)
+    JOIN faults USING (row)
 ),
 first_of_text AS (
     SELECT
@@ -98,7 +103,7 @@ def curate_answers(answers: pa.Table, prompts: pa.Table, *, curate: Curate, task
         connection.execute("SET enable_progress_bar = false")
         connection.register("answers", numbered.select(["row", "key", "prompt_id", "sample_index", "text", "finish_reason"]))
         connection.register("prompts", prompts.select(["prompt_id", "reference"]))
-        connection.register("verdicts", _verdicts(answers, prompts, curate=curate, task=task))
+        connection.register("faults", _faults(answers, prompts, curate=curate, task=task))
         parameters = {
             "keep_truncated": curate.keep_truncated,
             "keep_unverified": curate.keep_unverified,
@@ -142,14 +147,22 @@ def _check(answers: pa.Table, prompts: pa.Table) -> None:
         raise ArtifactError(f"answers: finish_reason {sorted(map(str, unknown))}; there are stop, length and error")
 
 
-def _verdicts(answers: pa.Table, prompts: pa.Table, *, curate: Curate, task: Task) -> pa.Table:
-    """One row an answer: is_right, true or false, or null where nothing was to be verified."""
+def _faults(answers: pa.Table, prompts: pa.Table, *, curate: Curate, task: Task) -> pa.Table:
+    """One row an answer: fault, null where there is none or nothing was to be judged."""
     references = dict(zip(prompts["prompt_id"].to_pylist(), prompts["reference"].to_pylist(), strict=True))
     finishes = {"stop", "length"} if curate.keep_truncated else {"stop"}
     columns = (answers[name].to_pylist() for name in ("prompt_id", "text", "finish_reason"))
-    is_right: list[bool | None] = []
-    for prompt_id, text, finish_reason in zip(*columns, strict=True):
-        reference = references[prompt_id]
-        to_verify = curate.verify and reference is not None and finish_reason in finishes
-        is_right.append(verify(text, reference, task) if to_verify else None)
-    return pa.table({"row": pa.array(range(answers.num_rows), pa.int64()), "is_right": pa.array(is_right, pa.bool_())})
+    faults = [
+        _fault(text, references[prompt_id] if curate.verify else None, task) if finish_reason in finishes else None
+        for prompt_id, text, finish_reason in zip(*columns, strict=True)
+    ]
+    return pa.table({"row": pa.array(range(answers.num_rows), pa.int64()), "fault": pa.array(faults, pa.string())})
+
+
+def _fault(text: str, reference: str | None, task: Task) -> Fault | None:
+    if leaves_thought_open(text):
+        return "open_thought"
+    if is_run_on(text, task):
+        return "run_on"
+    verdict = "right" if reference is None else judge(text, reference, task)
+    return None if verdict == "right" else verdict

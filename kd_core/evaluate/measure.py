@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from kd_core.curate import verify
+from kd_core.curate import judge
 from kd_core.evaluate.statistics import SCORE_SCHEMA
 from kd_core.fingerprint import fingerprint
 from kd_core.progress import Tick, Ticker
@@ -28,7 +28,7 @@ from kd_core.recipe import Answers, Run, Task
 from kd_core.teacher.generate import generate
 from kd_core.teacher.models import LoadedModel
 from kd_core.tokens.batches import Batch, TokenRow, collate, token_batches
-from kd_core.tokens.encoding import encode_gold, encode_prompt, tokenizer_identity
+from kd_core.tokens.encoding import decode_answer, encode_gold, encode_prompt, tokenizer_identity
 
 __all__ = ["Measured", "measure"]
 
@@ -41,10 +41,12 @@ class Measured:
         scores: SCORE_SCHEMA, one row an item.
         tokens_per_second: generated tokens a second where answers were sampled, else scored tokens a second; on this
             machine, in this run.
+        undecided_samples: samples that could not be graded; pass_at_1 counts them as not right.
     """
 
     scores: pa.Table
     tokens_per_second: float
+    undecided_samples: int
 
 
 def measure(
@@ -72,13 +74,14 @@ def measure(
     """
     rows: list[dict[str, Any]] = []
     total = sum(items.num_rows for items in suites.values())
-    generated, generating, scored, scoring = 0, 0.0, 0, 0.0
+    generated, generating, scored, scoring, undecided = 0, 0.0, 0, 0.0, 0
     for suite, table in suites.items():
         items = table.to_pylist()
         found: list[dict[str, Any]] = [{"suite": suite, "item_id": item["prompt_id"], "seed": seed} for item in items]
         if answers is not None:
             began = time.perf_counter()
-            generated += _sample(loaded, items, found, answers=answers, task=task, batch_rows=run.generate_rows)
+            tokens, open_samples = _sample(loaded, items, found, answers=answers, task=task, batch_rows=run.generate_rows)
+            generated, undecided = generated + tokens, undecided + open_samples
             generating += time.perf_counter() - began
         began = time.perf_counter()
         scored += _score(loaded, items, found, task=task, budget_tokens=run.micro_batch_tokens, teacher=teacher)
@@ -87,24 +90,26 @@ def measure(
         tick(Tick(len(rows), total, "items"))
     table = pa.Table.from_pylist([{name: row.get(name) for name in SCORE_SCHEMA.names} for row in rows], schema=SCORE_SCHEMA)
     rate = generated / generating if generating > 0.0 else scored / max(scoring, 1e-9)
-    return Measured(table, rate)
+    return Measured(table, rate, undecided)
 
 
 def _sample(
     loaded: LoadedModel, items: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], *, answers: Answers, task: Task, batch_rows: int
-) -> int:
-    """Fill pass_at_1, truncated and text; return the number of generated tokens."""
+) -> tuple[int, int]:
+    """Fill pass_at_1, truncated and text; return the numbers of generated tokens and of undecided samples."""
     requests = [(i, sample) for i in range(len(items)) for sample in range(answers.num_samples)]
     prompts = [encode_prompt(loaded.tokenizer, item["prompt"], task) for item in items]
     requests.sort(key=lambda request: len(prompts[request[0]]))
-    correct, cut, tokens = [0] * len(items), [0] * len(items), 0
+    correct, cut, tokens, undecided = [0] * len(items), [0] * len(items), 0, 0
     for start in range(0, len(requests), batch_rows):
         part = requests[start : start + batch_rows]
         keys = [fingerprint([found[i]["suite"], items[i]["prompt_id"], sample]) for i, sample in part]
         for (i, sample), answer in zip(part, generate(loaded, [prompts[i] for i, _ in part], keys=keys, answers=answers), strict=True):
-            text = loaded.tokenizer.decode(answer.ids, skip_special_tokens=True)
+            text = decode_answer(loaded.tokenizer, answer.ids, prompt_ids=prompts[i])
             reference = items[i]["reference"]
-            correct[i] += reference is not None and verify(text, reference, task)
+            verdict = None if reference is None else judge(text, reference, task)
+            correct[i] += verdict == "right"
+            undecided += verdict == "undecided"
             cut[i] += answer.finish_reason == "length"
             tokens += len(answer.ids)
             if sample == 0:
@@ -113,7 +118,7 @@ def _sample(
         found[i]["truncated"] = cut[i] / answers.num_samples
         if item["reference"] is not None:
             found[i]["pass_at_1"] = correct[i] / answers.num_samples
-    return tokens
+    return tokens, undecided
 
 
 @torch.inference_mode()
@@ -144,7 +149,7 @@ def _score(
             start += row.num_supervised
             entry = found[picked[j]]
             counted = loaded if teacher is None else teacher
-            entry["tokens"] = len(encode_gold(counted.tokenizer, items[picked[j]]["gold"]))
+            entry["tokens"] = _gold_row(counted, items[picked[j]], task).num_supervised
             entry["nll_sum"] = -float(log_q_NV[span].gather(-1, batch.labels_N[span, None]).sum())
             if log_p_NV is not None:
                 p, q = log_p_NV[span], log_q_NV[span]
@@ -155,7 +160,7 @@ def _score(
 
 def _gold_row(loaded: LoadedModel, item: dict[str, Any], task: Task) -> TokenRow:
     prompt_ids = encode_prompt(loaded.tokenizer, item["prompt"], task)
-    return TokenRow((*prompt_ids, *encode_gold(loaded.tokenizer, item["gold"])), len(prompt_ids))
+    return TokenRow((*prompt_ids, *encode_gold(loaded.tokenizer, item["gold"], prompt_ids=prompt_ids)), len(prompt_ids))
 
 
 def _logprobs(loaded: LoadedModel, batch: Batch, columns_S: Tensor | None = None) -> Tensor:

@@ -26,7 +26,7 @@ from kd_core.teacher.generate import generate
 from kd_core.teacher.models import LoadedModel, load_tokenizer
 from kd_core.teacher.replies import ServerAnswer
 from kd_core.teacher.server import Session, answer_prompts
-from kd_core.tokens.encoding import encode_prompt
+from kd_core.tokens.encoding import decode_answer, encode_prompt
 
 __all__ = ["answers_stage", "read_answers"]
 
@@ -121,7 +121,7 @@ class _LocalEngine:
             part = shard[start : start + step]
             found = generate(self._loaded, [row["prompt_ids"] for _, row in part], keys=[key for key, _ in part], answers=self.answers)
             for (key, row), answer in zip(part, found, strict=True):
-                text = self.tokenizer.decode(answer.ids, skip_special_tokens=True)
+                text = decode_answer(self.tokenizer, answer.ids, prompt_ids=row["prompt_ids"])
                 said = {"answer_ids": answer.ids, "text": text, "finish_reason": answer.finish_reason, "error": None}
                 out.append({"key": key, **{n: row[n] for n in ("prompt_id", "sample_index", "prompt_ids")}, **said})
         return pa.Table.from_pylist(out, schema=ANSWER_SCHEMA)

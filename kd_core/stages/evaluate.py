@@ -23,11 +23,12 @@ __all__ = ["evaluate_stage", "measure_one"]
 
 
 def evaluate_stage(job: Job) -> dict[str, Any]:
-    """Files: scores.parquet (one row an item and seed). Summary: parameters, bytes, tokens a second."""
+    """Files: scores.parquet (one row an item and seed). Summary: parameters, bytes, tokens a second, undecided samples."""
     suites, teacher = _suites(job), _scorer(job)
     scores: list[pa.Table] = []
     sizes: dict[str, int] = {}
     rates: list[float] = []
+    undecided = 0
     models = _models(job)
     for seed, record in models:
         loaded = teacher if record is None else _load(job, record)
@@ -35,9 +36,11 @@ def evaluate_stage(job: Job) -> dict[str, Any]:
         found = _measure(job, loaded, suites, teacher, seed)
         scores.append(found.scores)
         rates.append(found.tokens_per_second)
+        undecided += found.undecided_samples
         sizes = {"parameters": loaded.num_parameters, "bytes": loaded.num_bytes}
     job.write_table("scores.parquet", pa.concat_tables(scores))
-    return {**sizes, "tokens_per_second": sum(rates) / len(rates), "items": sum(t.num_rows for t in suites.values()), "seeds": len(models)}
+    items = sum(table.num_rows for table in suites.values())
+    return {**sizes, "tokens_per_second": sum(rates) / len(rates), "items": items, "seeds": len(models), "undecided_samples": undecided}
 
 
 def measure_one(recipe: Recipe, store: Store, model: str, *, tick: Ticker) -> dict[tuple[str, str], Estimate]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kd_core import artifacts
+from kd_core.curate.verifier import GRADER_VERSION
 from kd_core.errors import ArtifactError
 from kd_core.fingerprint import fingerprint
 from kd_core.ledger import Entry, champion_before, current
@@ -113,7 +114,12 @@ def build_graph(recipe: Recipe, store: Store) -> Graph:
             "seed": recipe.seeds[0],
         }
         build.add("answers", "answers", sampling, above)
-    curate = {"curate": recipe.curate.model_dump(mode="json"), "task": task, "student": _student_identity(recipe, only_tokenizer=True)}
+    curate = {
+        "curate": recipe.curate.model_dump(mode="json"),
+        "task": task,
+        "grader": GRADER_VERSION,
+        "student": _student_identity(recipe, only_tokenizer=True),
+    }
     build.add("curate", "curate", curate, {**above, "answers": "answers"} if recipe.answers is not None else above)
     if recipe.student.vocabulary is not None:
         own = reference_identity(recipe.student) if isinstance(recipe.student, PretrainedStudent) else None
@@ -130,7 +136,7 @@ def build_graph(recipe: Recipe, store: Store) -> Graph:
         for seed in recipe.seeds:
             _add_training(build, recipe, arm, seed)
     for model in _evaluated(recipe):
-        identity = {"evaluation": _evaluation_identity(recipe), "task": task}
+        identity = {"evaluation": _evaluation_identity(recipe), "task": task, "grader": GRADER_VERSION}
         roles = {"model": "teacher"} if model == "teacher" else {f"model.{seed}": f"{model}.{seed}" for seed in recipe.seeds}
         build.add(f"evaluate.{model}", "evaluate", identity, {**above, **roles})
     return with_verdict(recipe, store, build.nodes)
@@ -174,7 +180,7 @@ def _add_verdict(build: _Builder, recipe: Recipe, holder: Entry | None) -> None:
     evaluated = {name: name for name in build.nodes if build.nodes[name].stage == "evaluate"}
     if holder is not None:
         task = recipe.task.model_dump(mode="json")
-        identity = {"evaluation": _evaluation_identity(recipe), "task": task, "champion": holder.artifact.digest}
+        identity = {"evaluation": _evaluation_identity(recipe), "task": task, "grader": GRADER_VERSION, "champion": holder.artifact.digest}
         build.add("evaluate.champion", "evaluate", identity, {"prompts": "prompts", "teacher": "teacher"})
         evaluated["evaluate.champion"] = "evaluate.champion"
     students = {f"student.{seed}": f"student.{seed}" for seed in recipe.seeds}

@@ -83,7 +83,7 @@ def _train_teacher(job: Job, teacher: TrainedTeacher) -> dict[str, Any]:
 
 def _token_row(tokenizer: Any, recipe: Recipe, row: dict[str, Any]) -> TokenRow:
     prompt_ids = encode_prompt(tokenizer, row["prompt"], recipe.task)
-    return TokenRow((*prompt_ids, *encode_gold(tokenizer, row["gold"])), len(prompt_ids))
+    return TokenRow((*prompt_ids, *encode_gold(tokenizer, row["gold"], prompt_ids=prompt_ids)), len(prompt_ids))
 
 
 def _weights_digest(model: torch.nn.Module) -> str:

@@ -7,18 +7,21 @@ teacher to student. ``first_supervised`` is the index of the first answer token;
 at t-1, and ``collate`` alone knows it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from kd_core.curate.thoughts import continue_thought, is_thought_tag, opens_thought, without_opening
 from kd_core.errors import SourceError
 from kd_core.fingerprint import fingerprint
 from kd_core.recipe import CharacterTokenizer, Task
 
-__all__ = ["character_tokenizer", "encode_answer", "encode_gold", "encode_prompt", "num_columns", "tokenizer_identity"]
+__all__ = ["character_tokenizer", "decode_answer", "encode_answer", "encode_gold", "encode_prompt", "num_columns", "tokenizer_identity"]
 
 PAD, EOS = "<pad>", "<eos>"
+_TAIL_TOKENS = 32  # of a prompt: enough for a thought tag and white space, at one token a character
 
 
 def character_tokenizer(spec: CharacterTokenizer) -> PreTrainedTokenizerFast:
@@ -83,11 +86,41 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def encode_gold(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-    """Token ids of a worked gold answer, with the end token."""
-    return encode_answer(tokenizer, answer, ended=True)
+def encode_gold(tokenizer: PreTrainedTokenizerBase, answer: str, *, prompt_ids: Sequence[int] | None = None) -> list[int]:
+    """Token ids of a worked gold answer, with the end token; see ``encode_answer``."""
+    return encode_answer(tokenizer, answer, ended=True, prompt_ids=prompt_ids)
 
 
-def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str, *, ended: bool) -> list[int]:
-    """Token ids of an answer that is known as text only; one that was cut off (``ended`` is False) gets no end token."""
+def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str, *, ended: bool, prompt_ids: Sequence[int] | None = None) -> list[int]:
+    """Token ids of an answer that is known as text only.
+
+    Args:
+        tokenizer: the model's.
+        answer: the text.
+        ended: False for one that was cut off: it gets no end token.
+        prompt_ids: what it follows; None: the tokenizer's own generation prompt. A thought that this opens is not opened
+            again by the answer.
+    """
+    answer = without_opening(answer, opened=_prompt_opens_thought(tokenizer, prompt_ids))
     return [*_encode(tokenizer, answer), *([int(tokenizer.eos_token_id)] if ended else [])]
+
+
+def decode_answer(tokenizer: PreTrainedTokenizerBase, answer_ids: Sequence[int], *, prompt_ids: Sequence[int]) -> str:
+    """Text of a generated answer without special tokens, its thought opened where the prompt has opened it.
+
+    Thought tags stay even where the tokenizer holds them special, so that a thought is never taken for an answer.
+    """
+    special = {int(i) for i in tokenizer.all_special_ids}
+    tags = {i for i in special if is_thought_tag(str(tokenizer.convert_ids_to_tokens(i)))}
+    kept = [i for i in answer_ids if i not in special or i in tags]
+    text = tokenizer.decode(kept, skip_special_tokens=not tags)
+    return continue_thought(text, opened=_prompt_opens_thought(tokenizer, prompt_ids))
+
+
+def _prompt_opens_thought(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] | None) -> bool:
+    if prompt_ids is not None:
+        return opens_thought(tokenizer.decode(list(prompt_ids[-_TAIL_TOKENS:])))
+    if not tokenizer.chat_template:
+        return False
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True, tokenize=False)
+    return opens_thought(str(text))

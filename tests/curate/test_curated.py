@@ -103,6 +103,26 @@ def test_a_truncated_answer_is_verified_too() -> None:
     assert (found.kept["sample_index"].to_pylist(), found.rejected["reason"].to_pylist()) == ([1], ["wrong"])
 
 
+def test_thoughts_run_on_answers_and_what_cannot_be_read_have_reasons_of_their_own() -> None:
+    answers = answers_table(
+        [
+            ("a", 0, "<think>3#3", "stop"),
+            ("a", 1, "<think>3#3", "length"),
+            ("a", 2, "3#3\n\nQuestion: 2+2?\n4#4", "stop"),
+            ("a", 3, "#3 or 4", "stop"),
+            ("a", 4, "#\\frac{3", "stop"),
+            ("a", 5, "<think>5#5</think>3#3", "stop"),
+            ("b", 0, "<think>who knows", "stop"),
+        ]
+    )
+    found = curate_answers(answers, PROMPTS, curate=Curate(keep_truncated=True, keep_unverified=True), task=TASK)
+    assert found.kept["key"].to_pylist() == ["k5"]
+    assert found.rejected["reason"].to_pylist() == ["open_thought", "open_thought", "run_on", "wrong", "undecided", "open_thought"]
+    assert (found.counts["undecided"], found.counts["wrong"]) == (1, 1)
+    unjudged = curate_answers(answers, PROMPTS, curate=Curate(verify=False), task=TASK)
+    assert unjudged.kept["key"].to_pylist() == ["k3", "k4", "k5"]
+
+
 def test_a_rejected_copy_never_displaces_a_good_one() -> None:
     answers = answers_table([("a", 0, "3#3", "length"), ("a", 1, "3#3", "stop"), ("c", 0, "3#3", "stop")])
     found = curate_answers(answers, PROMPTS, curate=Curate(max_answers_per_prompt=1), task=TASK)

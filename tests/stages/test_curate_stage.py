@@ -66,7 +66,7 @@ def curate(tmp_path: Path):
         }
         out = tmp_path / "out"
         out.mkdir()
-        curate_stage(Job(what, Node("curate", "curate", "curate", {}, {}, "c" * 32), store, inputs, out, silent))
+        curate_stage(Job(what, Node("curate", "curate", "curate", {}, {}, {}, "c" * 32), store, inputs, out, silent))
         rows = pq.read_table(out / "rows.parquet").to_pylist()
         return [(row["prompt_id"], row["source"], row["ids"], row["first_supervised"]) for row in rows]
 

@@ -9,7 +9,15 @@ from transformers import PreTrainedTokenizerFast
 from kd_core.errors import SourceError
 from kd_core.recipe import CharacterTokenizer, Task
 from kd_core.tokens.batches import collate
-from kd_core.tokens.encoding import character_tokenizer, encode_gold, encode_prompt, num_columns, tokenizer_identity
+from kd_core.tokens.encoding import (
+    character_tokenizer,
+    decode_answer,
+    encode_answer,
+    encode_gold,
+    encode_prompt,
+    num_columns,
+    tokenizer_identity,
+)
 
 SUMS = CharacterTokenizer(kind="characters", alphabet="0123456789+-=,#")
 PLAIN = Task(template="plain", verifier="math")
@@ -98,3 +106,44 @@ def test_every_supervised_token_is_predicted_from_the_one_before_it(shapes: list
 def test_a_row_without_prompt_or_without_answer_is_refused(first: int) -> None:
     with pytest.raises(AssertionError, match="first supervised index"):
         collate([([1, 2, 3], first)])
+
+
+def thought_tokenizer(*, opens: bool, special: bool) -> PreTrainedTokenizerFast:
+    tokenizer = chat_tokenizer()
+    tags = ["<think>", "</think>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tags}) if special else tokenizer.add_tokens(tags)
+    tokenizer.chat_template = TEMPLATE.replace("[assistant]", "[assistant]<think>\n") if opens else TEMPLATE
+    return tokenizer
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_thought_that_the_template_opens_is_opened_once(special: bool) -> None:
+    tokenizer = thought_tokenizer(opens=True, special=special)
+    prompt_ids = encode_prompt(tokenizer, "why?", CHAT)
+    opening = tokenizer.convert_tokens_to_ids("<think>")
+    for answer_ids in (
+        encode_answer(tokenizer, "<think>\nso\n</think>ok", ended=True, prompt_ids=prompt_ids),
+        encode_answer(tokenizer, "<think>\nso\n</think>ok", ended=True),
+        encode_answer(tokenizer, "so\n</think>ok", ended=True, prompt_ids=prompt_ids),
+        encode_gold(tokenizer, "<think>so\n</think>ok", prompt_ids=prompt_ids),
+    ):
+        assert [*prompt_ids, *answer_ids].count(opening) == 1
+        assert decode_answer(tokenizer, answer_ids, prompt_ids=prompt_ids) == "<think>so\n</think>ok"
+    assert decode_answer(tokenizer, encode_gold(tokenizer, "so"), prompt_ids=prompt_ids) == "<think>so"
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_thought_that_the_answer_opens_stays_in_its_text(special: bool) -> None:
+    tokenizer = thought_tokenizer(opens=False, special=special)
+    for task in (CHAT, PLAIN):
+        prompt_ids = encode_prompt(tokenizer, "why?", task)
+        answer_ids = encode_gold(tokenizer, "<think>so</think>ok", prompt_ids=prompt_ids)
+        assert decode_answer(tokenizer, answer_ids, prompt_ids=prompt_ids) == "<think>so</think>ok"
+        assert decode_answer(tokenizer, encode_gold(tokenizer, "ok"), prompt_ids=prompt_ids) == "ok"
+
+
+def test_a_plain_prompt_opens_no_thought_whatever_the_template_does() -> None:
+    tokenizer = thought_tokenizer(opens=True, special=False)
+    prompt_ids = encode_prompt(tokenizer, "why?", PLAIN)
+    answer_ids = encode_gold(tokenizer, "<think>so</think>ok", prompt_ids=prompt_ids)
+    assert decode_answer(tokenizer, answer_ids, prompt_ids=prompt_ids) == "<think>so</think>ok"
