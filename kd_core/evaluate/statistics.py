@@ -166,10 +166,13 @@ class Comparison:
     @property
     def scope(self) -> str:
         """What the interval is about, in words."""
-        if max(self.num_seeds) == 1:
+        of_a, of_b = self.num_seeds
+        if of_a == of_b == 1:
             return "these checkpoints, on new items"
-        names = (f"the recipe of {name} ({seeds} seeds)" for name, seeds in zip((self.a, self.b), self.num_seeds, strict=True) if seeds > 1)
-        return f"{' and '.join(names)}, on new items and seeds"
+        if of_a > 1 and of_b > 1:
+            return f"these recipes ({of_a} and {of_b} seeds), on new items and seeds"
+        recipe, seeds, checkpoint = (self.a, of_a, self.b) if of_a > 1 else (self.b, of_b, self.a)
+        return f"the recipe of {recipe} ({seeds} seeds) and this {checkpoint}, on new items and seeds"
 
     @property
     def improvement(self) -> float:
