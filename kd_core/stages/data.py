@@ -10,6 +10,7 @@ from kd_core.progress import Tick
 from kd_core.prompts import collect_prompts
 from kd_core.recipe import PretrainedStudent, Recipe, ServerTeacher, SourceSuite
 from kd_core.stages.job import Job
+from kd_core.stages.suites import expect_measurable, suite_items
 from kd_core.stages.teaching import read_answers
 from kd_core.teacher.models import load_tokenizer
 from kd_core.tokens import encode_answer, encode_gold, encode_prompt
@@ -32,9 +33,10 @@ ROW_SCHEMA = pa.schema(
 def prompts_stage(job: Job) -> dict[str, Any]:
     """Files: prompts.parquet; suite-<name>.parquet, whole, of each benchmark with a source of its own. Summary: counts."""
     found = collect_prompts(_with_whole_benchmarks(job.recipe))
-    job.write_table("prompts.parquet", found.table)
-    for name, items in found.suites.items():
-        job.write_table(f"suite-{name}.parquet", items)
+    tables = {"prompts.parquet": found.table, **{f"suite-{name}.parquet": items for name, items in found.suites.items()}}
+    expect_measurable(job.recipe, suite_items(job.recipe, tables.__getitem__))
+    for name, table in tables.items():
+        job.write_table(name, table)
     job.tick(Tick(found.table.num_rows, found.table.num_rows, "prompts"))
     return {"rows": found.table.num_rows, "counts": found.counts}
 

@@ -39,7 +39,7 @@ from kd_core.recipe import (
 from kd_core.row_keys import about_hidden_states, answer_namespace, answer_rows, soft_label_key, soft_label_namespace
 from kd_core.shards import RowCache, Snapshot
 from kd_core.stages.graph import Node, champion
-from kd_core.stages.suites import suite_items
+from kd_core.stages.suites import expect_measurable, suite_items
 from kd_core.store import Store
 from kd_core.teacher.columns import stored_columns
 from kd_core.teacher.sizes import Size, llama_size, stored_size
@@ -144,11 +144,13 @@ class Known:
             done = record
             suite_tables = suite_items(self.recipe, lambda name: pq.read_table(BytesIO(read_bytes(self.store, done, name))))
             table = pq.read_table(BytesIO(read_bytes(self.store, record, "prompts.parquet")))
+            expect_measurable(self.recipe, suite_tables)
             items = sum(suite.num_rows for suite in suite_tables.values())
         elif any(isinstance(source, DatasetSource) for source in sources):
             return self._guessed_prompts()
         else:
             found = collect_prompts(self.recipe)
+            expect_measurable(self.recipe, found.suites)
             table, items = found.table, sum(suite.num_rows for suite in found.suites.values())
         train = table.filter(pc.equal(table["split"], "train"))
         return PromptCounts(table, table.num_rows, train.num_rows, train.num_rows - train["gold"].null_count, items)
