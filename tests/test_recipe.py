@@ -168,6 +168,15 @@ WRONG = [
         "gate.rules=[{kind: floor, metric: nll, minimum: 1}]",
         "gate.rules[0].metric: nll is not measured by this recipe or not for this rule",
     ),
+    ("seeds=[0]", "gate.rules[0]: better_than baseline compares two recipes, and one seed says nothing of either"),
+    (
+        "gate.rules=[{kind: floor, metric: pass_at_1, minimum: 0.5, suite: gsm8k}]",
+        "gate.rules[0].suite: gsm8k is not in evaluation.suites; found ['held_out']",
+    ),
+    (
+        "gate.rules=[{kind: ceiling, metric: bytes, maximum: 5, suite: held_out}]",
+        "gate.rules[0].suite: bytes is the same on every suite; leave it out",
+    ),
     ("prompts.split.test=0", "prompts.split.test: 0 leaves nothing for the held_out suite; use a share above 0, for example 0.1"),
     ("prompts.split.validation=0", "prompts.split.validation: 0 leaves nothing to choose the published seed by"),
     (

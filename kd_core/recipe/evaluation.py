@@ -17,8 +17,8 @@ class HeldOutSuite(Frozen):
     kind: Literal["held_out"]
     name: Slug
     """Name in reports."""
-    limit: int | None = Field(default=None, ge=2)
-    """Use the first `limit` items in hash order; None uses all. One item says nothing of others: at least 2."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use the first `limit` items in hash order; None uses all. A run needs 2 or more: one item says nothing of others."""
 
 
 class SourceSuite(Frozen):
@@ -29,8 +29,8 @@ class SourceSuite(Frozen):
     """Name in reports."""
     source: Source
     """Where its items come from."""
-    limit: int | None = Field(default=None, ge=2)
-    """Use the first `limit` items in hash order; None uses all. One item says nothing of others: at least 2."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use the first `limit` items in hash order; None uses all. A run needs 2 or more: one item says nothing of others."""
 
 
 Suite = Annotated[HeldOutSuite | SourceSuite, Field(discriminator="kind")]
