@@ -214,6 +214,7 @@ def estimate(scores: pa.Table, metric: str, *, suite: str, confidence: float) ->
     x_IS = grid.values(kept)
     if grid.form == "per_token":
         low, high = mean_interval(x_IS, confidence)
+        low = np.maximum(low, min(0.0, float(x_IS.mean())))  # neither a loss nor a divergence can be negative
     else:
         low, high = share_interval(x_IS, confidence, answers=max(1.0, float(grid.denominator[kept].mean())))
     return Estimate(float(x_IS.mean()), float(low), float(high), len(x_IS), int((~kept).sum()), x_IS.shape[1])
