@@ -144,8 +144,8 @@ def _unsupported_rules(recipe: Recipe) -> Iterator[str]:
                 yield f"{where}.than: {rule.than} is not in evaluation.compare {list(recipe.evaluation.compare)}"
             if rule.than != "teacher" and len(recipe.seeds) == 1:
                 yield (
-                    f"{where}: better_than {rule.than} compares two recipes, and one seed says nothing of either: 9 to 44% of equal ones "
-                    "would be called better; give at least 2 seeds, or leave the rule out"
+                    f"{where}: better_than {rule.than} compares two recipes, and one seed says nothing of either; give at least 2 seeds, "
+                    "or leave the rule out"
                 )
 
 
