@@ -18,9 +18,10 @@ with all of it intervals over three seeds cover too little, with none too much (
 One seed has no second term: the interval is then about that one checkpoint on new items.
 """
 
+from statistics import NormalDist
+
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtri, stdtrit
 
 __all__ = ["Array", "difference_interval", "linearised", "mean_interval", "share_interval", "wilson_interval"]
 
@@ -62,7 +63,7 @@ def share_interval(x: Array, confidence: float, *, answers: float = 1.0) -> tupl
     num_items = x.shape[-2]
     mean: Array = x.mean((-1, -2))
     chance: Array = mean * (1.0 - mean)
-    z2, t2 = float(ndtri(0.5 + confidence / 2)) ** 2, _t(num_items - 1, confidence) ** 2
+    z2, t2 = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2, _t(num_items - 1, confidence) ** 2
     half_squared = _half_squared(x, confidence, least_item_variance=chance / (answers * num_items**2))
     sure = chance <= 0.0
     worth: Array = np.where(sure, (num_items - 1) * z2 / t2, z2 * chance / np.where(sure, 1.0, half_squared))
@@ -109,7 +110,7 @@ def wilson_interval(share: npt.ArrayLike, num_items: npt.ArrayLike, confidence: 
     [0.7225, 1.0]
     """
     p, n = np.asarray(share, dtype=np.float64), np.asarray(num_items, dtype=np.float64)
-    z = float(ndtri(0.5 + confidence / 2))
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     return np.clip(centre - half, 0.0, p), np.clip(centre + half, p, 1.0)
@@ -133,4 +134,6 @@ def _seed_variances(x: Array) -> tuple[Array, Array]:
 
 
 def _t(freedom: npt.ArrayLike, confidence: float) -> Array:
+    from scipy.special import stdtrit  # at the first interval, not at import: it takes longer than a run that finds everything done
+
     return np.asarray(stdtrit(freedom, 0.5 + confidence / 2), dtype=np.float64)
