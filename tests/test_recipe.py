@@ -290,7 +290,7 @@ def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
         ("=3", "--set '=3': expected path=value"),
         (".=3", "--set '.=3': expected path=value"),
         ("training..steps=3", "--set 'training..steps=3': expected path=value"),
-        ("seeds.\u00b2=3", "--set seeds.\u00b2=3: seeds.\u00b2 is a list of 3; use a number from 0 to 2"),
+        ("seeds.\u00b2=3", "--set seeds.\u00b2=3: seeds.\u00b2 is a list of 5; use a number from 0 to 4"),
         ("prompts.sources.3.num=1", "--set prompts.sources.3.num=1: prompts.sources.3 is a list of 1; use a number from 0 to 0"),
         ("name.x=1", "--set name.x=1: name is the value 'quickstart' and has no fields below it"),
         ("training.steps=[1", "--set training.steps:1:3: not valid YAML: expected ',' or ']'"),

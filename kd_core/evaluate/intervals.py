@@ -134,6 +134,6 @@ def _seed_variances(x: Array) -> tuple[Array, Array]:
 
 
 def _t(freedom: npt.ArrayLike, confidence: float) -> Array:
-    from scipy.special import stdtrit  # at the first interval, not at import: it takes longer than a run that finds everything done
+    from scipy.special import stdtrit  # at the first interval: it takes tenths of a second, and most commands compute none
 
     return np.asarray(stdtrit(freedom, 0.5 + confidence / 2), dtype=np.float64)
