@@ -15,7 +15,7 @@ from benchmarks.measure import Check, Figure, figure, show
 
 __all__ = ["measured"]
 
-_MODULES = ("softlabels", "kernel", "training", "policies")
+_MODULES = ("softlabels", "kernel", "training", "policies", "coverage")
 
 
 def measured(module: str, *, quick: bool) -> list[Figure]:

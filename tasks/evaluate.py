@@ -17,6 +17,14 @@ def measure_model(recipe: Recipe, model: str) -> list[dict[str, str | float | in
     store = open_store(recipe.run.store, recipe.run.s3)
     found = measure_one(recipe, store, model, tick=silent)
     return [
-        {"suite": suite, "metric": metric, "value": round(e.value, 4), "low": round(e.low, 4), "high": round(e.high, 4), "items": e.n}
+        {
+            "suite": suite,
+            "metric": metric,
+            "value": round(e.value, 4),
+            "low": round(e.low, 4),
+            "high": round(e.high, 4),
+            "items": e.n,
+            "left_out": e.left_out,
+        }
         for (suite, metric), e in found.items()
     ]

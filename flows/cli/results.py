@@ -8,6 +8,7 @@ from typing import Any
 from flows.cli.console import human_bytes, human_seconds
 from kd_core.artifacts import Artifact, Record, find, read_bytes
 from kd_core.errors import ArtifactError
+from kd_core.evaluate.statistics import METRICS
 from kd_core.recipe import Recipe
 from kd_core.stages.graph import build_graph
 from kd_core.store import Store
@@ -60,15 +61,17 @@ def outcome_text(recipe: Recipe, store: Store, done: Mapping[str, Artifact], rec
     published = _record(recipe, store, "publish")
     assert published is not None, "a run ends after publication"
     hits, spent = sum(a.hit for a in done.values()), sum(a.seconds for a in done.values() if not a.hit)
-    lines = ["", report["verdict"]["headline"], ""]
+    lines = ["", report["verdict"]["headline"]]
+    lines += [
+        f"  {'holds' if reason['holds'] else 'FAILS'}  {reason['rule']}: {reason['detail']}" for reason in report["verdict"]["reasons"]
+    ]
+    for suite in report["suites"]:
+        lines += ["", f"On {suite}, {report['confidence']:.0%} intervals about {_about(report)}:"]
+        lines += [f"  {name:<14} {_shown(model, suite, report)}" for name, model in report["models"].items()]
+    lines += [""]
     for name, model in report["models"].items():
-        shown = ", ".join(
-            f"{m} {v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]"
-            for m, v in model["metrics"].items()
-            if "/" not in m and m != "truncated"
-        )
-        size = f"{model['params']:,} parameters, {human_bytes(model['bytes'])}" if model["params"] else ""
-        lines.append(f"  {name:<14} {shown}  ({size})")
+        if model["params"]:
+            lines.append(f"  {name:<14} {model['params']:,} parameters, {human_bytes(model['bytes'])}")
     version = f"{published.summary['model']} version {published.summary['version']}"
     champion = published.summary["champion_version"]
     lines += [
@@ -78,6 +81,25 @@ def outcome_text(recipe: Recipe, store: Store, done: Mapping[str, Artifact], rec
     again = shlex.join(["kd", "report", recipe_file, *(word for o in overrides for word in ("--set", o))])
     lines += [f"{hits} of {len(done)} nodes were done already; {human_seconds(spent)} of work.", f"Full report:  {again}"]
     return "\n".join(lines)
+
+
+def _about(report: Mapping[str, Any]) -> str:
+    """What the student's intervals are about, in words."""
+    num_seeds = len(report["seeds"])
+    if num_seeds == 1:
+        return "these checkpoints on new items (1 seed: nothing about the recipe)"
+    return f"the recipe on new items and seeds ({num_seeds} seeds; seed {report['published_seed']} would be published)"
+
+
+def _shown(model: Mapping[str, Any], suite: str, report: Mapping[str, Any]) -> str:
+    """One model's metrics on a suite, with their intervals, and the items where some have no value."""
+    prefix = "" if suite == report["suite"] else f"{suite}/"
+    shown = []
+    for metric in (name for name in METRICS if name != "truncated"):
+        if (found := model["metrics"].get(prefix + metric)) is not None:
+            items = f" on {found['n']} of {found['n'] + found['left_out']} items" if found["left_out"] else ""
+            shown.append(f"{metric} {found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]{items}")
+    return ", ".join(shown) or "not measured"
 
 
 def status_rows(recipe: Recipe, store: Store) -> list[dict[str, Any]]:

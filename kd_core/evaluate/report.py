@@ -89,9 +89,10 @@ class ReportData:
     Attributes:
         recipe_name: name of the recipe.
         description: the recipe's own words.
-        suite: the headline suite, whose metrics have no prefix.
+        suites: names of all suites; metrics of the first have no prefix.
         confidence: coverage of all intervals.
         seeds: seeds of the students.
+        published_seed: the one whose student would be published: floors, truncation and the champion are judged by it.
         verdict: the gate's decision.
         champion: digest (or name) of the champion compared with; None if there was none.
         models: in the order of display.
@@ -108,9 +109,10 @@ class ReportData:
 
     recipe_name: str
     description: str
-    suite: str
+    suites: tuple[str, ...]
     confidence: float
     seeds: tuple[int, ...]
+    published_seed: int
     verdict: Verdict
     champion: str | None
     models: tuple[ModelRow, ...]
@@ -124,13 +126,27 @@ class ReportData:
     samples: tuple[Sample, ...] = ()
     price_per_hour: float | None = None
 
+    @property
+    def scope(self) -> str:
+        """What the intervals are about, in whole sentences."""
+        if len(self.seeds) == 1:
+            return (
+                "Intervals are about these checkpoints on new items. There is one training seed, so they say nothing of how the recipe "
+                "would do with another: give at least 2 seeds to compare recipes."
+            )
+        return (
+            f"Intervals are about the recipes on new items and new seeds, from {len(self.seeds)} seeds each; the teacher and the champion "
+            f"are one model each. The student of seed {self.published_seed}, which has the least validation loss, is the one that would be "
+            "published: floors, truncation and the champion are judged by that checkpoint alone."
+        )
+
     def model(self, name: str) -> ModelRow | None:
         """The row of a model, or None."""
         return next((row for row in self.models if row.name == name), None)
 
 
 def report_json(data: ReportData) -> dict[str, Any]:
-    """The report as plain data: verdict, models, comparisons, stages, then the rest.
+    """The report as plain data: verdict, models, comparisons, stages, then the rest. Each interval says what it is about (``scope``).
 
     ``speed_up`` and ``memory_ratio`` are student / teacher in generated tokens a second and in bytes of weights; null
     where either is not known.
@@ -148,16 +164,18 @@ def report_json(data: ReportData) -> dict[str, Any]:
                 "params": row.params,
                 "bytes": row.bytes,
                 "tokens_per_second": row.tokens_per_second,
-                "metrics": {name: asdict(found) for name, found in row.metrics.items()},
+                "metrics": {name: {**asdict(found), "scope": found.scope} for name, found in row.metrics.items()},
             }
             for row in data.models
         },
-        "comparisons": [asdict(pair) for pair in data.comparisons],
+        "comparisons": [{**asdict(pair), "num_seeds": list(pair.num_seeds), "scope": pair.scope} for pair in data.comparisons],
         "stages": [asdict(stage) for stage in data.stages],
         "recipe": data.recipe_name,
-        "suite": data.suite,
+        "suite": data.suites[0],
+        "suites": list(data.suites),
         "confidence": data.confidence,
         "seeds": list(data.seeds),
+        "published_seed": data.published_seed,
         "speed_up": _ratio(student, teacher, "tokens_per_second"),
         "memory_ratio": _ratio(student, teacher, "bytes"),
         "counts": {title: dict(counts) for title, counts in data.counts.items()},
@@ -225,12 +243,14 @@ def _metric_label(name: str) -> str:
 
 
 def _key_numbers(data: ReportData) -> list[tuple[str, str]]:
-    """Up to four numbers for the top of the page, each with its words."""
+    """The numbers for the top of the page, each with its words: one a suite, then the baseline, size and speed."""
     student, teacher = data.model("student"), data.model("teacher")
     found: list[tuple[str, str]] = []
     headline = _headline_metric(data)
-    if student and headline in student.metrics:
-        found.append((f"{student.metrics[headline].value:.3f}", f"{_metric_label(headline)} of the student on {data.suite}"))
+    for i, suite in enumerate(data.suites):
+        name = headline if i == 0 else f"{suite}/{headline}"
+        if student and name in student.metrics:
+            found.append((f"{student.metrics[name].value:.3f}", f"{_metric_label(name)} of the student on {suite}"))
     pair = next((p for p in data.comparisons if (p.metric, p.a, p.b) == (headline, "student", "baseline")), None)
     if pair is not None:
         word = "better" if pair.improvement >= 0 else "worse"

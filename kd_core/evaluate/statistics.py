@@ -1,15 +1,14 @@
 """What a score table says: values with intervals, and paired differences between two models.
 
-Owns the form of a score table, the metrics over it, and the one bootstrap that every interval comes from. It reads
-tables and returns numbers; it decides nothing (``gate`` does) and draws nothing (``report`` does). It refuses tables in
-which items or seeds are missing: a mean over what happens to be there is not a measurement.
+Owns the form of a score table and the metrics over it; the formula of every interval is in ``intervals``. It reads tables
+and returns numbers; it decides nothing (``gate`` does) and draws nothing (``report`` does). Items without a value are left
+out and counted. It refuses tables in which rows are missing: a mean over what happens to be there is not a measurement.
 
-Axes: I items, S seeds, R bootstrap replicates.
+Axes: I items, S seeds.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import NormalDist
 from types import MappingProxyType
 from typing import Literal
 
@@ -19,8 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kd_core.errors import KDError
+from kd_core.evaluate.intervals import Array, difference_interval, linearised, mean_interval, share_interval
 
-__all__ = ["METRICS", "SCORE_SCHEMA", "Comparison", "Estimate", "Metric", "compare", "estimate", "metric_of", "wilson_interval"]
+__all__ = ["METRICS", "SCORE_SCHEMA", "Comparison", "Estimate", "Metric", "compare", "estimate", "metric_of", "num_measured"]
 
 SCORE_SCHEMA = pa.schema(
     [
@@ -41,11 +41,7 @@ which there are ``tokens``; they are null for items without one (kl and agreemen
 ``pass_at_1`` is the share of right answers among the samples, ``truncated`` the share that met the token limit, ``text``
 the first sample; null where nothing was generated."""
 
-NUM_REPLICATES = 4_000
-_BOOTSTRAP_SEED = 20_240_607
-_WEIGHTS_IN_MEMORY = 2_000_000
-
-Array = npt.NDArray[np.float64]
+Form = Literal["share", "per_token", "token_share"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +52,7 @@ class Metric:
         name: key in ``METRICS``.
         column: column of the score table.
         form: share: mean over items of a number in [0, 1]. per_token: sum of the column over sum of ``tokens``.
+            token_share: the same, and in [0, 1].
         higher_is_better: direction of improvement.
         label: name for people.
         meaning: one line for a newcomer.
@@ -63,7 +60,7 @@ class Metric:
 
     name: str
     column: str
-    form: Literal["share", "per_token"]
+    form: Form
     higher_is_better: bool
     label: str
     meaning: str
@@ -86,7 +83,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             Metric(
                 "agreement",
                 "agreement_sum",
-                "per_token",
+                "token_share",
                 True,
                 "Agreement",
                 "Share of tokens where the first choice is the teacher's; higher is better.",
@@ -114,12 +111,28 @@ def metric_of(name: str) -> Metric:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured value with its interval, over n items."""
+    """A measured value with its interval.
+
+    Attributes:
+        value: over all items and seeds that were measured.
+        low: lower end.
+        high: upper end.
+        n: items that were measured.
+        left_out: items of the suite without a value.
+        num_seeds: one: the interval is about this checkpoint on new items. More: about the recipe, on new items and seeds.
+    """
 
     value: float
     low: float
     high: float
     n: int
+    left_out: int
+    num_seeds: int
+
+    @property
+    def scope(self) -> str:
+        """What the interval is about, in words."""
+        return "this checkpoint, on new items" if self.num_seeds == 1 else f"the recipe ({self.num_seeds} seeds), on new items and seeds"
 
 
 @dataclass(frozen=True)
@@ -127,6 +140,17 @@ class Comparison:
     """The paired difference ``a - b`` of one metric between two models, with its interval.
 
     ``improvement`` and its ends are the same numbers turned so that above zero means that a is better than b.
+
+    Attributes:
+        metric: a name that ``metric_of`` knows.
+        a: name of the first model.
+        b: name of the second.
+        difference: a - b.
+        low: lower end.
+        high: upper end.
+        n: items measured for both.
+        left_out: items of the suite without a value for either.
+        num_seeds: of a and b; a model with one stands for that checkpoint alone.
     """
 
     metric: str
@@ -135,6 +159,20 @@ class Comparison:
     difference: float
     low: float
     high: float
+    n: int
+    left_out: int
+    num_seeds: tuple[int, int]
+
+    @property
+    def scope(self) -> str:
+        """What the interval is about, in words."""
+        of_a, of_b = self.num_seeds
+        if of_a == of_b == 1:
+            return "these checkpoints, on new items"
+        if of_a > 1 and of_b > 1:
+            return f"these recipes ({of_a} and {of_b} seeds), on new items and seeds"
+        recipe, seeds, checkpoint = (self.a, of_a, self.b) if of_a > 1 else (self.b, of_b, self.a)
+        return f"the recipe of {recipe} ({seeds} seeds) and this {checkpoint}, on new items and seeds"
 
     @property
     def improvement(self) -> float:
@@ -153,21 +191,7 @@ class Comparison:
 
 
 def estimate(scores: pa.Table, metric: str, *, suite: str, confidence: float) -> Estimate | None:
-    """A metric of one model with its interval, from a hierarchical bootstrap over items and seeds.
-
-    Each of 4,000 replicates draws items and, independently, seeds, both with replacement, and one fewer than there are
-    (Rao and Wu, 1988): for the few seeds of a recipe that matters, because drawing S of S understates their variance by
-    the factor (S - 1) / S. The interval holds the central ``confidence`` of the replicates. Fixed random seed: the same
-    table gives the same interval, in any order of its rows.
-
-    Shares (pass_at_1, truncated) have one correction, because a bootstrap of all-equal values has no width: the low end
-    never exceeds the Wilson interval of n right out of n, the high end is never below that of 0 out of n. So a table of
-    only 1s (or only 0s) gets exactly the Wilson interval over its n items, and elsewhere the bootstrap decides.
-
-    What three seeds can say: that a result is not the luck of one seed, and roughly how large that luck is. What they
-    cannot: a 95% statement about seeds not run. Where training noise outweighs the noise of the items, the interval is
-    about the range of the three results, and covers the true mean in about 75% of cases, not 95%. With one seed the
-    interval speaks of that one model and of new items only.
+    """A metric of one model with its interval over new items and, where there are several seeds, new seeds.
 
     Args:
         scores: a table of ``SCORE_SCHEMA`` for one model.
@@ -176,39 +200,30 @@ def estimate(scores: pa.Table, metric: str, *, suite: str, confidence: float) ->
         confidence: coverage, for example 0.95.
 
     Returns:
-        Value (over the data, not the replicates), ends, and the number of items; None if no item was measured.
+        The estimate; None if fewer than two items were measured, as one says nothing of others.
 
     Raises:
-        KDError: (item, seed) pairs are missing or doubled, a value is not finite, or one item is all there is.
-
-    Source: ours, after Davison and Hinkley, "Bootstrap Methods and their Application", 3.8; Wilson (1927).
+        KDError: (item, seed) pairs are missing or doubled, or a value is not finite or out of its range.
     """
-    form = metric_of(metric).form
     grid = _grid(scores, metric, suite)
     if grid is None:
         return None
-    num_items = len(grid.items)
-    replicates = np.concatenate(
-        [_ratio(grid, w_RI, _draw_counts(rng, len(w_RI), len(grid.seeds))) for rng, w_RI in _item_weights(num_items, form)]
-    )
-    low, high = _ends(replicates, confidence)
-    if form == "share":
-        low = min(low, wilson_interval(num_items, num_items, confidence)[0])
-        high = max(high, wilson_interval(0, num_items, confidence)[1])
-    return Estimate(_value(grid), low, high, num_items)
+    kept = grid.measured
+    if kept.sum() < 2:
+        return None
+    x_IS = grid.values(kept)
+    if grid.form == "per_token":
+        low, high = mean_interval(x_IS, confidence)
+        low = np.maximum(low, min(0.0, float(x_IS.mean())))  # neither a loss nor a divergence can be negative
+    else:
+        low, high = share_interval(x_IS, confidence, answers=max(1.0, float(grid.denominator[kept].mean())))
+    return Estimate(float(x_IS.mean()), float(low), float(high), len(x_IS), int((~kept).sum()), x_IS.shape[1])
 
 
 def compare(
     a: pa.Table, b: pa.Table, metric: str, *, suite: str, confidence: float, names: tuple[str, str] = ("a", "b")
 ) -> Comparison | None:
-    """The difference a - b of a metric with its interval, paired by item and, where both have the same seeds, by seed.
-
-    As ``estimate``, with the same items drawn for both models in each replicate: what makes an item hard for both
-    cancels. Seeds are drawn together if both tables have the same ones, else independently; a model with one seed (the
-    teacher) stands for itself in every replicate. The limits of few seeds told in ``estimate`` hold here too.
-
-    For shares the interval (not the difference) includes two pseudo-items, one that only a gets right and one that only
-    b does: it keeps a width where all items are equal, and costs next to nothing elsewhere.
+    """The difference a - b of a metric with its interval, paired by item, over the items that both have a value for.
 
     Args:
         a: score table of the first model.
@@ -219,44 +234,28 @@ def compare(
         names: names of both models, for the result.
 
     Returns:
-        The difference; None if the metric was measured on no item for one of the two.
+        The difference; None if fewer than two items were measured for both.
 
     Raises:
-        KDError: the two were measured on different items (with their number), or a table is not complete.
-
-    Source: pseudo-items after Bonett and Price (2012), "Adjusted Wald confidence interval for a difference of binomial
-        proportions based on paired data".
+        KDError: the tables hold different items (with their number), or as ``estimate``.
     """
-    form = metric_of(metric).form
     grid_a, grid_b = _grid(a, metric, suite), _grid(b, metric, suite)
     if grid_a is None or grid_b is None:
         return None
     _expect_same_items(grid_a, grid_b, f"{metric} on suite {suite}: {names[0]} and {names[1]}")
-    difference = _value(grid_a) - _value(grid_b)
-    num_items = len(grid_a.items)
-    if form == "share":
-        grid_a, grid_b = grid_a.with_pseudo_items((1.0, 0.0)), grid_b.with_pseudo_items((0.0, 1.0))
-        num_items += 2
-    replicates = []
-    for rng, w_RI in _item_weights(num_items, form):
-        v_RS = _draw_counts(rng, len(w_RI), len(grid_a.seeds))
-        u_RS = v_RS if grid_a.seeds == grid_b.seeds else _draw_counts(rng, len(w_RI), len(grid_b.seeds))
-        replicates.append(_ratio(grid_a, w_RI, v_RS) - _ratio(grid_b, w_RI, u_RS))
-    low, high = _ends(np.concatenate(replicates), confidence)
-    return Comparison(metric, names[0], names[1], difference, low, high)
+    kept = grid_a.measured & grid_b.measured
+    if kept.sum() < 2:
+        return None
+    a_IS, b_IS = grid_a.values(kept), grid_b.values(kept)
+    low, high = difference_interval(a_IS, b_IS, confidence, shares=metric_of(metric).form == "share")
+    difference, seeds = float(a_IS.mean() - b_IS.mean()), (a_IS.shape[1], b_IS.shape[1])
+    return Comparison(metric, *names, difference, float(low), float(high), len(a_IS), int((~kept).sum()), seeds)
 
 
-def wilson_interval(num_right: float, num_items: int, confidence: float) -> tuple[float, float]:
-    """Wilson's score interval for a share of ``num_right`` in ``num_items`` (at least one).
-
-    >>> [round(end, 4) for end in wilson_interval(10, 10, 0.95)]
-    [0.7225, 1.0]
-    """
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    p = num_right / num_items
-    centre = (p + z**2 / (2 * num_items)) / (1 + z**2 / num_items)
-    half = z / (1 + z**2 / num_items) * (p * (1 - p) / num_items + z**2 / (4 * num_items**2)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
+def num_measured(scores: pa.Table, metric: str, *, suite: str) -> tuple[int, int]:
+    """(items with a value for every seed, items of the suite) of one model."""
+    grid = _grid(scores, metric, suite)
+    return (0, 0) if grid is None else (int(grid.measured.sum()), len(grid.items))
 
 
 # ---------------------------------------------------------------------------------------------- the grid of one metric
@@ -264,17 +263,17 @@ def wilson_interval(num_right: float, num_items: int, confidence: float) -> tupl
 
 @dataclass(frozen=True)
 class _Grid:
-    """Numerators and denominators of a metric, float64 [I, S], items and seeds sorted."""
+    """Numerators and denominators of a metric, float64 [I, S], items and seeds sorted; ``measured`` [I] says where for all seeds."""
 
+    form: Form
     items: tuple[str, ...]
-    seeds: tuple[int, ...]
+    measured: npt.NDArray[np.bool_]
     numerator: Array
     denominator: Array
 
-    def with_pseudo_items(self, values: tuple[float, float]) -> "_Grid":
-        """The grid of a share with two more items, equal over all seeds."""
-        more_2S = np.repeat(np.array(values)[:, None], len(self.seeds), axis=1)
-        return _Grid(self.items, self.seeds, np.vstack([self.numerator, more_2S]), np.vstack([self.denominator, np.ones_like(more_2S)]))
+    def values(self, kept: npt.NDArray[np.bool_]) -> Array:
+        """The metric of the kept items, [I, S]: its mean is the metric."""
+        return self.numerator[kept] if self.form == "share" else linearised(self.numerator[kept], self.denominator[kept])
 
 
 def _grid(scores: pa.Table, metric: str, suite: str) -> _Grid | None:
@@ -293,30 +292,24 @@ def _grid(scores: pa.Table, metric: str, suite: str) -> _Grid | None:
             f"and {(times > 1).sum()} are doubled; evaluate this model again"
         )
     place = (item_of_row, seed_of_row)
-    measured = np.zeros(shape, dtype=bool)
-    measured[place] = pc.is_valid(rows[chosen.column]).to_numpy()
-    if (measured.any(axis=1) != measured.all(axis=1)).any():
-        partly = int((measured.any(axis=1) & ~measured.all(axis=1)).sum())
-        raise KDError(f"{where}: {partly} of {shape[0]} items have {metric} for some seeds and not for others; evaluate this model again")
+    measured_IS = np.zeros(shape, dtype=bool)
+    measured_IS[place] = pc.is_valid(rows[chosen.column]).to_numpy()
+    measured: npt.NDArray[np.bool_] = np.all(measured_IS, axis=1)
     num_IS, den_IS = np.zeros(shape), np.ones(shape)
     num_IS[place] = rows[chosen.column].to_numpy()
-    if chosen.form == "per_token":
+    if chosen.form != "share":
         den_IS[place] = pc.fill_null(rows["tokens"], 0).to_numpy()
-    kept = measured.all(axis=1)
-    num_IS, den_IS = num_IS[kept], den_IS[kept]
-    _expect_numbers(num_IS, den_IS, f"{where}: {metric}", chosen.form)
-    return _Grid(tuple(items[kept]), tuple(int(s) for s in seeds), num_IS, den_IS) if kept.any() else None
+    _expect_numbers(num_IS[measured], den_IS[measured], f"{where}: {metric}", chosen.form)
+    return _Grid(chosen.form, tuple(items), measured, num_IS, den_IS)
 
 
-def _expect_numbers(num_IS: Array, den_IS: Array, where: str, form: str) -> None:
+def _expect_numbers(num_IS: Array, den_IS: Array, where: str, form: Form) -> None:
     if not np.isfinite(num_IS).all():
         raise KDError(f"{where} is not finite on {int((~np.isfinite(num_IS)).any(axis=1).sum())} items; the model's output is broken")
-    if form == "share" and ((num_IS < 0.0) | (num_IS > 1.0)).any():
-        raise KDError(f"{where} is a share and must lie in [0, 1]; found {num_IS.min():g} to {num_IS.max():g}")
+    if form != "per_token" and ((num_IS < 0.0) | (num_IS > den_IS * (1.0 + 1e-9))).any():
+        raise KDError(f"{where} is a share and must lie in [0, 1]; found sums of {num_IS.min():g} to {num_IS.max():g}")
     if (den_IS <= 0.0).any():
         raise KDError(f"{where} has {int((den_IS <= 0).any(axis=1).sum())} items with a sum over no tokens; it must be null there")
-    if form == "per_token" and len(num_IS) == 1:
-        raise KDError(f"{where} was measured on 1 item; an interval needs 2 or more: use a larger suite")
 
 
 def _expect_same_items(a: _Grid, b: _Grid, what: str) -> None:
@@ -327,37 +320,3 @@ def _expect_same_items(a: _Grid, b: _Grid, what: str) -> None:
             f"{what} were measured on different items: {len(only_b)} are missing from the first and {len(only_a)} from the second "
             f"(for example {example!r}); evaluate both on the same items"
         )
-
-
-# ---------------------------------------------------------------------------------------------- the bootstrap
-
-
-def _item_weights(num_items: int, form: str) -> Iterator[tuple[np.random.Generator, Array]]:
-    """Counts of drawn items, [R, I], in blocks of bounded memory; the generator goes on to draw the block's seeds."""
-    rng = np.random.default_rng(_BOOTSTRAP_SEED)
-    block = max(1, _WEIGHTS_IN_MEMORY // num_items)
-    for start in range(0, NUM_REPLICATES, block):
-        yield rng, _draw_counts(rng, min(block, NUM_REPLICATES - start), num_items)
-
-
-def _draw_counts(rng: np.random.Generator, num_replicates: int, size: int) -> Array:
-    """How often each of ``size`` things is drawn when size - 1 (at least 1) are drawn with replacement, [R, size]."""
-    drawn = rng.integers(size, size=(num_replicates, max(1, size - 1)))
-    drawn += np.arange(num_replicates)[:, None] * size
-    return np.bincount(drawn.ravel(), minlength=num_replicates * size).reshape(num_replicates, size).astype(np.float64)
-
-
-def _ratio(grid: _Grid, w_RI: Array, v_RS: Array) -> Array:
-    """The metric in every replicate, [R]."""
-    num_R: Array = ((w_RI @ grid.numerator) * v_RS).sum(axis=1)
-    den_R: Array = ((w_RI @ grid.denominator) * v_RS).sum(axis=1)
-    return num_R / den_R
-
-
-def _value(grid: _Grid) -> float:
-    return float(grid.numerator.sum() / grid.denominator.sum())
-
-
-def _ends(replicates_R: Array, confidence: float) -> tuple[float, float]:
-    low, high = np.quantile(replicates_R, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)

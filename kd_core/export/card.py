@@ -179,7 +179,7 @@ def _limits(card: Card) -> Iterator[str]:
     lineage, recipe = card.lineage, card.lineage.recipe
     suites = ", ".join(_code(suite.name) for suite in recipe.evaluation.suites)
     yield f"It was measured on {suites} and on nothing else: other tasks, other languages, safety and bias were not examined."
-    items = max(found["n"] for found in lineage.report["models"]["student"]["metrics"].values())
+    items = max((found["n"] for found in lineage.report["models"]["student"]["metrics"].values()), default=0)
     if items < _FEW_ITEMS:
         yield f"The suites are small (at most {items} items): read the intervals, not the values."
     if len(recipe.seeds) == 1:

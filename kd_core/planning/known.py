@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 
 from kd_core.artifacts import Record, find, read_bytes
 from kd_core.errors import RecipeError
-from kd_core.evaluate.suites import suite_items
+from kd_core.evaluate.suites import expect_measurable, suite_items
 from kd_core.fingerprint import fingerprint
 from kd_core.planning.costs import GROUP_BYTES
 from kd_core.prompts import collect_prompts, estimate_rows
@@ -144,11 +144,13 @@ class Known:
             done = record
             suite_tables = suite_items(self.recipe, lambda name: pq.read_table(BytesIO(read_bytes(self.store, done, name))))
             table = pq.read_table(BytesIO(read_bytes(self.store, record, "prompts.parquet")))
+            expect_measurable(self.recipe, suite_tables)
             items = sum(suite.num_rows for suite in suite_tables.values())
         elif any(isinstance(source, DatasetSource) for source in sources):
             return self._guessed_prompts()
         else:
             found = collect_prompts(self.recipe)
+            expect_measurable(self.recipe, found.suites)
             table, items = found.table, sum(suite.num_rows for suite in found.suites.values())
         train = table.filter(pc.equal(table["split"], "train"))
         return PromptCounts(table, table.num_rows, train.num_rows, train.num_rows - train["gold"].null_count, items)

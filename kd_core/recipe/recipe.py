@@ -118,15 +118,35 @@ def _unsupported(recipe: Recipe) -> Iterator[str]:
         yield "prompts.split.test: 0 leaves nothing for the held_out suite; use a share above 0, for example 0.1"
     if len(recipe.seeds) > 1 and recipe.prompts.split.validation == 0.0:
         yield "prompts.split.validation: 0 leaves nothing to choose the published seed by; use a share above 0, for example 0.05"
+    yield from _unsupported_rules(recipe)
+
+
+def _unsupported_rules(recipe: Recipe) -> Iterator[str]:
     metrics = {"nll"} if recipe.evaluation.generate is None else {"nll", "pass_at_1"}
     if not isinstance(recipe.teacher, ServerTeacher):
         metrics |= {"kl", "agreement"}
+    suites = [suite.name for suite in recipe.evaluation.suites]
     for i, rule in enumerate(recipe.gate.rules):
-        if isinstance(rule, BetterThan) and rule.than not in recipe.evaluation.compare:
-            yield f"gate.rules[{i}].than: {rule.than} is not in evaluation.compare {list(recipe.evaluation.compare)}"
+        where = f"gate.rules[{i}]"
+        if rule.suite is not None and rule.suite not in suites:
+            yield f"{where}.suite: {rule.suite} is not in evaluation.suites; found {suites}"
+        if isinstance(rule, Ceiling):
+            if rule.metric != "truncated" and rule.suite is not None:
+                yield f"{where}.suite: {rule.metric} is the same on every suite; leave it out"
+            if rule.metric == "truncated" and recipe.evaluation.generate is None:
+                yield f"{where}.metric: truncated needs answers, and evaluation.generate is null; set it, or leave the rule out"
+            continue
         allowed = metrics - {"nll", "kl"} if isinstance(rule, Floor) else metrics  # less is better there
-        if not isinstance(rule, Ceiling) and rule.metric not in allowed:
-            yield f"gate.rules[{i}].metric: {rule.metric} is not measured by this recipe or not for this rule; allowed: {_listed(allowed)}"
+        if rule.metric not in allowed:
+            yield f"{where}.metric: {rule.metric} is not measured by this recipe or not for this rule; allowed: {_listed(allowed)}"
+        if isinstance(rule, BetterThan):
+            if rule.than not in recipe.evaluation.compare:
+                yield f"{where}.than: {rule.than} is not in evaluation.compare {list(recipe.evaluation.compare)}"
+            if rule.than != "teacher" and len(recipe.seeds) == 1:
+                yield (
+                    f"{where}: better_than {rule.than} compares two recipes, and one seed says nothing of either; give at least 2 seeds, "
+                    "or leave the rule out"
+                )
 
 
 def _listed(names: set[str]) -> str:

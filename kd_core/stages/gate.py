@@ -33,22 +33,23 @@ def efficiency(job: Job) -> dict[str, Efficiency]:
     return found
 
 
-def collect_evidence(job: Job) -> Evidence:
-    """Everything the gate decides on."""
+def collect_evidence(job: Job, *, published_seed: int) -> Evidence:
+    """Everything the gate decides on, given the seed of the student that would be published."""
     scores = model_scores(job)
     return Evidence(
         scores=scores,
         efficiency=efficiency(job),
-        suite=job.recipe.evaluation.suites[0].name,
+        suites=tuple(suite.name for suite in job.recipe.evaluation.suites),
         confidence=job.recipe.evaluation.confidence,
+        published_seed=published_seed,
         champion="champion" if "champion" in scores else None,
     )
 
 
 def gate_stage(job: Job) -> dict[str, Any]:
     """No files but the verdict. Summary: promote, headline, reasons, the chosen student, the champion it was compared with."""
-    verdict = decide(collect_evidence(job), job.recipe.gate)
     student = least_validation_loss([job.inputs[f"student.{seed}"] for seed in job.recipe.seeds])
+    verdict = decide(collect_evidence(job, published_seed=student.summary["seed"]), job.recipe.gate)
     holder = job.champion()
     return {
         "promote": verdict.promote,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from kd_core.evaluate.suites import expect_measurable, suite_items
 from kd_core.progress import Tick
 from kd_core.prompts import collect_prompts
 from kd_core.recipe import Recipe, SourceSuite
@@ -13,9 +14,10 @@ __all__ = ["prompts_stage"]
 def prompts_stage(job: Job) -> dict[str, Any]:
     """Files: prompts.parquet; suite-<name>.parquet, whole, of each benchmark with a source of its own. Summary: counts."""
     found = collect_prompts(_with_whole_benchmarks(job.recipe))
-    job.write_table("prompts.parquet", found.table)
-    for name, items in found.suites.items():
-        job.write_table(f"suite-{name}.parquet", items)
+    tables = {"prompts.parquet": found.table, **{f"suite-{name}.parquet": items for name, items in found.suites.items()}}
+    expect_measurable(job.recipe, suite_items(job.recipe, tables.__getitem__))
+    for name, table in tables.items():
+        job.write_table(name, table)
     job.tick(Tick(found.table.num_rows, found.table.num_rows, "prompts"))
     return {"rows": found.table.num_rows, "counts": found.counts}
 

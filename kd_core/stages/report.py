@@ -9,7 +9,7 @@ import pyarrow as pa
 from kd_core.curate import verify
 from kd_core.evaluate.gate import RuleResult, Verdict
 from kd_core.evaluate.report import Curve, ModelRow, ReportData, Sample, SampleAnswer, StageRow, render_html, render_markdown, report_json
-from kd_core.evaluate.statistics import METRICS, Comparison, Estimate, compare, estimate
+from kd_core.evaluate.statistics import METRICS, Comparison, Estimate, compare, estimate, metric_of, num_measured
 from kd_core.evaluate.suites import suite_items
 from kd_core.recipe import ARMS, Recipe
 from kd_core.recipe.files import dump_recipe
@@ -38,21 +38,21 @@ def _report_data(job: Job) -> ReportData:
     recipe, scores = job.recipe, model_scores(job)
     names = [name for name in _ORDER if name in scores]
     gate = job.summary("gate")
-    suite = recipe.evaluation.suites[0].name
     return ReportData(
         recipe_name=recipe.name,
         description=recipe.description,
-        suite=suite,
+        suites=tuple(suite.name for suite in recipe.evaluation.suites),
         confidence=recipe.evaluation.confidence,
         seeds=recipe.seeds,
+        published_seed=gate["student"]["seed"],
         verdict=Verdict(gate["promote"], tuple(RuleResult(**reason) for reason in gate["reasons"])),
         champion=gate["champion"]["digest"] if gate["champion"] else None,
         models=tuple(_model_row(job, name, scores[name]) for name in names),
         comparisons=_comparisons(job, scores, [name for name in names if name != "student"]),
         stages=tuple(_stage_rows(job)),
-        counts=_counts(job),
+        counts={**_counts(job), "Items left out": _left_out(job, scores)},
         curves=tuple(_curves(job)),
-        samples=_samples(job, scores, suite),
+        samples=tuple(sample for suite in recipe.evaluation.suites for sample in _samples(job, scores, suite.name)),
         command=f"kd run recipes/{recipe.name}.yaml",
         recipe_yaml=dump_recipe(_without_address(recipe)),
         versions={k: str(v) for k, v in _versions(job).items()},
@@ -122,6 +122,18 @@ def _counts(job: Job) -> dict[str, dict[str, float]]:
     return found
 
 
+def _left_out(job: Job, scores: dict[str, pa.Table]) -> dict[str, float]:
+    """Items without a value by suite, metric and model, of metrics that some model was measured on there."""
+    found: dict[str, float] = {}
+    for suite in job.recipe.evaluation.suites:
+        for metric in METRICS:
+            counts = {name: num_measured(scores[name], metric, suite=suite.name) for name in _ORDER if name in scores}
+            if any(measured for measured, _ in counts.values()):
+                missing = {name: total - measured for name, (measured, total) in counts.items() if measured < total}
+                found |= {f"{suite.name}: {metric_of(metric).label} of {name}": number for name, number in missing.items()}
+    return found
+
+
 def _curves(job: Job) -> list[Curve]:
     found = []
     for name, record in job.inputs.items():
@@ -137,8 +149,10 @@ def _curves(job: Job) -> list[Curve]:
     return found
 
 
-def _samples(job: Job, scores: dict[str, pa.Table], suite: str) -> tuple[Sample, ...]:
-    items = suite_items(job.recipe, lambda name: job.read_table("prompts", name))[suite].slice(0, _NUM_SAMPLES).to_pylist()
+def _samples(job: Job, scores: dict[str, pa.Table], suite: str) -> list[Sample]:
+    """The first items of a suite with every model's answer; suites share the number of samples."""
+    number = max(1, _NUM_SAMPLES // len(job.recipe.evaluation.suites))
+    items = suite_items(job.recipe, lambda name: job.read_table("prompts", name))[suite].slice(0, number).to_pylist()
     texts = {
         name: {row["item_id"]: row["text"] for row in reversed(table.to_pylist()) if row["suite"] == suite}
         for name, table in scores.items()
@@ -155,7 +169,7 @@ def _samples(job: Job, scores: dict[str, pa.Table], suite: str) -> tuple[Sample,
         answers = tuple(a for name in _ORDER if name in texts and (a := answer(name, item)) is not None)
         if answers:
             found.append(Sample(item["prompt_id"], item["prompt"], item["reference"], answers))
-    return tuple(found)
+    return found
 
 
 def _versions(job: Job) -> dict[str, Any]:

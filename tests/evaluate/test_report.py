@@ -30,7 +30,7 @@ HOSTILE = "<script>alert('x')</script>"
 
 
 def around(value, half=0.02, n=500):
-    return Estimate(value, value - half, value + half, n)
+    return Estimate(value, value - half, value + half, n, 0, 3)
 
 
 def curve(model, seed, part, level):
@@ -41,7 +41,7 @@ def curve(model, seed, part, level):
 def example():
     """Made-up data with every section filled."""
     metrics = {
-        "teacher": {"pass_at_1": around(0.912), "nll": around(0.101, 0.004), "truncated": Estimate(0.0, 0.0, 0.0076, 500)},
+        "teacher": {"pass_at_1": around(0.912), "nll": around(0.101, 0.004), "truncated": Estimate(0.0, 0.0, 0.0076, 480, 20, 1)},
         "student": {"pass_at_1": around(0.804), "nll": around(0.162, 0.006), "kl": around(0.041, 0.003), "agreement": around(0.948, 0.004)},
         "baseline": {
             "pass_at_1": around(0.671, 0.03),
@@ -71,12 +71,12 @@ def example():
         ),
     )
     comparisons = (
-        Comparison("pass_at_1", "student", "baseline", 0.133, 0.101, 0.165),
-        Comparison("pass_at_1", "student", "ablation_hard", 0.018, -0.006, 0.042),
-        Comparison("pass_at_1", "student", "teacher", -0.108, -0.131, -0.085),
-        Comparison("kl", "student", "baseline", -0.071, -0.078, -0.064),
-        Comparison("kl", "student", "ablation_hard", -0.019, -0.023, -0.015),
-        Comparison("longer-sums/pass_at_1", "student", "baseline", 0.172, 0.13, 0.214),
+        Comparison("pass_at_1", "student", "baseline", 0.133, 0.101, 0.165, 500, 0, (3, 3)),
+        Comparison("pass_at_1", "student", "ablation_hard", 0.018, -0.006, 0.042, 500, 0, (3, 3)),
+        Comparison("pass_at_1", "student", "teacher", -0.108, -0.131, -0.085, 500, 0, (3, 1)),
+        Comparison("kl", "student", "baseline", -0.071, -0.078, -0.064, 500, 0, (3, 3)),
+        Comparison("kl", "student", "ablation_hard", -0.019, -0.023, -0.015, 500, 0, (3, 3)),
+        Comparison("longer-sums/pass_at_1", "student", "baseline", 0.172, 0.13, 0.214, 500, 0, (3, 3)),
     )
     curves = tuple(
         curve(model, seed, part, level + offset)
@@ -102,9 +102,10 @@ def example():
     return ReportData(
         recipe_name="running-sums",
         description="A small model learns to add and subtract in steps from a teacher eight times its size.",
-        suite="test",
+        suites=("test", "longer-sums"),
         confidence=0.95,
         seeds=(0, 1, 2),
+        published_seed=1,
         verdict=verdict,
         champion=None,
         models=models,
@@ -146,8 +147,9 @@ def test_json_shape():
     for model in found["models"].values():
         assert set(model) == {"params", "bytes", "tokens_per_second", "metrics"}
         for metric in model["metrics"].values():
-            assert set(metric) == {"value", "low", "high", "n"}
-    assert set(found["comparisons"][0]) == {"metric", "a", "b", "difference", "low", "high"}
+            assert set(metric) == {"value", "low", "high", "n", "left_out", "num_seeds", "scope"}
+    assert set(found["comparisons"][0]) == {"metric", "a", "b", "difference", "low", "high", "n", "left_out", "num_seeds", "scope"}
+    assert (found["suite"], found["suites"], found["published_seed"]) == ("test", ["test", "longer-sums"], 1)
     assert set(found["stages"][0]) == {"name", "fingerprint", "status", "seconds"}
     assert found["speed_up"] == pytest.approx(9_215 / 2_410)
     assert found["memory_ratio"] == pytest.approx(812_032 / 6_331_392)
@@ -228,6 +230,23 @@ def test_numbers_are_where_they_belong(page):
     assert f"{4210 / 3600 * 0.85:.4f}" in page
 
 
+def test_every_suite_is_shown_and_items_without_a_value_are_counted(page):
+    assert "0.804</dt><dd>pass@1 of the student on test" in page
+    assert "0.482</dt><dd>pass@1 of the student on longer-sums" in page
+    assert "<small>480 of 500 items</small>" in page
+    text = render_markdown(example())
+    assert "0.000 [0.000, 0.008] on 480 of 500 items |" in text
+    assert "Suites test, longer-sums; metrics without a prefix are of the first." in text
+
+
+def test_one_seed_is_said_to_be_about_checkpoints(page):
+    alone = replace(example(), seeds=(0,))
+    for text in (render_html(alone), render_markdown(alone)):
+        assert "Intervals are about these checkpoints on new items. There is one training seed" in text
+    assert "from 3 seeds each" in page
+    assert "The student of seed 1, which has the least validation loss, is the one that would be published" in page
+
+
 def hostile():
     base = example()
     sample = Sample(HOSTILE, HOSTILE, HOSTILE, (SampleAnswer("student", HOSTILE + '"><img src=x onerror=y>', False),))
@@ -272,7 +291,10 @@ def test_markdown_tables_are_whole():
     assert len(blocks) == 6  # rules, models, differences, two of counts, stages
     for block in blocks:
         assert len({re.sub(r"\\\|", "", line).count("|") for line in block.splitlines()}) == 1, block
-    assert "| Student \N{MINUS SIGN} Hard labels only | +0.0180 | [-0.0060, +0.0420] | not told apart |" in text
+    assert (
+        "| Student \N{MINUS SIGN} Hard labels only | +0.0180 | [-0.0060, +0.0420] | 500 | not told apart | these recipes (3 and 3 seeds)"
+        in text
+    )
 
 
 def test_long_texts_are_cut_with_the_rest_in_the_title(page):

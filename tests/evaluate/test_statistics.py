@@ -1,4 +1,4 @@
-"""Intervals: values by hand, coverage by simulation, pairing, degenerate tables, and tables that are refused."""
+"""Score tables: values by hand, pairing, what an interval is about, items left out, and tables that are refused."""
 
 import numpy as np
 import pyarrow as pa
@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_core.errors import KDError
-from kd_core.evaluate import statistics
-from kd_core.evaluate.statistics import METRICS, SCORE_SCHEMA, Comparison, compare, estimate, metric_of, wilson_interval
+from kd_core.evaluate.intervals import wilson_interval
+from kd_core.evaluate.statistics import METRICS, SCORE_SCHEMA, Comparison, compare, estimate, metric_of, num_measured
 
 
 def table(seeds=(0,), suite="test", tokens=None, **columns_IS):
@@ -49,7 +49,6 @@ def test_per_token_weighs_items_by_their_tokens():
     """Two items, one token with loss 9 and nine tokens with loss 1 each: 18 / 10, not (9 + 1) / 2."""
     found = estimate(table(tokens=[1, 9], nll_sum=column([9.0, 9.0])), "nll", suite="test", confidence=0.95)
     assert found.value == pytest.approx(1.8)
-    assert (found.low, found.high) == (pytest.approx(1.0), pytest.approx(9.0))  # draws of one item of two: either of them
 
 
 def test_ends_match_the_normal_interval_where_items_are_many():
@@ -61,63 +60,59 @@ def test_ends_match_the_normal_interval_where_items_are_many():
     assert found.high == pytest.approx(values.mean() + half, abs=0.1 * half)
 
 
-def test_items_without_gold_are_left_out_and_order_of_rows_is_not():
+def test_items_without_gold_are_left_out_and_counted_and_order_of_rows_is_nothing():
     scores = table(nll_sum=column([1.0, None, 3.0, 2.0]))
     found = estimate(scores, "nll", suite="test", confidence=0.9)
-    assert (found.value, found.n) == (2.0, 3)
+    assert (found.value, found.n, found.left_out) == (2.0, 3, 1)
     assert estimate(scores.take([3, 1, 0, 2]), "nll", suite="test", confidence=0.9) == found
+    assert num_measured(scores, "nll", suite="test") == (3, 4)
+    assert num_measured(scores, "kl", suite="test") == (0, 4)
+    assert num_measured(scores, "nll", suite="another") == (0, 0)
+
+
+def test_an_item_counts_with_a_value_for_every_seed():
+    scores = table((0, 1), pass_at_1=[[1.0, None], [1.0, 0.0], [0.0, 0.0]])
+    found = estimate(scores, "pass_at_1", suite="test", confidence=0.95)
+    assert (found.value, found.n, found.left_out) == (0.25, 2, 1)
+
+
+def test_one_item_is_no_measurement():
+    scores = table(pass_at_1=column([1.0, None]))
+    assert estimate(scores, "pass_at_1", suite="test", confidence=0.95) is None
+    assert compare(scores, scores, "pass_at_1", suite="test", confidence=0.95) is None
+
+
+def test_agreement_is_a_share_of_tokens():
+    all_equal = estimate(table(tokens=[5] * 10, agreement_sum=column([5.0] * 10)), "agreement", suite="test", confidence=0.95)
+    assert (all_equal.value, all_equal.high) == (1.0, 1.0)
+    assert 0.6 < all_equal.low < 1.0
+    mixed = estimate(table(tokens=[1, 200], agreement_sum=column([0.0, 199.0])), "agreement", suite="test", confidence=0.95)
+    assert 0.0 <= mixed.low < mixed.value < mixed.high <= 1.0
+
+
+def test_a_loss_is_never_negative():
+    found = estimate(table((0, 1), nll_sum=[[0.1, 2.0]] * 3), "nll", suite="test", confidence=0.95)
+    assert (found.value, found.low) == (1.05, 0.0)
+
+
+def test_what_an_interval_is_about():
+    one, three = table(pass_at_1=column([1.0, 0.0])), table((0, 1, 2), pass_at_1=[[1.0] * 3, [0.0] * 3])
+    about = {n: estimate(t, "pass_at_1", suite="test", confidence=0.95).scope for n, t in ((1, one), (3, three))}
+    assert about == {1: "this checkpoint, on new items", 3: "the recipe (3 seeds), on new items and seeds"}
+    for a, b, scope in (
+        (one, one, "these checkpoints, on new items"),
+        (three, three, "these recipes (3 and 3 seeds), on new items and seeds"),
+        (three, one, "the recipe of student (3 seeds) and this teacher, on new items and seeds"),
+    ):
+        assert compare(a, b, "pass_at_1", suite="test", confidence=0.95, names=("student", "teacher")).scope == scope
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 @pytest.mark.parametrize("metric", ["pass_at_1", "truncated"])
-def test_all_equal_shares_get_the_wilson_interval(value, metric):
+def test_all_equal_shares_get_the_wilson_interval_of_few_items(value, metric):
+    """Ten items are worth 9 z^2 / t(9)^2 = 9 (1.959964 / 2.262157)^2 = 6.756."""
     found = estimate(table(seeds=(0, 1, 2), **{metric: [[value] * 3] * 10}), metric, suite="test", confidence=0.95)
-    assert (found.value, found.low, found.high) == pytest.approx((value, *wilson_interval(10 * value, 10, 0.95)))
-
-
-def test_wilson_by_hand():
-    """15 of 50 at 95%: 0.191 to 0.438 (Brown, Cai and DasGupta's form, computed by hand)."""
-    assert wilson_interval(15, 50, 0.95) == pytest.approx((0.1910, 0.4375), abs=2e-4)
-    assert wilson_interval(10, 10, 0.95) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert wilson_interval(0, 10, 0.95) == pytest.approx((0.0, 0.2775), abs=1e-4)
-
-
-def coverage(simulate, truth, num_tables):
-    found = [estimate(simulate(np.random.default_rng(i)), "nll", suite="test", confidence=0.95) for i in range(num_tables)]
-    return np.mean([f.low <= truth <= f.high for f in found])
-
-
-def test_interval_covers_where_items_vary():
-    def simulate(rng):
-        return table(nll_sum=column(rng.gamma(2.0, 0.5, size=60)))
-
-    assert 0.90 <= coverage(simulate, truth=1.0, num_tables=200) <= 0.985
-
-
-def test_interval_covers_where_items_and_many_seeds_vary():
-    seeds = tuple(range(12))
-
-    def simulate(rng):
-        return table(seeds, nll_sum=1.0 + 0.3 * rng.normal(size=(30, 1)) + 0.05 * rng.normal(size=12) + 0.2 * rng.normal(size=(30, 12)))
-
-    assert 0.90 <= coverage(simulate, truth=1.0, num_tables=100) <= 0.985
-
-
-def test_three_seeds_cannot_give_a_95_percent_statement_about_seeds():
-    """The number that the docstring of ``estimate`` states: about 75%, where seeds are all that varies."""
-
-    def simulate(rng):
-        return table((0, 1, 2), nll_sum=np.ones((8, 1)) + 0.1 * rng.normal(size=3))
-
-    assert 0.67 <= coverage(simulate, truth=1.0, num_tables=200) <= 0.83
-
-
-def test_seed_variance_is_not_understated():
-    """Drawing one seed fewer: the bootstrap's variance over three seeds is s^2 / 3, not two thirds of it."""
-    effects = np.array([0.0, 1.0, 5.0])
-    rng = np.random.default_rng(0)
-    v_RS = statistics._draw_counts(rng, 200_000, 3)
-    assert (v_RS @ effects / 2).var() == pytest.approx(effects.var(ddof=1) / 3, rel=0.02)
+    assert (found.value, found.low, found.high) == pytest.approx((value, *wilson_interval(value, 6.756, 0.95)), abs=1e-4)
 
 
 def test_pairing_narrows_the_difference_of_models_that_find_the_same_items_hard():
@@ -134,26 +129,20 @@ def test_pairing_narrows_the_difference_of_models_that_find_the_same_items_hard(
     assert (paired.improvement, paired.improvement_low, paired.improvement_high) == (-paired.difference, -paired.high, -paired.low)
 
 
-def test_pairing_by_seed():
-    """Both models follow the luck of their seed; the difference does not, if seeds are the same."""
-    luck = np.array([-1.0, 0.0, 1.0])
-    items = np.linspace(1.0, 2.0, 30)[:, None]
-    a = table((0, 1, 2), nll_sum=items + luck + 5.0)
-    b = table((0, 1, 2), nll_sum=items + luck + 4.0)
-    other_seeds = table((3, 4, 5), nll_sum=items + luck + 4.0)
-    paired = compare(a, b, "nll", suite="test", confidence=0.95)
-    assert (paired.low, paired.high) == (pytest.approx(1.0), pytest.approx(1.0))
-    unpaired = compare(a, other_seeds, "nll", suite="test", confidence=0.95)
-    assert unpaired.high - unpaired.low > 1.0
-
-
 def test_a_single_seed_model_stands_for_itself():
+    """Items cancel; seeds 0.1, 0.2, 0.3 above: 0.2 -+ t(2) 0.1 / sqrt(3)."""
     items = np.linspace(1.0, 2.0, 30)[:, None]
     student = table((0, 1, 2), nll_sum=items + np.array([0.1, 0.2, 0.3]))
-    teacher = table((0,), nll_sum=items)
-    found = compare(student, teacher, "nll", suite="test", confidence=0.95)
+    found = compare(student, table(nll_sum=items), "nll", suite="test", confidence=0.95)
     assert found.difference == pytest.approx(0.2)
-    assert (found.low, found.high) == (pytest.approx(0.1), pytest.approx(0.3))
+    assert (found.low, found.high) == pytest.approx((0.2 - 0.24841, 0.2 + 0.24841), abs=1e-5)
+    assert found.num_seeds == (3, 1)
+
+
+def test_a_difference_is_over_the_items_that_both_have():
+    a, b = table(nll_sum=column([1.0, 2.0, 3.0, None])), table(nll_sum=column([None, 1.0, 1.0, 5.0]))
+    found = compare(a, b, "nll", suite="test", confidence=0.95)
+    assert (found.difference, found.n, found.left_out) == (1.5, 2, 2)
 
 
 def test_difference_of_perfect_models_keeps_a_width():
@@ -178,8 +167,6 @@ def test_incomplete_tables_are_refused():
         estimate(scores.slice(0, 9), "pass_at_1", suite="test", confidence=0.95)
     with pytest.raises(KDError, match="0 are missing and 1 are doubled"):
         estimate(pa.concat_tables([scores, scores.slice(0, 1)]), "pass_at_1", suite="test", confidence=0.95)
-    with pytest.raises(KDError, match="1 of 2 items have pass_at_1 for some seeds"):
-        estimate(table((0, 1), pass_at_1=[[1.0, None], [1.0, 1.0]]), "pass_at_1", suite="test", confidence=0.95)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +174,7 @@ def test_incomplete_tables_are_refused():
     [
         ("nll", {"nll_sum": column([1.0, float("nan")])}, "not finite on 1 items"),
         ("nll", {"nll_sum": column([1.0, 1.0]), "tokens": [1, 0]}, "1 items with a sum over no tokens"),
-        ("nll", {"nll_sum": column([1.0])}, "2 or more"),
+        ("agreement", {"agreement_sum": column([1.0, 3.0]), "tokens": [1, 2]}, "must lie in"),
         ("pass_at_1", {"pass_at_1": column([1.0, 7.0])}, "must lie in"),
         ("bleu", {"nll_sum": column([1.0, 1.0])}, "'bleu' does not exist; known are pass_at_1"),
     ],
@@ -197,32 +184,20 @@ def test_broken_numbers_are_refused(metric, columns, message):
         estimate(table(**columns), metric, suite="test", confidence=0.95)
 
 
-def test_blocks_of_bounded_memory_change_nothing_but_the_draws(monkeypatch):
-    scores = table((0, 1, 2), nll_sum=np.random.default_rng(2).normal(3.0, 1.0, size=(50, 3)))
-    whole = estimate(scores, "nll", suite="test", confidence=0.95)
-    monkeypatch.setattr(statistics, "_WEIGHTS_IN_MEMORY", 333 * 50)
-    blocks = estimate(scores, "nll", suite="test", confidence=0.95)
-    assert blocks.value == whole.value
-    assert (blocks.low, blocks.high) == (pytest.approx(whole.low, rel=0.01), pytest.approx(whole.high, rel=0.01))
-
-
 @settings(max_examples=40, deadline=None)
-@given(values=st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), min_size=2, max_size=12), index=st.integers(0, 11))
-def test_better_items_never_lower_an_end(values, index):
-    better = list(values)
-    better[index % len(values)] = 1.0
-    other = table(pass_at_1=column(values[::-1]))
-    before, after = (table(pass_at_1=column(v)) for v in (values, better))
-    e0, e1 = (estimate(t, "pass_at_1", suite="test", confidence=0.95) for t in (before, after))
-    c0, c1 = (compare(t, other, "pass_at_1", suite="test", confidence=0.95) for t in (before, after))
-    tiny = 1e-12
-    assert e1.low >= e0.low - tiny
-    assert e1.high >= e0.high - tiny
-    assert c1.improvement_low >= c0.improvement_low - tiny
-    assert 0.0 <= e0.low <= e0.value <= e0.high <= 1.0
+@given(values=st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), min_size=2, max_size=12), order=st.randoms(use_true_random=False))
+def test_order_of_rows_changes_nothing_and_values_lie_within(values, order):
+    scores, other = table(pass_at_1=column(values)), table(pass_at_1=column(values[::-1]))
+    rows = order.sample(range(len(values)), len(values))
+    found = estimate(scores, "pass_at_1", suite="test", confidence=0.95)
+    assert estimate(scores.take(rows), "pass_at_1", suite="test", confidence=0.95) == found
+    assert 0.0 <= found.low <= found.value <= found.high <= 1.0
+    pair, back = (compare(*two, "pass_at_1", suite="test", confidence=0.95) for two in ((scores, other), (other, scores.take(rows))))
+    assert (pair.difference, pair.low, pair.high) == pytest.approx((-back.difference, -back.high, -back.low))
+    assert pair.low <= pair.difference <= pair.high
 
 
 def test_metric_names_and_directions():
     assert [name for name, metric in METRICS.items() if metric.higher_is_better] == ["pass_at_1", "agreement"]
     assert metric_of("svamp/pass_at_1") is METRICS["pass_at_1"]
-    assert Comparison("svamp/kl", "a", "b", -1.0, -2.0, -0.5).improvement_low == 0.5
+    assert Comparison("svamp/kl", "a", "b", -1.0, -2.0, -0.5, 30, 0, (3, 3)).improvement_low == 0.5

@@ -438,8 +438,8 @@ def test_a_large_vocabulary_is_offered_top_k_and_warned_of_dense(empty: LocalSto
     options = {(o.policy["kind"], o.policy.get("num_draws", o.policy.get("k"))): o for o in plan.soft_label_options}
     assert list(options) == [("sampled", 25), ("sampled", 50), ("sampled", 100), ("topk", 32), ("topk", 128), ("dense", None)]
     assert options["sampled", 50].chosen
-    assert [option.tokens for option in plan.soft_label_options] == [168 * 128] * 6
-    assert options["dense", None].bytes == pytest.approx(168 * 128 * 49_152 * 4, rel=0.01)
+    assert [option.tokens for option in plan.soft_label_options] == [224 * 128] * 6
+    assert options["dense", None].bytes == pytest.approx(224 * 128 * 49_152 * 4, rel=0.01)
     assert 8 < options["sampled", 25].bytes_a_token < options["topk", 128].bytes_a_token < 250  # type: ignore[operator]
     assert plan.total.unknown == ()
     assert [note.partition(":")[0] for note in plan.notes] == ["lengths", "answers", "scoring", "soft labels' bytes"]

@@ -168,6 +168,15 @@ WRONG = [
         "gate.rules=[{kind: floor, metric: nll, minimum: 1}]",
         "gate.rules[0].metric: nll is not measured by this recipe or not for this rule",
     ),
+    ("seeds=[0]", "gate.rules[0]: better_than baseline compares two recipes, and one seed says nothing of either"),
+    (
+        "gate.rules=[{kind: floor, metric: pass_at_1, minimum: 0.5, suite: gsm8k}]",
+        "gate.rules[0].suite: gsm8k is not in evaluation.suites; found ['held_out']",
+    ),
+    (
+        "gate.rules=[{kind: ceiling, metric: bytes, maximum: 5, suite: held_out}]",
+        "gate.rules[0].suite: bytes is the same on every suite; leave it out",
+    ),
     ("prompts.split.test=0", "prompts.split.test: 0 leaves nothing for the held_out suite; use a share above 0, for example 0.1"),
     ("prompts.split.validation=0", "prompts.split.validation: 0 leaves nothing to choose the published seed by"),
     (
@@ -281,7 +290,7 @@ def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
         ("=3", "--set '=3': expected path=value"),
         (".=3", "--set '.=3': expected path=value"),
         ("training..steps=3", "--set 'training..steps=3': expected path=value"),
-        ("seeds.\u00b2=3", "--set seeds.\u00b2=3: seeds.\u00b2 is a list of 3; use a number from 0 to 2"),
+        ("seeds.\u00b2=3", "--set seeds.\u00b2=3: seeds.\u00b2 is a list of 5; use a number from 0 to 4"),
         ("prompts.sources.3.num=1", "--set prompts.sources.3.num=1: prompts.sources.3 is a list of 1; use a number from 0 to 0"),
         ("name.x=1", "--set name.x=1: name is the value 'quickstart' and has no fields below it"),
         ("training.steps=[1", "--set training.steps:1:3: not valid YAML: expected ',' or ']'"),

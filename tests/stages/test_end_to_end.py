@@ -99,7 +99,7 @@ def test_the_report_as_json_has_the_documented_shape(finished, kd, monkeypatch):
     report = json.loads(called.out)
     assert set(report) == {
         *("verdict", "models", "comparisons", "stages", "recipe", "suite", "confidence", "seeds", "speed_up", "memory_ratio"),
-        *("counts", "curves", "samples", "versions"),
+        *("counts", "curves", "samples", "versions", "suites", "published_seed"),
     }
     assert set(report["verdict"]) == {"promote", "headline", "reasons", "champion"}
     assert set(report["models"]) == {"teacher", "student", "baseline", "ablation_hard"}

@@ -215,6 +215,7 @@ _ADDED: dict[tuple[str, str], Any] = {  # values for fields whose type alone doe
     ("StudentFromTeacher", "vocabulary"): Vocabulary(keep="data"),
     ("Task", "system"): "be brief",
     ("TopK", "temperatures"): (1.0, 2.0, 4.0),
+    **{(rule, "suite"): "held_out" for rule in ("BetterThan", "NotWorseThanChampion", "Floor", "Ceiling")},
     ("Training", "adam_betas"): (0.8, 0.9),
     ("Training", "clip_norm"): None,
     ("Training", "ema_decay"): 0.99,
