@@ -115,7 +115,7 @@ def _teacher(recipe: Recipe, store: Store) -> tuple[LoadedModel | None, Record |
         return load_teacher(Job(recipe, node, store, {"teacher": record}, Path(), silent)), record, ""
     device = pick_device(recipe.run.device)
     if isinstance(spec, PretrainedTeacher):
-        loaded = load_model(spec, device=device, tokenizer=load_tokenizer(spec), trust_remote_code=spec.trust_remote_code)
+        loaded = load_model(spec, device=device, tokenizer=load_tokenizer(spec))
         return loaded, None, ""
     tokenizer = character_tokenizer(spec.tokenizer)
     model = new_model(spec.architecture, tokenizer, seed=recipe.seeds[0])

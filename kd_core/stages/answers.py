@@ -71,7 +71,7 @@ class _LocalEngine:
         self.job, self.answers = job, answers
         self._loaded: LoadedModel | None = None
         with job.files(job.inputs["teacher"]) as files:
-            self.tokenizer = load_tokenizer(files / "model")
+            self.tokenizer = load_tokenizer(files / "model", trust_remote_code=job.recipe.trusts_code)
 
     def order(self, rows: list[AnswerRequest]) -> list[AnswerRequest]:
         """Prompts of like length share a batch: padding is waste."""

@@ -33,8 +33,10 @@ def curate_stage(job: Job) -> dict[str, Any]:
     recipe = job.recipe
     prompts = job.read_table("prompts", "prompts.parquet")
     with job.files(job.inputs["teacher"]) as files:
-        own = isinstance(recipe.teacher, ServerTeacher) and isinstance(recipe.student, PretrainedStudent)
-        tokenizer = load_tokenizer(recipe.student if own else files / "model")  # type: ignore[arg-type]
+        if isinstance(recipe.teacher, ServerTeacher) and isinstance(recipe.student, PretrainedStudent):
+            tokenizer = load_tokenizer(recipe.student)
+        else:
+            tokenizer = load_tokenizer(files / "model", trust_remote_code=recipe.trusts_code)
     counts: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
     if "answers" in job.inputs:

@@ -119,4 +119,5 @@ def _champion_record(store: Store, holder: Entry) -> Record:
 
 def _load(job: Job, record: Record) -> LoadedModel:
     with job.files(record) as files:
-        return load_directory(files / "model", device=pick_device(job.recipe.run.device), tokenizer=load_tokenizer(files / "model"))
+        tokenizer = load_tokenizer(files / "model", trust_remote_code=job.recipe.trusts_code)
+        return load_directory(files / "model", device=pick_device(job.recipe.run.device), tokenizer=tokenizer)

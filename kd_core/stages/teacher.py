@@ -30,7 +30,7 @@ def teacher_stage(job: Job) -> dict[str, Any]:
         return _train_teacher(job, teacher)
     device = pick_device(job.recipe.run.device)
     tokenizer = load_tokenizer(teacher)
-    loaded = load_model(teacher, device=device, tokenizer=tokenizer, trust_remote_code=teacher.trust_remote_code)
+    loaded = load_model(teacher, device=device, tokenizer=tokenizer)
     tokenizer.save_pretrained(job.directory / "model")
     return _describe(loaded, reference_identity(teacher))
 
@@ -100,7 +100,7 @@ def load_teacher(job: Job) -> LoadedModel:
     teacher = job.recipe.teacher
     device = pick_device(job.recipe.run.device)
     with job.files(job.inputs["teacher"]) as files:
-        tokenizer = load_tokenizer(files / "model")
+        tokenizer = load_tokenizer(files / "model", trust_remote_code=job.recipe.trusts_code)
         if isinstance(teacher, PretrainedTeacher):
-            return load_model(teacher, device=device, tokenizer=tokenizer, trust_remote_code=teacher.trust_remote_code)
+            return load_model(teacher, device=device, tokenizer=tokenizer)
         return load_directory(files / "model", device=device, tokenizer=tokenizer)

@@ -139,7 +139,7 @@ def _tokenizer(job: Job) -> tuple[PreTrainedTokenizerBase, TokenMap | None]:
     """The teacher's, or what the vocabulary stage kept."""
     role, folder = ("vocabulary", "tokenizer") if "vocabulary" in job.inputs else ("teacher", "model")
     with job.files(job.inputs[role]) as files:
-        return load_tokenizer(files / folder), read_token_map(files / folder)
+        return load_tokenizer(files / folder, trust_remote_code=job.recipe.trusts_code), read_token_map(files / folder)
 
 
 def _kept_mass(recipe: Recipe, rows: Rows, token_map: TokenMap, *, seed: int) -> float:
