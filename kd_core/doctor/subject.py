@@ -158,7 +158,11 @@ def _rows(recipe: Recipe, tokenizer: Any) -> tuple[tuple[str, ...], tuple[TokenR
     candidates: list[tuple[str, TokenRow]] = []
     for prompt in (golds or prompts)[:_CANDIDATES]:
         ids = encode_prompt(tokenizer, prompt["prompt"], recipe.task)
-        row = TokenRow((*ids, *encode_gold(tokenizer, prompt["gold"])), len(ids)) if golds else TokenRow(tuple(ids), max(1, len(ids) // 2))
+        row = (
+            TokenRow((*ids, *encode_gold(tokenizer, prompt["gold"], recipe.task)), len(ids))
+            if golds
+            else TokenRow(tuple(ids), max(1, len(ids) // 2))
+        )
         candidates += [(prompt["prompt"], row)] if row.num_supervised >= 2 else []
     if not candidates:
         raise SourceError("no prompt has two tokens to supervise; check prompts.sources and task.template")

@@ -144,7 +144,7 @@ def _score(
             start += row.num_supervised
             entry = found[picked[j]]
             counted = loaded if teacher is None else teacher
-            entry["tokens"] = len(encode_gold(counted.tokenizer, items[picked[j]]["gold"]))
+            entry["tokens"] = len(encode_gold(counted.tokenizer, items[picked[j]]["gold"], task))
             entry["nll_sum"] = -float(log_q_NV[span].gather(-1, batch.labels_N[span, None]).sum())
             if log_p_NV is not None:
                 p, q = log_p_NV[span], log_q_NV[span]
@@ -155,7 +155,7 @@ def _score(
 
 def _gold_row(loaded: LoadedModel, item: dict[str, Any], task: Task) -> TokenRow:
     prompt_ids = encode_prompt(loaded.tokenizer, item["prompt"], task)
-    return TokenRow((*prompt_ids, *encode_gold(loaded.tokenizer, item["gold"])), len(prompt_ids))
+    return TokenRow((*prompt_ids, *encode_gold(loaded.tokenizer, item["gold"], task)), len(prompt_ids))
 
 
 def _logprobs(loaded: LoadedModel, batch: Batch, columns_S: Tensor | None = None) -> Tensor:

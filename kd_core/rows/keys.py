@@ -26,7 +26,7 @@ __all__ = [
 def about_answers(recipe: Recipe, answers: Answers, teacher: Record) -> dict[str, Any]:
     """What all answers of one growing table share: who answers, how it samples, how prompts are worded, the seed."""
     sampling = answers.model_dump(mode="json", exclude={"num_samples"})
-    template = {"template": recipe.task.template, "system": recipe.task.system}
+    template = recipe.task.model_dump(mode="json", include={"template", "system", "date"})
     return {"teacher": dict(teacher.summary["teacher"]), "sampling": sampling, **template, "seed": recipe.seeds[0]}
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from kd_core.errors import RecipeError, TeacherError
 from kd_core.fingerprint import fingerprint
-from kd_core.recipe import Answers, ServerTeacher
+from kd_core.recipe import Answers, PretrainedStudent, ServerTeacher
 from kd_core.rows.keys import about_answers, answer_rows
 from kd_core.rows.schemas import ANSWER_SCHEMA
 from kd_core.rows.table import RowCache
@@ -22,6 +22,7 @@ from kd_core.teacher.generate import generate
 from kd_core.teacher.models import LoadedModel, load_tokenizer
 from kd_core.teacher.server import answer_prompts
 from kd_core.tokens.encoding import encode_prompt
+from kd_core.tokens.templates import check_template
 
 __all__ = ["answers_stage", "read_answers"]
 
@@ -102,7 +103,12 @@ class _ServerEngine:
         self.job, self.teacher, self.answers, self.url = job, teacher, answers, job.recipe.run.teacher_url
 
     def order(self, rows: list[AnswerRequest]) -> list[AnswerRequest]:
-        """As they are: the server makes its own batches."""
+        """As they are: the server makes its own batches. Prompts that the student cannot read stop the run before any is paid for."""
+        assert isinstance(self.job.recipe.student, PretrainedStudent), "the recipe allows no other student beside a server teacher"
+        tokenizer = load_tokenizer(self.job.recipe.student)
+        check_template(tokenizer, self.job.recipe.task)
+        for prompt in {row["prompt"] for _, row in rows}:
+            encode_prompt(tokenizer, prompt, self.job.recipe.task)
         return rows
 
     def answer(self, shard: list[AnswerRequest]) -> pa.Table:

@@ -45,7 +45,7 @@ def curate_stage(job: Job) -> dict[str, Any]:
         counts.update(curated.counts)
         text_of = dict(zip(prompts["prompt_id"].to_pylist(), prompts["prompt"].to_pylist(), strict=True))
         for row in curated.kept.to_pylist():
-            ids = row["answer_ids"] or encode_answer(tokenizer, row["text"], ended=row["finish_reason"] == "stop")
+            ids = row["answer_ids"] or encode_answer(tokenizer, row["text"], ended=row["finish_reason"] == "stop", task=recipe.task)
             prompt_ids = row["prompt_ids"] or encode_prompt(tokenizer, text_of[row["prompt_id"]], recipe.task)
             rows.append(_row(row["prompt_id"], "teacher", row["sample_index"], row["finish_reason"], row["text"], prompt_ids, ids))
     gold = [_gold_row(tokenizer, row, job) for row in gold_rows(prompts, limit=recipe.curate.gold_rows).to_pylist()]
@@ -63,7 +63,7 @@ def curate_stage(job: Job) -> dict[str, Any]:
 
 def _gold_row(tokenizer: Any, row: dict[str, Any], job: Job) -> dict[str, Any]:
     prompt_ids = encode_prompt(tokenizer, row["prompt"], job.recipe.task)
-    return _row(row["prompt_id"], "gold", 0, "stop", row["gold"], prompt_ids, encode_gold(tokenizer, row["gold"]))
+    return _row(row["prompt_id"], "gold", 0, "stop", row["gold"], prompt_ids, encode_gold(tokenizer, row["gold"], job.recipe.task))
 
 
 def _row(prompt_id: str, source: str, sample: int, reason: str, text: str, prompt_ids: list[int], answer_ids: list[int]) -> dict[str, Any]:

@@ -6,13 +6,14 @@ import torch
 
 from kd_core.fingerprint import fingerprint, sha256_bytes
 from kd_core.prompts import collect_gold
-from kd_core.recipe import Objective, PretrainedTeacher, Recipe, ServerTeacher, TrainedTeacher
+from kd_core.recipe import Objective, PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, TrainedTeacher
 from kd_core.stages.job import Job
 from kd_core.student.make import new_model
 from kd_core.teacher.models import LoadedModel, load_directory, load_model, load_tokenizer, pick_device, save_model, teacher_identity
 from kd_core.teacher.reference import reference_identity
 from kd_core.tokens.batches import TokenRow
 from kd_core.tokens.encoding import character_tokenizer, encode_gold, encode_prompt
+from kd_core.tokens.templates import check_template
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.history import to_jsonl
 from kd_core.train.loop import train
@@ -25,11 +26,14 @@ def teacher_stage(job: Job) -> dict[str, Any]:
     """Files: model/ (of a pre-trained one only the tokenizer), metrics.jsonl of a trained one. Summary: its content identity and size."""
     teacher = job.recipe.teacher
     if isinstance(teacher, ServerTeacher):
+        assert isinstance(job.recipe.student, PretrainedStudent), "the recipe allows no other student beside a server teacher"
+        check_template(load_tokenizer(job.recipe.student), job.recipe.task)
         return {"teacher": {"engine": "server", "model": teacher.model, "revision": teacher.revision}, "parameters": None, "bytes": None}
     if isinstance(teacher, TrainedTeacher):
         return _train_teacher(job, teacher)
     device = pick_device(job.recipe.run.device)
     tokenizer = load_tokenizer(teacher)
+    check_template(tokenizer, job.recipe.task)
     loaded = load_model(teacher, device=device, tokenizer=tokenizer)
     tokenizer.save_pretrained(job.directory / "model")
     return _describe(loaded, reference_identity(teacher))
@@ -51,6 +55,7 @@ def _train_teacher(job: Job, teacher: TrainedTeacher) -> dict[str, Any]:
         s3=recipe.run.s3,
     )
     tokenizer = character_tokenizer(teacher.tokenizer)
+    check_template(tokenizer, recipe.task)
     model = new_model(teacher.architecture, tokenizer, seed=seed)
     rows = [_token_row(tokenizer, recipe, row) for row in gold.to_pylist()]
     device = pick_device(recipe.run.device)
@@ -83,7 +88,7 @@ def _train_teacher(job: Job, teacher: TrainedTeacher) -> dict[str, Any]:
 
 def _token_row(tokenizer: Any, recipe: Recipe, row: dict[str, Any]) -> TokenRow:
     prompt_ids = encode_prompt(tokenizer, row["prompt"], recipe.task)
-    return TokenRow((*prompt_ids, *encode_gold(tokenizer, row["gold"])), len(prompt_ids))
+    return TokenRow((*prompt_ids, *encode_gold(tokenizer, row["gold"], recipe.task)), len(prompt_ids))
 
 
 def _weights_digest(model: torch.nn.Module) -> str:

@@ -4,6 +4,7 @@ A loaded model is in eval mode, on its device, in the stated dtype; generation d
 ignored on purpose, but for the ids that end an answer.
 """
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kd_core.errors import RecipeError, TeacherError
+from kd_core.errors import KDError, RecipeError, TeacherError
 from kd_core.recipe import ModelRef
 from kd_core.teacher.loaders import Place, quiet, read_model, read_tokenizer
 from kd_core.tokens.encoding import num_columns, tokenizer_identity
+from kd_core.tokens.templates import end_of_turn
 from kd_core.tokens.token_map import TokenMap, read_token_map, write_token_map
 
 __all__ = [
@@ -64,8 +66,11 @@ class LoadedModel:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Token ids that end an answer."""
+        """Token ids that end an answer: the end token, the template's end of turn, and what the model's authors shipped."""
         stops = {int(self.tokenizer.eos_token_id)}
+        if self.tokenizer.chat_template:
+            with contextlib.suppress(KDError):  # a template that fails is an error where the recipe uses it
+                stops.add(end_of_turn(self.tokenizer))
         shipped = getattr(self.model.generation_config, "eos_token_id", None)
         if isinstance(shipped, (int, list)):
             stops |= {int(i) for i in ([shipped] if isinstance(shipped, int) else shipped)}

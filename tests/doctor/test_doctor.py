@@ -260,7 +260,7 @@ def test_a_mean_over_micro_batches_is_found(sums, store: LocalStore, monkeypatch
 def test_an_answer_without_end_is_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trap 4."""
     real = subject.encode_gold
-    monkeypatch.setattr(subject, "encode_gold", lambda tokenizer, answer: real(tokenizer, answer)[:-1])
+    monkeypatch.setattr(subject, "encode_gold", lambda *given: real(*given)[:-1])
     found = by_name(examine(sums(), store))
     assert failed(found) == {"supervision"}
     assert "the student would not learn to stop" in found["supervision"].detail
