@@ -69,6 +69,8 @@ def outcome_text(recipe: Recipe, store: Store, done: Mapping[str, Artifact], rec
         )
         size = f"{model['params']:,} parameters, {human_bytes(model['bytes'])}" if model["params"] else ""
         lines.append(f"  {name:<14} {shown}  ({size})")
+    used = report["counts"]["Rows learnt from"]
+    lines += ["", "  " + ", ".join(f"{count:,} {what}" for what, count in used.items())]
     version = f"{published.summary['model']} version {published.summary['version']}"
     champion = published.summary["champion_version"]
     lines += [

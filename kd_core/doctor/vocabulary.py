@@ -1,5 +1,6 @@
-"""Checks of tokens: one vocabulary and template on both sides, every answer token supervised once, answers that end."""
+"""Checks of tokens: one vocabulary on both sides, every answer token supervised once, rows short enough, answers that end."""
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 
@@ -13,8 +14,9 @@ from kd_core.store.arrow import arrow_file_system
 from kd_core.teacher.models import LoadedModel
 from kd_core.tokens.batches import TokenRow, collate
 from kd_core.tokens.encoding import encode_prompt, end_token, num_columns, tokenizer_identity
+from kd_core.tokens.lengths import row_limit, used_rows
 
-__all__ = ["check_end_token", "check_supervision", "check_tokenizers", "check_truncated_answers"]
+__all__ = ["check_end_token", "check_supervision", "check_tokenizers", "check_truncated_answers", "check_used_rows"]
 
 _CURATED_GROUPS = 4  # row groups of the curated rows that are read
 
@@ -81,6 +83,24 @@ def check_supervision(subject: Subject) -> str:
             f"a gold row does not end with the end token {end}, or holds it before its end: the student would not learn to stop"
         )
     return f"{sum(counts)} supervised tokens in {len(rows)} rows, none lost; each answer ends with the end token {end}, supervised"
+
+
+def check_used_rows(subject: Subject) -> str:
+    """Rows are within training.max_tokens and the positions of both models: those that are not are left out."""
+    recipe, student, teacher = subject.recipe, subject.student, subject.teacher
+    positions = {"student": student.max_positions, "teacher": None if teacher is None else teacher.max_positions}
+    limit = row_limit(recipe.training, positions=positions)
+    if not subject.has_gold:
+        prompts = [tokens for tokens, _ in subject.lengths]
+        if recipe.answers is None:
+            raise Skipped("no prompt has a gold answer, and the teacher answers none")
+        fits = sum(tokens + recipe.answers.max_tokens <= limit.tokens for tokens in prompts)
+        return (
+            f"{fits} of {len(prompts)} prompts leave room for an answer of answers.max_tokens = {recipe.answers.max_tokens} within "
+            f"{limit.by} = {limit.tokens}; longer rows are left out"
+        )
+    tokens, supervised = np.array(subject.lengths, np.int64).T
+    return f"of a sample of gold rows, {used_rows(tokens, supervised, limit).require(recipe.training)}"
 
 
 def check_end_token(subject: Subject) -> str:

@@ -10,14 +10,14 @@ import pyarrow as pa
 
 from kd_core.errors import RecipeError, TeacherError
 from kd_core.fingerprint import fingerprint
-from kd_core.recipe import Answers, PretrainedStudent, ServerTeacher
+from kd_core.recipe import Answers, ServerTeacher
 from kd_core.rows.keys import about_answers, answer_rows
 from kd_core.rows.schemas import ANSWER_SCHEMA
 from kd_core.rows.table import RowCache
 from kd_core.rows.work import Packed, work_in_shards
 from kd_core.stages.job import Job
 from kd_core.stages.sharded import Progress, frozen_rows, sharded_summary
-from kd_core.stages.teacher import load_teacher
+from kd_core.stages.teacher import load_teacher, rows_tokenizer
 from kd_core.teacher.generate import generate
 from kd_core.teacher.models import LoadedModel, load_tokenizer
 from kd_core.teacher.server import answer_prompts
@@ -104,8 +104,7 @@ class _ServerEngine:
 
     def order(self, rows: list[AnswerRequest]) -> list[AnswerRequest]:
         """As they are: the server makes its own batches. Prompts that the student cannot read stop the run before any is paid for."""
-        assert isinstance(self.job.recipe.student, PretrainedStudent), "the recipe allows no other student beside a server teacher"
-        tokenizer = load_tokenizer(self.job.recipe.student)
+        tokenizer = rows_tokenizer(self.job.recipe)
         check_template(tokenizer, self.job.recipe.task)
         for prompt in {row["prompt"] for _, row in rows}:
             encode_prompt(tokenizer, prompt, self.job.recipe.task)

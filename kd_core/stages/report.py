@@ -15,6 +15,7 @@ from kd_core.recipe import ARMS, Recipe
 from kd_core.recipe.files import dump_recipe
 from kd_core.stages.gate import efficiency, model_scores
 from kd_core.stages.job import Job
+from kd_core.tokens.lengths import UsedRows
 from kd_core.train.history import logged_metrics
 
 __all__ = ["report_stage"]
@@ -111,6 +112,7 @@ def _counts(job: Job) -> dict[str, dict[str, float]]:
         "Prompts": dict(job.summary("prompts")["counts"]),
         "Curation": dict(job.summary("curate")["counts"]),
     }
+    found["Rows learnt from"] = _used_rows(job)
     if "counts" in job.summary("teacher"):
         found["Teacher's gold data"] = dict(job.summary("teacher")["counts"])
     if "vocabulary" in job.inputs:
@@ -120,6 +122,20 @@ def _counts(job: Job) -> dict[str, dict[str, float]]:
         found["Vocabulary"] = {"tokens kept": sizes["tokens"], "tokens of the full tokenizer": sizes["full_tokens"]}
         found["Vocabulary"] |= {"teacher's probability on kept tokens": min(masses)} if masses else {}
     return found
+
+
+def _used_rows(job: Job) -> dict[str, float]:
+    """Rows and supervised tokens that the student used; of several seeds they are the same.
+
+    Raises:
+        TrainingError: fewer than the recipe asks for; the student was trained when it asked for fewer.
+    """
+    used = UsedRows.of_summary(job.summary(f"student.{job.recipe.seeds[0]}")["used_rows"]).require(job.recipe.training)
+    found: dict[str, float] = {"rows used": used.used, "supervised tokens used": used.used_positions}
+    return found | {
+        f"rows left out, longer than {used.limit.by} = {used.limit.tokens}": used.rows - used.used,
+        "supervised tokens of rows left out": used.positions - used.used_positions,
+    }
 
 
 def _curves(job: Job) -> list[Curve]:

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from kd_core.fingerprint import fingerprint, sha256_bytes
 from kd_core.prompts import collect_gold
@@ -13,22 +15,41 @@ from kd_core.teacher.models import LoadedModel, load_directory, load_model, load
 from kd_core.teacher.reference import reference_identity
 from kd_core.tokens.batches import TokenRow
 from kd_core.tokens.encoding import character_tokenizer, encode_gold, encode_prompt
+from kd_core.tokens.lengths import row_limit, used_rows
 from kd_core.tokens.templates import check_template
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.history import to_jsonl
 from kd_core.train.loop import train
 from kd_core.train.row_order import MemoryRows, TrainingData
 
-__all__ = ["load_teacher", "teacher_stage"]
+__all__ = ["load_teacher", "rows_tokenizer", "teacher_stage"]
+
+
+def rows_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer in which rows are written, from its source: the teacher's, or the student's beside a server teacher.
+
+    Raises:
+        TeacherError: it cannot be loaded.
+    """
+    if isinstance(recipe.teacher, TrainedTeacher):
+        return character_tokenizer(recipe.teacher.tokenizer)
+    if isinstance(recipe.teacher, PretrainedTeacher):
+        return load_tokenizer(recipe.teacher)
+    assert isinstance(recipe.student, PretrainedStudent), "the recipe allows no other student beside a server teacher"
+    return load_tokenizer(recipe.student)
 
 
 def teacher_stage(job: Job) -> dict[str, Any]:
     """Files: model/ (of a pre-trained one only the tokenizer), metrics.jsonl of a trained one. Summary: its content identity and size."""
     teacher = job.recipe.teacher
     if isinstance(teacher, ServerTeacher):
-        assert isinstance(job.recipe.student, PretrainedStudent), "the recipe allows no other student beside a server teacher"
-        check_template(load_tokenizer(job.recipe.student), job.recipe.task)
-        return {"teacher": {"engine": "server", "model": teacher.model, "revision": teacher.revision}, "parameters": None, "bytes": None}
+        check_template(rows_tokenizer(job.recipe), job.recipe.task)
+        return {
+            "teacher": {"engine": "server", "model": teacher.model, "revision": teacher.revision},
+            "parameters": None,
+            "bytes": None,
+            "max_positions": None,
+        }
     if isinstance(teacher, TrainedTeacher):
         return _train_teacher(job, teacher)
     device = pick_device(job.recipe.run.device)
@@ -40,7 +61,7 @@ def teacher_stage(job: Job) -> dict[str, Any]:
 
 
 def _describe(loaded: LoadedModel, weights: dict[str, Any]) -> dict[str, Any]:
-    sizes = {"parameters": loaded.num_parameters, "bytes": loaded.num_bytes}
+    sizes = {"parameters": loaded.num_parameters, "bytes": loaded.num_bytes, "max_positions": loaded.max_positions}
     return {"teacher": teacher_identity(loaded, weights), **sizes}
 
 
@@ -60,11 +81,15 @@ def _train_teacher(job: Job, teacher: TrainedTeacher) -> dict[str, Any]:
     rows = [_token_row(tokenizer, recipe, row) for row in gold.to_pylist()]
     device = pick_device(recipe.run.device)
     loaded = LoadedModel(model, tokenizer, model.config.vocab_size)
+    limit = row_limit(teacher.training, positions={"teacher": loaded.max_positions}, field="teacher.training")
+    lengths = np.array([len(row.ids) for row in rows], np.int64)
+    used = used_rows(lengths, np.array([row.num_supervised for row in rows], np.int64), limit)
+    used.require(teacher.training, field="teacher.training")
     result = train(
         model,
         TrainingData(MemoryRows(rows), ()),
         num_columns=loaded.num_columns,
-        training=teacher.training,
+        training=teacher.training.model_copy(update={"max_tokens": limit.tokens}),
         objective=Objective(supervision="gold"),
         seed=seed,
         run=recipe.run,
@@ -77,7 +102,7 @@ def _train_teacher(job: Job, teacher: TrainedTeacher) -> dict[str, Any]:
     weights = {"training": job.node.fingerprint, "content": _weights_digest(model)}
     learnt = {
         "rows": len(rows),
-        "rows_too_long": result.rows_too_long,
+        "used_rows": used.summary(),
         "counts": counts,
         "supervised_tokens": result.supervised_tokens,
         "resumed_from": result.resumed_from,

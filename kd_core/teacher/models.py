@@ -65,6 +65,12 @@ class LoadedModel:
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     @property
+    def max_positions(self) -> int | None:
+        """Positions that its authors made it for; None where it has no such number."""
+        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return found if isinstance(found, int) and found > 0 else None
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
         """Token ids that end an answer: the end token, the template's end of turn, and what the model's authors shipped."""
         stops = {int(self.tokenizer.eos_token_id)}

@@ -45,18 +45,21 @@ POLICIES = {
 LABEL_CHECKS = ["teacher_as_student", "alignment", "largest_ids", "cached_soft_labels", "mass_outside"]
 OWN_CHECKS = [
     "tokenizers",
+    "control_tokens",
     "supervision",
+    "used_rows",
     "end_token",
     "truncated_answers",
     "model_modes",
+    "attention",
     "tied_head",
     "hidden_states",
     "trimmed_vocabulary",
 ]
 BATCH_CHECKS = ["slope", "objective", "batch_split", "padding", "packing", "half_precision"]
-ALL = ["packages", "device", "compared_models", "models", *OWN_CHECKS, *LABEL_CHECKS, *BATCH_CHECKS]
+ALL = ["packages", "device", "compared_models", "template", "models", *OWN_CHECKS, *LABEL_CHECKS, *BATCH_CHECKS]
 BEFORE_A_RUN = {"cached_soft_labels", "truncated_answers"}
-NOT_ASKED_FOR = {"hidden_states", "trimmed_vocabulary", "half_precision"}
+NOT_ASKED_FOR = {"template", "hidden_states", "trimmed_vocabulary", "half_precision"}
 HARD = ("objective={supervision: hard}", "evaluation.compare=[baseline]")
 
 

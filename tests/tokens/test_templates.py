@@ -122,6 +122,7 @@ def test_an_answer_ends_as_the_template_ends_a_turn(tiny_model) -> None:
         (CHATML, "<|im_end|>"),
         ("{% for m in messages %}[{{ m.role }}] {{ m.content | trim }} {{ eos_token }}{% endfor %}", "<|endoftext|>"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "<|endoftext|>"),  # no mark: the end token
+        ("{{ messages[0].content }}<|im_end|>", "<|endoftext|>"),  # it writes no answers
         (None, "<|endoftext|>"),
     ],
 )
@@ -170,7 +171,6 @@ DROPS = "{% for m in messages if m.role != 'system' %}{{ m.content }}<|im_end|>{
         ),
         (CHATML + "{{ tools.first.name }}", CHAT, r"^task\.template: chat, and the chat template .* fails: UndefinedError"),
         (CHATML + "{{ 1 + 'a' }}", BRIEF, r"^task\.template: chat, and the chat template .* fails: TypeError"),
-        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", CHAT, "leaves out what the assistant says"),
         (DATED, CHAT, r"^task\.date"),
     ],
 )
