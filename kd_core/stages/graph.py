@@ -86,7 +86,7 @@ def build_graph(recipe: Recipe, store: Store) -> dict[str, Node]:
             **recipe.answers.model_dump(mode="json"),
             "template": task["template"],
             "system": task["system"],
-            "date": task["date"],
+            "date": None if isinstance(recipe.teacher, ServerTeacher) else task["date"],  # a server words its prompts itself
             "seed": recipe.seeds[0],
         }
         build.add("answers", "answers", sampling, above)

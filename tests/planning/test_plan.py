@@ -435,7 +435,7 @@ def test_a_large_vocabulary_is_offered_top_k_and_warned_of_dense(empty: LocalSto
     assert options["dense", None].bytes == pytest.approx(168 * 128 * 49_152 * 4, rel=0.01)
     assert 8 < options["sampled", 25].bytes_a_token < options["topk", 128].bytes_a_token < 250  # type: ignore[operator]
     assert plan.total.unknown == ()
-    assert [note.partition(":")[0] for note in plan.notes] == ["lengths", "answers", "scoring", "soft labels' bytes"]
+    assert [note.partition(":")[0] for note in plan.notes] == ["lengths", "answers", "template", "scoring", "soft labels' bytes"]
 
 
 def test_without_soft_labels_nothing_is_offered(data: Path, empty: LocalStore) -> None:
