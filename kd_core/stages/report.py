@@ -113,6 +113,9 @@ def _counts(job: Job) -> dict[str, dict[str, float]]:
         "Curation": dict(job.summary("curate")["counts"]),
     }
     found["Rows learnt from"] = _used_rows(job)
+    evaluated = {name.partition(".")[2]: job.summary(name) for name, record in job.inputs.items() if record.stage == "evaluate"}
+    if beyond := {name: summary["items_beyond_positions"] for name, summary in evaluated.items() if summary["items_beyond_positions"]}:
+        found["Items that may need more than a model's positions"] = beyond
     if "counts" in job.summary("teacher"):
         found["Teacher's gold data"] = dict(job.summary("teacher")["counts"])
     if "vocabulary" in job.inputs:

@@ -94,10 +94,10 @@ def test_what_is_left_out_is_in_record_plan_and_report(recipe, store: LocalStore
     assert note.startswith(f"rows: {used['used']} of {used['rows']} rows (")
     report = find(store, "report", nodes["report"].fingerprint)
     assert report is not None
-    counts = json.loads(read_bytes(store, report, "report.json"))["counts"]["Rows learnt from"]
-    assert counts["rows left out, longer than the student's positions = 20"] == used["rows"] - used["used"] > 0
+    counts = json.loads(read_bytes(store, report, "report.json"))["counts"]
+    assert counts["Rows learnt from"]["rows left out, longer than the student's positions = 20"] == used["rows"] - used["used"] > 0
     evaluated = find(store, "evaluate", nodes["evaluate.student"].fingerprint)
     assert evaluated is not None
-    assert evaluated.summary["items_beyond_positions"] > 0
+    assert counts["Items that may need more than a model's positions"] == {"student": evaluated.summary["items_beyond_positions"]}
     with pytest.raises(TrainingError, match=r"least_rows_share asks for 90\.0%"):  # the students are hits, the report is not
         _run(recipe("student.architecture.max_positions=20"), store, last="report")
