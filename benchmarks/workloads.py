@@ -98,7 +98,8 @@ def gsm8k_rows(loaded: LoadedModel, num_rows: int) -> list[TokenRow] | str:
         found = [json.loads(line) for line, _ in zip(lines, range(num_rows), strict=False)]
     prompts = [encode_prompt(loaded.tokenizer, row["question"], _TASK) for row in found]
     return [
-        TokenRow((*prompt, *encode_gold(loaded.tokenizer, row["answer"])), len(prompt)) for prompt, row in zip(prompts, found, strict=True)
+        TokenRow((*prompt, *encode_gold(loaded.tokenizer, row["answer"], _TASK)), len(prompt))
+        for prompt, row in zip(prompts, found, strict=True)
     ]
 
 

@@ -72,6 +72,8 @@ def outcome_text(recipe: Recipe, store: Store, done: Mapping[str, Artifact], rec
     for name, model in report["models"].items():
         if model["params"]:
             lines.append(f"  {name:<14} {model['params']:,} parameters, {human_bytes(model['bytes'])}")
+    used = report["counts"]["Rows learnt from"]
+    lines += ["", "  " + ", ".join(f"{count:,} {what}" for what, count in used.items())]
     version = f"{published.summary['model']} version {published.summary['version']}"
     champion = published.summary["champion_version"]
     lines += [

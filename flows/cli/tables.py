@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.markdown import Markdown
 from rich.table import Table
+from rich.text import Text
 
 from flows.cli.console import CleanConsole, human_bytes, human_seconds
 from flows.cli.terminal import say
@@ -43,6 +44,15 @@ def show_markdown(text: str) -> None:
         say(text)
 
 
+def _quoted(text: str) -> Text:
+    """Text that quotes models, templates and rows: square brackets in it are no markup, and control characters are shown as they are spelt.
+
+    >>> _quoted("ends with '[/INST]'\\x1b[2J").plain
+    "ends with '[/INST]'\\\\x1b[2J"
+    """
+    return Text("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))
+
+
 def _number(value: int | None) -> str:
     return "-" if value is None else f"{value:,}"
 
@@ -71,7 +81,7 @@ def plan_table(plan: "Plan") -> Group:
         parts.append(f"Keeping what is added costs {total.price_a_month:.4f} a month.")
     if plan.soft_label_options:
         parts += ["", _options_table(plan.soft_label_options)]
-    return Group(*parts, *(f"- {note}" for note in plan.notes))
+    return Group(*parts, *(_quoted(f"- {note}") for note in plan.notes))
 
 
 def _options_table(options: "Sequence[SoftLabelOption]") -> Table:
@@ -114,7 +124,7 @@ def doctor_table(findings: "Sequence[Finding]") -> Table:
     """One line a check."""
     table = _table("Doctor", "check", "result", "found")
     for finding in findings:
-        table.add_row(finding.name, _FINDINGS[finding.status], finding.detail)
+        table.add_row(finding.name, _FINDINGS[finding.status], _quoted(finding.detail))
     return table
 
 

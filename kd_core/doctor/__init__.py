@@ -4,13 +4,13 @@
 ``collate``, the objective) and compares what must be equal: the teacher with itself, a batch with its parts, the cache
 with the live teacher, one tokenizer with the other. Nothing is written, nothing is trained, nothing is fixed.
 
-One module a theme: ``machine``, ``vocabulary``, ``trimming``, ``models``, ``labels``, ``divergence``, ``batches``; ``subject`` is what
-they examine.
+One module a theme: ``machine``, ``templates``, ``vocabulary``, ``trimming``, ``models``, ``labels``, ``divergence``, ``batches``;
+``subject`` is what they examine.
 """
 
 from collections.abc import Callable
 
-from kd_core.doctor import batches, divergence, labels, machine, models, trimming, vocabulary
+from kd_core.doctor import batches, divergence, labels, machine, models, templates, trimming, vocabulary
 from kd_core.doctor.findings import Finding, finding
 from kd_core.doctor.subject import Subject, admit
 from kd_core.progress import Tick, Ticker, silent
@@ -19,13 +19,16 @@ from kd_core.store import Store
 
 __all__ = ["Finding", "check_names", "examine"]
 
-_FIRST = ("packages", "device", "compared_models", "models")
+_FIRST = ("packages", "device", "compared_models", "template", "models")
 _CHECKS: dict[str, Callable[[Subject], str]] = {
     "tokenizers": vocabulary.check_tokenizers,
+    "control_tokens": templates.check_control_tokens,
     "supervision": vocabulary.check_supervision,
+    "used_rows": vocabulary.check_used_rows,
     "end_token": vocabulary.check_end_token,
     "truncated_answers": vocabulary.check_truncated_answers,
     "model_modes": models.check_modes,
+    "attention": models.check_attention,
     "tied_head": models.check_tied_head,
     "hidden_states": models.check_hidden_states,
     "trimmed_vocabulary": trimming.check_trimmed_vocabulary,
@@ -65,6 +68,7 @@ def examine(recipe: Recipe, store: Store, *, tick: Ticker = silent) -> tuple[Fin
     run("packages", machine.check_packages)
     run("device", lambda: machine.check_device(recipe))
     run("compared_models", lambda: machine.check_compared_models(recipe, store))
+    run("template", lambda: templates.check_chat_template(recipe))
     subjects: list[Subject] = []
     run("models", lambda: admit(recipe, store, subjects))
     for name, check in _CHECKS.items():

@@ -13,7 +13,7 @@ from kd_core.softlabels.hidden import capture_hidden
 from kd_core.teacher.models import LoadedModel
 from kd_core.tokens.batches import collate
 
-__all__ = ["check_hidden_states", "check_modes", "check_tied_head"]
+__all__ = ["check_attention", "check_hidden_states", "check_modes", "check_tied_head"]
 
 _HIDDEN_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 5e-2}
 """Distance of stored states to live ones, as a share of their size: int8 steps are 1/254 of the largest column."""
@@ -61,6 +61,23 @@ def check_tied_head(subject: Subject) -> str:
             )
         found.append(f"{name} {'tied' if is_tied else 'untied'}")
     return f"{', '.join(found)}, as their configs say"
+
+
+def check_attention(subject: Subject) -> str:
+    """Attention of grouped heads in float32 has no kernel of linear memory on a GPU: a long row can be too much for it."""
+    slow = []
+    for name, loaded in _both(subject):
+        config = loaded.model.config.get_text_config()
+        heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        products = subject.recipe.training.dtype if name == "student" else str(loaded.model.dtype).removeprefix("torch.")
+        if groups != heads and products == "float32":
+            longest = max(tokens for tokens, _ in subject.lengths)
+            size = f"{heads * longest**2 * 4 / 1e6:,.1f} MB a row of {longest} tokens"
+            slow.append(f"the {name}'s {heads} query heads on {groups} key heads take {size}")
+    if slow:
+        how = "float32 beside grouped heads: on a GPU attention's memory grows with the square of a row"
+        return f"{how}: {', '.join(slow)}; use bfloat16 there"
+    return "no float32 beside grouped heads, for which a GPU's attention would take memory that grows with the square of a row"
 
 
 def check_hidden_states(subject: Subject) -> str:

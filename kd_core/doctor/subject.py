@@ -54,6 +54,7 @@ class Subject:
         record: the finished teacher in the store, if there is one.
         rows: prompts with their gold answers; where no prompt has gold, prompts with their second half supervised.
         has_gold: which of the two.
+        lengths: (tokens, supervised tokens) of up to 256 rows like them, not chosen by their length.
         note: what the reader must know about the teacher's weights; may be empty.
     """
 
@@ -65,6 +66,7 @@ class Subject:
     texts: tuple[str, ...]
     rows: tuple[TokenRow, ...]
     has_gold: bool
+    lengths: tuple[tuple[int, int], ...]
     note: str
 
     def scored(self) -> tuple[LoadedModel, SoftLabels]:
@@ -96,12 +98,12 @@ def admit(recipe: Recipe, store: Store, subjects: list[Subject]) -> str:
     else:
         assert isinstance(recipe.student, PretrainedStudent), "the recipe allows no other student beside a server teacher"
         tokenizer = load_tokenizer(recipe.student)
-    texts, rows, has_gold = _rows(recipe, tokenizer)
+    texts, rows, has_gold, lengths = _rows(recipe, tokenizer)
     student = _student(recipe, teacher, rows)
-    subjects.append(Subject(recipe, store, teacher, record, student, texts, rows, has_gold, note))
+    subjects.append(Subject(recipe, store, teacher, record, student, texts, rows, has_gold, lengths, note))
     who = "a server" if teacher is None else f"{teacher.num_parameters:,} parameters{note}"
-    lengths = sorted(len(row.ids) for row in rows)
-    what = f"{len(rows)} {'gold rows' if has_gold else 'prompts (none has a gold answer)'} of {lengths[0]} to {lengths[-1]} tokens"
+    tokens = sorted(len(row.ids) for row in rows)
+    what = f"{len(rows)} {'gold rows' if has_gold else 'prompts (none has a gold answer)'} of {tokens[0]} to {tokens[-1]} tokens"
     return f"teacher: {who}; student: {student.num_parameters:,} parameters; {what}"
 
 
@@ -115,7 +117,7 @@ def _teacher(recipe: Recipe, store: Store) -> tuple[LoadedModel | None, Record |
         return load_teacher(Job(recipe, node, store, {"teacher": record}, Path(), silent)), record, ""
     device = pick_device(recipe.run.device)
     if isinstance(spec, PretrainedTeacher):
-        loaded = load_model(spec, device=device, tokenizer=load_tokenizer(spec), trust_remote_code=spec.trust_remote_code)
+        loaded = load_model(spec, device=device, tokenizer=load_tokenizer(spec))
         return loaded, None, ""
     tokenizer = character_tokenizer(spec.tokenizer)
     model = new_model(spec.architecture, tokenizer, seed=recipe.seeds[0])
@@ -151,22 +153,27 @@ def _student(recipe: Recipe, teacher: LoadedModel | None, rows: Sequence[TokenRo
     return loaded
 
 
-def _rows(recipe: Recipe, tokenizer: Any) -> tuple[tuple[str, ...], tuple[TokenRow, ...], bool]:
-    """Prompt texts, rows of mixed length within a small budget of tokens, and whether they are gold rows."""
+def _rows(recipe: Recipe, tokenizer: Any) -> tuple[tuple[str, ...], tuple[TokenRow, ...], bool, tuple[tuple[int, int], ...]]:
+    """Prompt texts, rows of mixed length within a small budget of tokens, whether they are gold rows, and lengths of all that were read."""
     prompts = [row for row in collect_prompts(recipe).table.to_pylist() if row["split"] == "train"]
     golds = [row for row in prompts if row["gold"]]
     candidates: list[tuple[str, TokenRow]] = []
     for prompt in (golds or prompts)[:_CANDIDATES]:
         ids = encode_prompt(tokenizer, prompt["prompt"], recipe.task)
-        row = TokenRow((*ids, *encode_gold(tokenizer, prompt["gold"])), len(ids)) if golds else TokenRow(tuple(ids), max(1, len(ids) // 2))
+        row = (
+            TokenRow((*ids, *encode_gold(tokenizer, prompt["gold"], recipe.task)), len(ids))
+            if golds
+            else TokenRow(tuple(ids), max(1, len(ids) // 2))
+        )
         candidates += [(prompt["prompt"], row)] if row.num_supervised >= 2 else []
     if not candidates:
         raise SourceError("no prompt has two tokens to supervise; check prompts.sources and task.template")
+    lengths = tuple((len(row.ids), row.num_supervised) for _, row in candidates)
     candidates.sort(key=lambda item: (len(item[1].ids), item[1].ids))
     picked = [candidates[i * len(candidates) // _ROWS] for i in range(_ROWS)] if len(candidates) > _ROWS else candidates
     while len(picked) > 2 and sum(len(row.ids) for _, row in picked) > _TOKENS:
         picked.pop()
-    return tuple(text for text, _ in picked), tuple(row for _, row in picked), bool(golds)
+    return tuple(text for text, _ in picked), tuple(row for _, row in picked), bool(golds), lengths
 
 
 def captured(teacher: LoadedModel, rows: Sequence[TokenRow], policy: SoftLabels) -> list[Targets]:

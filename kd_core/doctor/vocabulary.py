@@ -1,5 +1,6 @@
-"""Checks of tokens: one vocabulary and template on both sides, every answer token supervised once, answers that end."""
+"""Checks of tokens: one vocabulary on both sides, every answer token supervised once, rows short enough, answers that end."""
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 
@@ -12,9 +13,10 @@ from kd_core.stages.graph import build_graph
 from kd_core.store.arrow import arrow_file_system
 from kd_core.teacher.models import LoadedModel
 from kd_core.tokens.batches import TokenRow, collate
-from kd_core.tokens.encoding import encode_prompt, num_columns, tokenizer_identity
+from kd_core.tokens.encoding import encode_prompt, end_token, num_columns, tokenizer_identity
+from kd_core.tokens.lengths import row_limit, used_rows
 
-__all__ = ["check_end_token", "check_supervision", "check_tokenizers", "check_truncated_answers"]
+__all__ = ["check_end_token", "check_supervision", "check_tokenizers", "check_truncated_answers", "check_used_rows"]
 
 _CURATED_GROUPS = 4  # row groups of the curated rows that are read
 
@@ -58,7 +60,7 @@ def _columns(name: str, loaded: LoadedModel) -> str:
 
 def check_supervision(subject: Subject) -> str:
     """Every answer token counts once, no other does, and a gold answer teaches its end."""
-    rows, end = subject.rows, int(subject.student.tokenizer.eos_token_id)
+    rows, end = subject.rows, end_token(subject.student.tokenizer, subject.recipe.task)
     beyond = [i for row in rows for i in row.ids if i >= subject.student.num_columns]
     if beyond:
         raise SourceError(
@@ -83,9 +85,27 @@ def check_supervision(subject: Subject) -> str:
     return f"{sum(counts)} supervised tokens in {len(rows)} rows, none lost; each answer ends with the end token {end}, supervised"
 
 
+def check_used_rows(subject: Subject) -> str:
+    """Rows are within training.max_tokens and the positions of both models: those that are not are left out."""
+    recipe, student, teacher = subject.recipe, subject.student, subject.teacher
+    positions = {"student": student.max_positions, "teacher": None if teacher is None else teacher.max_positions}
+    limit = row_limit(recipe.training, positions=positions)
+    if not subject.has_gold:
+        prompts = [tokens for tokens, _ in subject.lengths]
+        if recipe.answers is None:
+            raise Skipped("no prompt has a gold answer, and the teacher answers none")
+        fits = sum(tokens + recipe.answers.max_tokens <= limit.tokens for tokens in prompts)
+        return (
+            f"{fits} of {len(prompts)} prompts leave room for an answer of answers.max_tokens = {recipe.answers.max_tokens} within "
+            f"{limit.by} = {limit.tokens}; longer rows are left out"
+        )
+    tokens, supervised = np.array(subject.lengths, np.int64).T
+    return f"of a sample of gold rows, {used_rows(tokens, supervised, limit).require(recipe.training)}"
+
+
 def check_end_token(subject: Subject) -> str:
     """The student learns to stop: a small step down the loss of end tokens alone makes them more likely."""
-    student, end = subject.student, int(subject.student.tokenizer.eos_token_id)
+    student, end = subject.student, end_token(subject.student.tokenizer, subject.recipe.task)
     if student.model.get_input_embeddings().padding_idx == end:
         raise TrainingError(
             f"the embedding of the end token {end} is a padding_idx, which never learns; make the student with kd_core.student"
@@ -133,9 +153,9 @@ def check_truncated_answers(subject: Subject) -> str:
     with pq.ParquetFile(key, filesystem=files) as rows:
         groups = range(min(_CURATED_GROUPS, rows.num_row_groups))
         table = rows.read_row_groups(groups, columns=["finish_reason", "ids"])
-    end = int(subject.student.tokenizer.eos_token_id)
+    ends = {int(subject.student.tokenizer.eos_token_id), end_token(subject.student.tokenizer, subject.recipe.task)}
     cut = [ids for reason, ids in zip(table["finish_reason"].to_pylist(), table["ids"].to_pylist(), strict=True) if reason == "length"]
-    ended = sum(ids[-1] == end for ids in cut)
+    ended = sum(ids[-1] in ends for ids in cut)
     numbers = f"{len(cut)} of {table.num_rows} curated rows met max_tokens, {ended} of them with an end token"
     if ended:
         raise TrainingError(f"{numbers}; none may have one: the student would learn to stop in the middle; compute the answers again")

@@ -160,7 +160,8 @@ def _score(
 
 def _gold_row(loaded: LoadedModel, item: dict[str, Any], task: Task) -> TokenRow:
     prompt_ids = encode_prompt(loaded.tokenizer, item["prompt"], task)
-    return TokenRow((*prompt_ids, *encode_gold(loaded.tokenizer, item["gold"], prompt_ids=prompt_ids)), len(prompt_ids))
+    gold_ids = encode_gold(loaded.tokenizer, item["gold"], task, prompt_ids=prompt_ids)
+    return TokenRow((*prompt_ids, *gold_ids), len(prompt_ids))
 
 
 def _logprobs(loaded: LoadedModel, batch: Batch, columns_S: Tensor | None = None) -> Tensor:

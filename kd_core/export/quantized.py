@@ -11,11 +11,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kd_core.errors import KDError
 from kd_core.export.packages import hushed
 from kd_core.export.parity import Bound
+from kd_core.teacher.loaders import Place, read_model
 
 __all__ = ["QUANTIZED_BOUNDS", "QUANTIZED_PACKAGES", "Quantization", "load_quantized", "quantize_directory", "settle_header"]
 
@@ -38,9 +39,8 @@ def quantize_directory(directory: Path, scheme: Quantization) -> None:
         with hushed():
             from transformers import TorchAoConfig
 
-            model = AutoModelForCausalLM.from_pretrained(
-                directory, dtype="auto", quantization_config=TorchAoConfig(_torchao_config(scheme)), device_map="cpu"
-            )
+            place = Place.directory(directory, trust_remote_code=False)
+            model = read_model(place, dtype="auto", quantization_config=TorchAoConfig(_torchao_config(scheme)), device_map="cpu")
             for file in (*directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")):
                 file.unlink()
             model.save_pretrained(directory)
@@ -54,8 +54,7 @@ def quantize_directory(directory: Path, scheme: Quantization) -> None:
 def load_quantized(directory: Path) -> PreTrainedModel:
     """The int8 model as a user will load it."""
     with hushed():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
-        return model.eval()
+        return read_model(Place.directory(directory, trust_remote_code=False), dtype="auto").eval()
 
 
 def _torchao_config(scheme: Quantization) -> Any:

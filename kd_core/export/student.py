@@ -83,7 +83,8 @@ def export_student(lineage: Lineage, store: Store, out: Path, *, quantize: Quant
         torch.set_num_threads(lineage.recipe.run.threads)
     with _renamed_to(out) as directory:
         _copy_model(store, lineage.student, directory)
-        float_model = load_directory(directory, device=torch.device("cpu"), tokenizer=load_tokenizer(directory))
+        tokenizer = load_tokenizer(directory, trust_remote_code=lineage.recipe.trusts_code)
+        float_model = load_directory(directory, device=torch.device("cpu"), tokenizer=tokenizer)
         generation = generation_config(lineage.recipe, float_model)
         generation.save_pretrained(directory)
         rows = _parity_rows(store, lineage, float_model)

@@ -318,14 +318,14 @@ class Known:
     def _scored_rows(self, table: str, namespace: str | None) -> CachedRows:
         held: Collection[str] = () if namespace is None else RowCache(self.store, table, namespace).snapshot().keys()
         if namespace is None or not held:
-            return CachedRows(self.curated_rows, 0, None if self._curated is None else _sums(self._curated))
-        if self._curated is None:
+            return CachedRows(self.curated_rows, 0, None if self.curated is None else _sums(self.curated))
+        if self.curated is None:
             return CachedRows(self.curated_rows, self._scored_answers(namespace, held))
-        missing = [row for row in self._curated if soft_label_key(namespace, *row) not in held]
-        return CachedRows(len(self._curated), len(self._curated) - len(missing), _sums(missing))
+        missing = [row for row in self.curated if soft_label_key(namespace, *row) not in held]
+        return CachedRows(len(self.curated), len(self.curated) - len(missing), _sums(missing))
 
     @cached_property
-    def _curated(self) -> list[tuple[list[int], int]] | None:
+    def curated(self) -> list[tuple[list[int], int]] | None:
         """(token ids, first supervised position) of every curated row; None before curation."""
         if (record := self.records["curate"]) is None:
             return None

@@ -1,7 +1,8 @@
 """The plan of a recipe: what a run would find, compute, store and cost, before it does any of it.
 
 One line a group of the graph. Hits cost nothing; the rest is estimated from what is known (``stages.known``) and from
-measured rates or arithmetic (``costs``). Reads the store and the sources, writes nothing, loads no model and no torch.
+measured rates or arithmetic (``costs``). Reads the store and the sources, writes nothing, loads no model, and no torch but for a chat
+template.
 """
 
 import json
@@ -28,6 +29,7 @@ from kd_core.planning.costs import (
 from kd_core.planning.features import feature_notes, live_teacher_seconds, reads_states
 from kd_core.planning.known import Known
 from kd_core.planning.soft_labels import SoftLabelOption, bytes_factor, estimate, scoring_rate, soft_label_options
+from kd_core.planning.usable import row_notes, template_notes
 from kd_core.recipe import Recipe, ServerTeacher, TrainedTeacher, Training
 from kd_core.stages.graph import Node, build_graph
 from kd_core.store import Store
@@ -161,6 +163,8 @@ def _notes(known: Known, stages: Sequence[StagePlan]) -> Iterator[str]:
     answers = known.recipe.answers
     if answers is not None and known.records["answers"] is None and known.answer_tokens(answers.max_tokens) == answers.max_tokens:
         yield f"answers: as long as answers.max_tokens allows, {answers.max_tokens:,} tokens each; shorter ones cost less"
+    yield from row_notes(known)
+    yield from template_notes(known.recipe)
     yield from feature_notes(known)
     policy = known.recipe.soft_labels
     if policy is None or not any(stage.name == "soft_labels" and stage.status != "hit" for stage in stages):

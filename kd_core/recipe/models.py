@@ -90,7 +90,7 @@ class PretrainedTeacher(ModelRef):
 
     kind: Literal["pretrained"]
     trust_remote_code: bool = False
-    """Run code from the model's repository. Off unless you have read that code; recorded with the artifact."""
+    """Run code from the model's repository. Off unless you have read that code, which then is part of the teacher's identity."""
 
 
 class TrainedTeacher(Frozen):

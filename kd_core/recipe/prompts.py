@@ -1,5 +1,6 @@
 """What a recipe says of its task and of where prompts come from."""
 
+import datetime
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -13,9 +14,12 @@ class Task(Frozen):
     """How a prompt becomes tokens and an answer becomes right or wrong."""
 
     template: Literal["plain", "chat"]
-    """plain: the prompt's own text. chat: the tokenizer's chat template, with the generation prompt added."""
+    """plain: the prompt's own text. chat: the tokenizer's chat template, with the generation prompt added. Control tokens that a prompt
+    spells stay text in both."""
     system: str | None = None
     """System message for the chat template; None sends none."""
+    date: datetime.date | None = None
+    """The day that a chat template writes where it asks for today's, for example 2026-01-01; needed by templates that ask."""
     answer_marker: str | None = None
     """The final answer is what follows the last occurrence of this text (GSM8K: '####'); None: the whole answer."""
     verifier: Literal["math", "exact"]

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from kd_core.recipe.evaluation import BetterThan, Ceiling, Evaluation, Floor, Gate, HeldOutSuite
 from kd_core.recipe.fields import Frozen, Slug
-from kd_core.recipe.models import ServerTeacher, Student, StudentFromConfig, StudentFromTeacher, Teacher, TrainedTeacher
+from kd_core.recipe.models import PretrainedTeacher, ServerTeacher, Student, StudentFromConfig, StudentFromTeacher, Teacher, TrainedTeacher
 from kd_core.recipe.objective import ForwardKL, HiddenStateFeatures, Objective, Ramp, RelationFeatures, schedule_values
 from kd_core.recipe.prompts import Prompts, Task
 from kd_core.recipe.run import Run
@@ -79,6 +79,11 @@ class Recipe(Frozen):
     def arms(self) -> tuple[Arm, ...]:
         """The student and the compared models that are trained, in a fixed order."""
         return tuple(arm for arm in ARMS if arm == "student" or arm in self.evaluation.compare)
+
+    @property
+    def trusts_code(self) -> bool:
+        """Whether code of the teacher's repository may run: its model's, and its tokenizer's, which students inherit."""
+        return isinstance(self.teacher, PretrainedTeacher) and self.teacher.trust_remote_code
 
 
 def _unsupported(recipe: Recipe) -> Iterator[str]:

@@ -64,7 +64,9 @@ class Training(Frozen):
     clip_norm: float | None = Field(default=1.0, gt=0.0)
     """Gradient norm limit; None does not clip."""
     max_tokens: int = Field(default=2048, ge=8)
-    """Rows with more tokens are left out and counted."""
+    """Rows with more tokens, or more than the models have positions, are left out and counted."""
+    least_rows_share: Fraction = 0.9
+    """Least share of rows that must be short enough; the run stops below it. A condition, and no part of what is computed."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast with fp32 weights; refused on a device without it."""
     ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from kd_core.artifacts import Record
 from kd_core.fingerprint import fingerprint
-from kd_core.recipe import Answers, HiddenStates, Recipe, SoftLabels
+from kd_core.recipe import Answers, HiddenStates, Recipe, ServerTeacher, SoftLabels
 
 __all__ = [
     "about_answers",
@@ -26,7 +26,9 @@ __all__ = [
 def about_answers(recipe: Recipe, answers: Answers, teacher: Record) -> dict[str, Any]:
     """What all answers of one growing table share: who answers, how it samples, how prompts are worded, the seed."""
     sampling = answers.model_dump(mode="json", exclude={"num_samples"})
-    template = {"template": recipe.task.template, "system": recipe.task.system}
+    template = recipe.task.model_dump(mode="json", include={"template", "system"})
+    if not isinstance(recipe.teacher, ServerTeacher):
+        template["date"] = recipe.task.model_dump(mode="json")["date"]  # a server words its prompts itself
     return {"teacher": dict(teacher.summary["teacher"]), "sampling": sampling, **template, "seed": recipe.seeds[0]}
 
 

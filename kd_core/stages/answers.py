@@ -21,12 +21,13 @@ from kd_core.rows.table import RowCache
 from kd_core.rows.work import Packed, work_in_shards
 from kd_core.stages.job import Job
 from kd_core.stages.sharded import Progress, frozen_rows, sharded_summary
-from kd_core.stages.teacher import load_teacher
+from kd_core.stages.teacher import load_teacher, rows_tokenizer
 from kd_core.teacher.generate import generate
 from kd_core.teacher.models import LoadedModel, load_tokenizer
 from kd_core.teacher.replies import ServerAnswer
 from kd_core.teacher.server import Session, answer_prompts
 from kd_core.tokens.encoding import decode_answer, encode_prompt
+from kd_core.tokens.templates import check_template
 
 __all__ = ["answers_stage", "read_answers"]
 
@@ -105,7 +106,7 @@ class _LocalEngine:
         self._loaded: LoadedModel | None = None
         self.failed: dict[str, dict[str, Any]] = {}  # it answers every row
         with job.files(job.inputs["teacher"]) as files:
-            self.tokenizer = load_tokenizer(files / "model")
+            self.tokenizer = load_tokenizer(files / "model", trust_remote_code=job.recipe.trusts_code)
 
     def order(self, rows: list[AnswerRequest]) -> list[AnswerRequest]:
         """Prompts of like length share a batch: padding is waste."""
@@ -138,7 +139,14 @@ class _ServerEngine:
         self.failed: dict[str, dict[str, Any]] = {}
 
     def order(self, rows: list[AnswerRequest]) -> list[AnswerRequest]:
-        """Every prompt's first sample, then every second: the first failures are those of different prompts."""
+        """Every prompt's first sample, then every second: the first failures are those of different prompts.
+
+        Prompts that the student cannot read stop the run before any is paid for.
+        """
+        tokenizer = rows_tokenizer(self.job.recipe)
+        check_template(tokenizer, self.job.recipe.task)
+        for prompt in {row["prompt"] for _, row in rows}:
+            encode_prompt(tokenizer, prompt, self.job.recipe.task)
         return sorted(rows, key=lambda item: item[1]["sample_index"])
 
     def answer(self, shard: list[AnswerRequest]) -> pa.Table:

@@ -33,8 +33,10 @@ def curate_stage(job: Job) -> dict[str, Any]:
     recipe = job.recipe
     prompts = job.read_table("prompts", "prompts.parquet")
     with job.files(job.inputs["teacher"]) as files:
-        own = isinstance(recipe.teacher, ServerTeacher) and isinstance(recipe.student, PretrainedStudent)
-        tokenizer = load_tokenizer(recipe.student if own else files / "model")  # type: ignore[arg-type]
+        if isinstance(recipe.teacher, ServerTeacher) and isinstance(recipe.student, PretrainedStudent):
+            tokenizer = load_tokenizer(recipe.student)
+        else:
+            tokenizer = load_tokenizer(files / "model", trust_remote_code=recipe.trusts_code)
     counts: dict[str, int] = {}
     rows: list[dict[str, Any]] = []
     if "answers" in job.inputs:
@@ -45,7 +47,7 @@ def curate_stage(job: Job) -> dict[str, Any]:
         for row in curated.kept.to_pylist():
             prompt_ids = row["prompt_ids"] or encode_prompt(tokenizer, text_of[row["prompt_id"]], recipe.task)
             ended = row["finish_reason"] == "stop"
-            ids = row["answer_ids"] or encode_answer(tokenizer, row["text"], ended=ended, prompt_ids=prompt_ids)
+            ids = row["answer_ids"] or encode_answer(tokenizer, row["text"], ended=ended, task=recipe.task, prompt_ids=prompt_ids)
             rows.append(_row(row["prompt_id"], "teacher", row["sample_index"], row["finish_reason"], row["text"], prompt_ids, ids))
     gold = [_gold_row(tokenizer, row, job) for row in gold_rows(prompts, limit=recipe.curate.gold_rows).to_pylist()]
     validation = [_gold_row(tokenizer, row, job) for row in prompts.to_pylist() if row["split"] == "validation" and row["gold"]]
@@ -62,7 +64,8 @@ def curate_stage(job: Job) -> dict[str, Any]:
 
 def _gold_row(tokenizer: Any, row: dict[str, Any], job: Job) -> dict[str, Any]:
     prompt_ids = encode_prompt(tokenizer, row["prompt"], job.recipe.task)
-    return _row(row["prompt_id"], "gold", 0, "stop", row["gold"], prompt_ids, encode_gold(tokenizer, row["gold"], prompt_ids=prompt_ids))
+    gold_ids = encode_gold(tokenizer, row["gold"], job.recipe.task, prompt_ids=prompt_ids)
+    return _row(row["prompt_id"], "gold", 0, "stop", row["gold"], prompt_ids, gold_ids)
 
 
 def _row(prompt_id: str, source: str, sample: int, reason: str, text: str, prompt_ids: list[int], answer_ids: list[int]) -> dict[str, Any]:

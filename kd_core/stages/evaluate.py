@@ -1,5 +1,6 @@
 """The stage that measures models on the suites of a recipe, and the same for one model alone."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from kd_core.stages.job import Job
 from kd_core.stages.teacher import load_teacher
 from kd_core.store import Store
 from kd_core.teacher.models import LoadedModel, load_directory, load_tokenizer, pick_device
+from kd_core.tokens.encoding import encode_gold, encode_prompt
 
 __all__ = ["evaluate_stage", "measure_one"]
 
+_LOG = logging.getLogger(__name__)
+
 
 def evaluate_stage(job: Job) -> dict[str, Any]:
-    """Files: scores.parquet (one row an item and seed). Summary: parameters, bytes, tokens a second, undecided samples."""
+    """Files: scores.parquet, one row an item and seed. Summary: sizes, tokens a second, samples undecided, items beyond positions."""
     suites, teacher = _suites(job), _scorer(job)
     scores: list[pa.Table] = []
     sizes: dict[str, int] = {}
@@ -37,7 +41,7 @@ def evaluate_stage(job: Job) -> dict[str, Any]:
         scores.append(found.scores)
         rates.append(found.tokens_per_second)
         undecided += found.undecided_samples
-        sizes = {"parameters": loaded.num_parameters, "bytes": loaded.num_bytes}
+        sizes = {"parameters": loaded.num_parameters, "bytes": loaded.num_bytes, "items_beyond_positions": _beyond(job, loaded, suites)}
     job.write_table("scores.parquet", pa.concat_tables(scores))
     items = sum(table.num_rows for table in suites.values())
     return {**sizes, "tokens_per_second": sum(rates) / len(rates), "items": items, "seeds": len(models), "undecided_samples": undecided}
@@ -102,6 +106,19 @@ def _measure(job: Job, loaded: LoadedModel, suites: dict[str, pa.Table], teacher
     )
 
 
+def _beyond(job: Job, loaded: LoadedModel, suites: dict[str, pa.Table]) -> int:
+    """Items whose prompt with its gold answer, or with the longest sampled one, has more tokens than the model has positions."""
+    task, generate, positions = job.recipe.task, job.recipe.evaluation.generate, loaded.max_positions
+    found = 0
+    for item in (item for table in suites.values() for item in table.to_pylist() if positions is not None):
+        gold = len(encode_gold(loaded.tokenizer, item["gold"], task)) if item["gold"] else 0
+        answer = max(gold, 0 if generate is None else generate.max_tokens)
+        found += len(encode_prompt(loaded.tokenizer, item["prompt"], task)) + answer > (positions or 0)
+    if found:
+        _LOG.warning("%s: %d items may need more than the model's %d positions, for which it was not made", job.node.name, found, positions)
+    return found
+
+
 def _models(job: Job) -> list[tuple[int, Record | None]]:
     """(seed, record) of the models that this node measures; None is the teacher."""
     if job.node.name == "evaluate.teacher":
@@ -122,4 +139,5 @@ def _champion_record(store: Store, holder: Entry) -> Record:
 
 def _load(job: Job, record: Record) -> LoadedModel:
     with job.files(record) as files:
-        return load_directory(files / "model", device=pick_device(job.recipe.run.device), tokenizer=load_tokenizer(files / "model"))
+        tokenizer = load_tokenizer(files / "model", trust_remote_code=job.recipe.trusts_code)
+        return load_directory(files / "model", device=pick_device(job.recipe.run.device), tokenizer=tokenizer)

@@ -111,6 +111,7 @@ def build_graph(recipe: Recipe, store: Store) -> Graph:
             **recipe.answers.model_dump(mode="json"),
             "template": task["template"],
             "system": task["system"],
+            "date": None if isinstance(recipe.teacher, ServerTeacher) else task["date"],  # a server words its prompts itself
             "seed": recipe.seeds[0],
         }
         build.add("answers", "answers", sampling, above)
@@ -158,7 +159,7 @@ def _add_training(build: _Builder, recipe: Recipe, arm: Arm, seed: int) -> None:
     identity = {
         "student": _student_identity(recipe),
         "objective": objective if soft else {"supervision": objective["supervision"]},
-        "training": recipe.training.model_dump(mode="json"),
+        "training": recipe.training.model_dump(mode="json", exclude={"least_rows_share"}),
         "seed": seed,
     }
     upstream = {"curate": "curate", "teacher": "teacher"}
@@ -217,7 +218,7 @@ def _teacher_identity(recipe: Recipe, benchmarks: list[dict[str, Any]]) -> dict[
     if isinstance(teacher, PretrainedTeacher):
         return {"kind": teacher.kind, "reference": reference_identity(teacher), "trust_remote_code": teacher.trust_remote_code}
     if isinstance(teacher, TrainedTeacher):
-        own = teacher.model_dump(mode="json", exclude={"sources"})
+        own = teacher.model_dump(mode="json", exclude={"sources": True, "training": {"least_rows_share"}})
         sources = [source_identity(s, s3=recipe.run.s3, where=f"teacher.sources.{i}") for i, s in enumerate(teacher.sources)]
         kept = recipe.prompts.model_dump(mode="json", include={"split", "max_characters"})
         task = recipe.task.model_dump(mode="json", exclude={"verifier"})

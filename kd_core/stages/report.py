@@ -15,6 +15,7 @@ from kd_core.recipe import ARMS, Recipe
 from kd_core.recipe.files import dump_recipe
 from kd_core.stages.gate import efficiency, model_scores
 from kd_core.stages.job import Job
+from kd_core.tokens.lengths import UsedRows
 from kd_core.train.history import logged_metrics
 
 __all__ = ["report_stage"]
@@ -111,6 +112,10 @@ def _counts(job: Job) -> dict[str, dict[str, float]]:
         "Prompts": dict(job.summary("prompts")["counts"]),
         "Curation": dict(job.summary("curate")["counts"]),
     }
+    found["Rows learnt from"] = _used_rows(job)
+    evaluated = {name.partition(".")[2]: job.summary(name) for name, record in job.inputs.items() if record.stage == "evaluate"}
+    if beyond := {name: summary["items_beyond_positions"] for name, summary in evaluated.items() if summary["items_beyond_positions"]}:
+        found["Items that may need more than a model's positions"] = beyond
     if "counts" in job.summary("teacher"):
         found["Teacher's gold data"] = dict(job.summary("teacher")["counts"])
     if "vocabulary" in job.inputs:
@@ -132,6 +137,20 @@ def _left_out(job: Job, scores: dict[str, pa.Table]) -> dict[str, float]:
                 missing = {name: total - measured for name, (measured, total) in counts.items() if measured < total}
                 found |= {f"{suite.name}: {metric_of(metric).label} of {name}": number for name, number in missing.items()}
     return found
+
+
+def _used_rows(job: Job) -> dict[str, float]:
+    """Rows and supervised tokens that the student used; of several seeds they are the same.
+
+    Raises:
+        TrainingError: fewer than the recipe asks for; the student was trained when it asked for fewer.
+    """
+    used = UsedRows.of_summary(job.summary(f"student.{job.recipe.seeds[0]}")["used_rows"]).require(job.recipe.training)
+    found: dict[str, float] = {"rows used": used.used, "supervised tokens used": used.used_positions}
+    return found | {
+        f"rows left out, longer than {used.limit.by} = {used.limit.tokens}": used.rows - used.used,
+        "supervised tokens of rows left out": used.positions - used.used_positions,
+    }
 
 
 def _curves(job: Job) -> list[Curve]:

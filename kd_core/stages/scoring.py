@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kd_core.errors import SoftLabelError
+from kd_core.recipe import StudentFromConfig
 from kd_core.rows.keys import soft_label_key
 from kd_core.rows.table import RowCache, Snapshot
 from kd_core.rows.work import Packed, work_in_shards
@@ -21,8 +23,9 @@ from kd_core.stages.sharded import Progress, sharded_summary
 from kd_core.stages.teacher import load_teacher
 from kd_core.teacher.models import LoadedModel
 from kd_core.tokens.batches import TokenRow
+from kd_core.tokens.lengths import UsedRows, row_limit, used_rows
 
-__all__ = ["Capture", "CuratedRow", "token_rows"]
+__all__ = ["Capture", "CuratedRow", "token_rows", "usable_rows"]
 
 _READ_ROWS = 1024
 Found = TypeVar("Found")
@@ -32,6 +35,37 @@ def token_rows(table: pa.Table) -> list[TokenRow]:
     """Curated rows as token rows, in order."""
     ids, first = table["ids"].to_pylist(), table["first_supervised"].to_pylist()
     return [TokenRow(tuple(i), f) for i, f in zip(ids, first, strict=True)]
+
+
+def usable_rows(job: Job, num_tokens: np.ndarray, first_supervised: np.ndarray, *, student: int | None) -> UsedRows:
+    """Which curated rows the student can learn from.
+
+    Args:
+        job: a stage below the teacher.
+        num_tokens, first_supervised: of every row.
+        student: positions of the student, where they are known.
+    """
+    positions = {"student": student, "teacher": job.summary("teacher")["max_positions"]}
+    return used_rows(num_tokens, num_tokens - first_supervised, row_limit(job.recipe.training, positions=positions))
+
+
+def _expect_usable_rows(job: Job, path: Path) -> None:
+    """Stop before the teacher reads rows of which the student could not use enough.
+
+    Raises:
+        TrainingError: so it is.
+    """
+    student = job.recipe.student
+    batches = list(_lengths(path))
+    lengths, first = (np.concatenate([batch[i] for batch in batches]) for i in range(2))
+    known = student.architecture.max_positions if isinstance(student, StudentFromConfig) else None
+    usable_rows(job, lengths, first, student=known).require(job.recipe.training)
+
+
+def _lengths(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(tokens, first supervised position) of curated rows, some at a time."""
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=_READ_ROWS, columns=["ids", "first_supervised"]):
+        yield pc.list_value_length(batch["ids"]).to_numpy(), batch["first_supervised"].to_numpy()
 
 
 @dataclass(frozen=True)
@@ -76,6 +110,7 @@ class Capture:
         progress = Progress(job, job.inputs["curate"].summary["rows"], "rows")
         with job.files(job.inputs["curate"]) as files:
             path, run = files / "rows.parquet", job.recipe.run
+            _expect_usable_rows(job, path)
             return work_in_shards(
                 self.cache,
                 lambda: self._read(path),

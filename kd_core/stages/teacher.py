@@ -2,41 +2,66 @@
 
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from kd_core.fingerprint import fingerprint, sha256_bytes
 from kd_core.prompts import collect_gold
-from kd_core.recipe import Objective, PretrainedTeacher, Recipe, ServerTeacher, TrainedTeacher
+from kd_core.recipe import Objective, PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, TrainedTeacher
 from kd_core.stages.job import Job
 from kd_core.student.make import new_model
 from kd_core.teacher.models import LoadedModel, load_directory, load_model, load_tokenizer, pick_device, save_model, teacher_identity
 from kd_core.teacher.reference import reference_identity
 from kd_core.tokens.batches import TokenRow
 from kd_core.tokens.encoding import character_tokenizer, encode_gold, encode_prompt
+from kd_core.tokens.lengths import row_limit, used_rows
+from kd_core.tokens.templates import check_template
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.history import to_jsonl
 from kd_core.train.loop import train
 from kd_core.train.row_order import MemoryRows, TrainingData
 
-__all__ = ["load_teacher", "teacher_stage"]
+__all__ = ["load_teacher", "rows_tokenizer", "teacher_stage"]
+
+
+def rows_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer in which rows are written, from its source: the teacher's, or the student's beside a server teacher.
+
+    Raises:
+        TeacherError: it cannot be loaded.
+    """
+    if isinstance(recipe.teacher, TrainedTeacher):
+        return character_tokenizer(recipe.teacher.tokenizer)
+    if isinstance(recipe.teacher, PretrainedTeacher):
+        return load_tokenizer(recipe.teacher)
+    assert isinstance(recipe.student, PretrainedStudent), "the recipe allows no other student beside a server teacher"
+    return load_tokenizer(recipe.student)
 
 
 def teacher_stage(job: Job) -> dict[str, Any]:
     """Files: model/ (of a pre-trained one only the tokenizer), metrics.jsonl of a trained one. Summary: its content identity and size."""
     teacher = job.recipe.teacher
     if isinstance(teacher, ServerTeacher):
-        return {"teacher": {"engine": "server", "model": teacher.model, "revision": teacher.revision}, "parameters": None, "bytes": None}
+        check_template(rows_tokenizer(job.recipe), job.recipe.task)
+        return {
+            "teacher": {"engine": "server", "model": teacher.model, "revision": teacher.revision},
+            "parameters": None,
+            "bytes": None,
+            "max_positions": None,
+        }
     if isinstance(teacher, TrainedTeacher):
         return _train_teacher(job, teacher)
     device = pick_device(job.recipe.run.device)
     tokenizer = load_tokenizer(teacher)
-    loaded = load_model(teacher, device=device, tokenizer=tokenizer, trust_remote_code=teacher.trust_remote_code)
+    check_template(tokenizer, job.recipe.task)
+    loaded = load_model(teacher, device=device, tokenizer=tokenizer)
     tokenizer.save_pretrained(job.directory / "model")
     return _describe(loaded, reference_identity(teacher))
 
 
 def _describe(loaded: LoadedModel, weights: dict[str, Any]) -> dict[str, Any]:
-    sizes = {"parameters": loaded.num_parameters, "bytes": loaded.num_bytes}
+    sizes = {"parameters": loaded.num_parameters, "bytes": loaded.num_bytes, "max_positions": loaded.max_positions}
     return {"teacher": teacher_identity(loaded, weights), **sizes}
 
 
@@ -51,15 +76,20 @@ def _train_teacher(job: Job, teacher: TrainedTeacher) -> dict[str, Any]:
         s3=recipe.run.s3,
     )
     tokenizer = character_tokenizer(teacher.tokenizer)
+    check_template(tokenizer, recipe.task)
     model = new_model(teacher.architecture, tokenizer, seed=seed)
     rows = [_token_row(tokenizer, recipe, row) for row in gold.to_pylist()]
     device = pick_device(recipe.run.device)
     loaded = LoadedModel(model, tokenizer, model.config.vocab_size)
+    limit = row_limit(teacher.training, positions={"teacher": loaded.max_positions}, field="teacher.training")
+    lengths = np.array([len(row.ids) for row in rows], np.int64)
+    used = used_rows(lengths, np.array([row.num_supervised for row in rows], np.int64), limit)
+    used.require(teacher.training, field="teacher.training")
     result = train(
         model,
         TrainingData(MemoryRows(rows), ()),
         num_columns=loaded.num_columns,
-        training=teacher.training,
+        training=teacher.training.model_copy(update={"max_tokens": limit.tokens}),
         objective=Objective(supervision="gold"),
         seed=seed,
         run=recipe.run,
@@ -72,7 +102,7 @@ def _train_teacher(job: Job, teacher: TrainedTeacher) -> dict[str, Any]:
     weights = {"training": job.node.fingerprint, "content": _weights_digest(model)}
     learnt = {
         "rows": len(rows),
-        "rows_too_long": result.rows_too_long,
+        "used_rows": used.summary(),
         "counts": counts,
         "supervised_tokens": result.supervised_tokens,
         "resumed_from": result.resumed_from,
@@ -83,7 +113,8 @@ def _train_teacher(job: Job, teacher: TrainedTeacher) -> dict[str, Any]:
 
 def _token_row(tokenizer: Any, recipe: Recipe, row: dict[str, Any]) -> TokenRow:
     prompt_ids = encode_prompt(tokenizer, row["prompt"], recipe.task)
-    return TokenRow((*prompt_ids, *encode_gold(tokenizer, row["gold"], prompt_ids=prompt_ids)), len(prompt_ids))
+    gold_ids = encode_gold(tokenizer, row["gold"], recipe.task, prompt_ids=prompt_ids)
+    return TokenRow((*prompt_ids, *gold_ids), len(prompt_ids))
 
 
 def _weights_digest(model: torch.nn.Module) -> str:
@@ -100,7 +131,7 @@ def load_teacher(job: Job) -> LoadedModel:
     teacher = job.recipe.teacher
     device = pick_device(job.recipe.run.device)
     with job.files(job.inputs["teacher"]) as files:
-        tokenizer = load_tokenizer(files / "model")
+        tokenizer = load_tokenizer(files / "model", trust_remote_code=job.recipe.trusts_code)
         if isinstance(teacher, PretrainedTeacher):
-            return load_model(teacher, device=device, tokenizer=tokenizer, trust_remote_code=teacher.trust_remote_code)
+            return load_model(teacher, device=device, tokenizer=tokenizer)
         return load_directory(files / "model", device=device, tokenizer=tokenizer)

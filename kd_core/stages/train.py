@@ -21,7 +21,7 @@ from kd_core.softlabels.forward import decoder_blocks
 from kd_core.softlabels.kept import kept_mass
 from kd_core.stages.job import Job
 from kd_core.stages.ranks import on_ranks
-from kd_core.stages.scoring import token_rows
+from kd_core.stages.scoring import token_rows, usable_rows
 from kd_core.stages.sharded import frozen_rows
 from kd_core.stages.teacher import load_teacher
 from kd_core.student.activations import sample_rows
@@ -70,11 +70,14 @@ def _learn(job: Job, rank: int) -> dict[str, Any]:
                 vocabulary["kept_mass"] = _kept_mass(recipe, rows, student.token_map, seed=seed)
             rows = TrimmedRows(rows, student.token_map)
             features = None if features is None else replace(features, source=FullFeatures(features.source, student.token_map))
+        used = usable_rows(job, rows.num_tokens, rows.first_supervised, student=student.max_positions)
+        used.require(recipe.training)
+        _LOG.info("rows: %s", used)
         result = train(
             student.model,
             TrainingData(rows, validation),
             num_columns=student.num_columns,
-            training=recipe.training,
+            training=recipe.training.model_copy(update={"max_tokens": used.limit.tokens}),
             objective=recipe.objective,
             seed=seed,
             run=recipe.run,
@@ -91,7 +94,7 @@ def _learn(job: Job, rank: int) -> dict[str, Any]:
         "arm": arm,
         "seed": seed,
         "rows": num_rows,
-        "rows_too_long": result.rows_too_long,
+        "used_rows": used.summary(),
         "steps": result.steps,
         "kept_step": result.kept_step,
         "parameters": student.num_parameters,
@@ -139,7 +142,7 @@ def _tokenizer(job: Job) -> tuple[PreTrainedTokenizerBase, TokenMap | None]:
     """The teacher's, or what the vocabulary stage kept."""
     role, folder = ("vocabulary", "tokenizer") if "vocabulary" in job.inputs else ("teacher", "model")
     with job.files(job.inputs[role]) as files:
-        return load_tokenizer(files / folder), read_token_map(files / folder)
+        return load_tokenizer(files / folder, trust_remote_code=job.recipe.trusts_code), read_token_map(files / folder)
 
 
 def _kept_mass(recipe: Recipe, rows: Rows, token_map: TokenMap, *, seed: int) -> float:

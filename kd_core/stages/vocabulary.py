@@ -66,7 +66,7 @@ def _full_tokenizer(job: Job) -> PreTrainedTokenizerBase:
     if isinstance(job.recipe.student, PretrainedStudent):
         return load_tokenizer(job.recipe.student)
     with job.files(job.inputs["teacher"]) as files:
-        return load_tokenizer(files / "model")
+        return load_tokenizer(files / "model", trust_remote_code=job.recipe.trusts_code)
 
 
 def _row_ids(job: Job) -> Iterator[np.ndarray]:

@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
-from kd_core.errors import TeacherError
-from kd_core.recipe import Adapter, ModelRef, PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, StudentFromConfig, TrainedTeacher
+from kd_core.recipe import Adapter, PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, StudentFromConfig, TrainedTeacher
 from kd_core.student.adapters import adapter_parameters
 from kd_core.student.make import new_config
 from kd_core.student.shrink import head_size, shrunk_config
-from kd_core.teacher.models import UNREADABLE, load_tokenizer, one_line
-from kd_core.teacher.reference import locate
+from kd_core.teacher.loaders import Place, empty_model, read_config
+from kd_core.teacher.models import load_tokenizer
 from kd_core.tokens.encoding import num_columns
 
 __all__ = ["Description", "Figures", "describe", "model_figures", "teacher_config"]
@@ -86,7 +85,7 @@ def describe(recipe: Recipe, *, kept_tokens: int | None = None) -> Description:
     if isinstance(recipe.teacher, PretrainedTeacher):
         dtype = getattr(torch, recipe.teacher.dtype)
     if isinstance(spec, PretrainedStudent):
-        student = _stored_config(spec)
+        student = read_config(Place.of(spec)).get_text_config()
     elif isinstance(spec, StudentFromConfig):
         student = new_config(spec.architecture, _num_columns(recipe))
     else:
@@ -96,7 +95,7 @@ def describe(recipe: Recipe, *, kept_tokens: int | None = None) -> Description:
     if kept_tokens is not None:
         student.vocab_size = kept_tokens
         student.bos_token_id = student.eos_token_id = student.pad_token_id = None  # ids of the full vocabulary; no weight depends on them
-    figures = None if teacher is None else model_figures(teacher, dtype)
+    figures = None if teacher is None else model_figures(teacher, dtype, trust_remote_code=recipe.trusts_code)
     return Description(model_figures(student, torch.float32, adapter), figures, spec.vocabulary is not None and kept_tokens is None)
 
 
@@ -110,7 +109,7 @@ def teacher_config(recipe: Recipe) -> PretrainedConfig | None:
         case TrainedTeacher():
             return new_config(recipe.teacher.architecture, _num_columns(recipe))
         case PretrainedTeacher():
-            return _stored_config(recipe.teacher, trust_remote_code=recipe.teacher.trust_remote_code)
+            return read_config(Place.of(recipe.teacher)).get_text_config()
         case ServerTeacher():
             return None
 
@@ -122,29 +121,15 @@ def _num_columns(recipe: Recipe) -> int:
     return num_columns(load_tokenizer(recipe.teacher))
 
 
-def _stored_config(ref: ModelRef, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    path = locate(ref)
-    location, arguments = (ref.model, {"revision": ref.revision}) if path is None else (str(path), {})
-    if path is not None and path.is_file():
-        location, arguments = str(path.parent), {"gguf_file": path.name}
-    try:
-        config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code, **arguments)
-    except UNREADABLE as error:
-        raise TeacherError(f"model {ref.model!r}: its config cannot be read: {one_line(error)}") from error
-    return config.get_text_config()
-
-
-def model_figures(config: PretrainedConfig, dtype: torch.dtype, adapter: Adapter | None = None) -> Figures:
+def model_figures(
+    config: PretrainedConfig, dtype: torch.dtype, adapter: Adapter | None = None, *, trust_remote_code: bool = False
+) -> Figures:
     """Figures of a causal language model with plain attention; of a mixture all experts count.
 
     Raises:
         TeacherError: the config is of no causal language model.
     """
-    try:
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
-    except UNREADABLE as error:
-        raise TeacherError(f"a {config.model_type} of this config is no causal language model: {one_line(error)}") from error
+    model = empty_model(config, trust_remote_code=trust_remote_code)
     parameters = sum(p.numel() for p in model.parameters())
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     columns = config.num_hidden_layers * head_size(config)

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kd_core.errors import RecipeError, TeacherError
+from kd_core.teacher.loaders import Place, read_tokenizer
 from kd_core.tokens.encoding import num_columns, tokenizer_identity
 from kd_core.tokens.token_map import TokenMap
 
@@ -154,7 +154,6 @@ def _renumber(processor: Any, place: dict[int, int]) -> None:
 
 def _rewritten(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer with another tokenizer.json, as plain transformers loads it: by that file alone, whatever its family."""
-    transformers_logging.set_verbosity_error()
     with tempfile.TemporaryDirectory(prefix="kd-") as name:
         tokenizer.save_pretrained(name)
         (Path(name) / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
@@ -166,8 +165,7 @@ def _rewritten(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]) -> Pre
         for file in Path(name).iterdir():
             if not file.name.startswith(("tokenizer", "chat_template", "special_tokens")):
                 file.unlink()  # vocab.json, merges.txt and the like: of the full vocabulary
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    return loaded
+        return read_tokenizer(Place.directory(Path(name), trust_remote_code=False))
 
 
 def trim_model(model: PreTrainedModel, token_map: TokenMap) -> PreTrainedModel:

@@ -5,39 +5,30 @@ ignored on purpose, but for the ids that end an answer.
 """
 
 import contextlib
-import io
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kd_core.errors import RecipeError, TeacherError
+from kd_core.errors import KDError, RecipeError, TeacherError
 from kd_core.recipe import ModelRef
-from kd_core.teacher.reference import locate
+from kd_core.teacher.loaders import Place, quiet, read_model, read_tokenizer
 from kd_core.tokens.encoding import num_columns, tokenizer_identity
+from kd_core.tokens.templates import end_of_turn
 from kd_core.tokens.token_map import TokenMap, read_token_map, write_token_map
 
 __all__ = [
-    "UNREADABLE",
     "LoadedModel",
     "load_directory",
     "load_model",
     "load_tokenizer",
-    "one_line",
     "pick_device",
     "save_model",
     "teacher_identity",
 ]
 
-UNREADABLE = (OSError, ValueError, ArithmeticError, ImportError, RuntimeError, KeyError, SafetensorError, StrictDataclassError)
-"""What other libraries raise at files that are no model."""
 _LEAK = 0.01
 """Of the logits' spread: a causal model is exact but for the order of its sums."""
 
@@ -74,9 +65,18 @@ class LoadedModel:
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     @property
+    def max_positions(self) -> int | None:
+        """Positions that its authors made it for; None where it has no such number."""
+        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return found if isinstance(found, int) and found > 0 else None
+
+    @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Token ids that end an answer."""
+        """Token ids that end an answer: the end token, the template's end of turn, and what the model's authors shipped."""
         stops = {int(self.tokenizer.eos_token_id)}
+        if self.tokenizer.chat_template:
+            with contextlib.suppress(KDError):  # a template that fails is an error where the recipe uses it
+                stops.add(end_of_turn(self.tokenizer))
         shipped = getattr(self.model.generation_config, "eos_token_id", None)
         if isinstance(shipped, (int, list)):
             stops |= {int(i) for i in ([shipped] if isinstance(shipped, int) else shipped)}
@@ -94,57 +94,44 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda" if wanted in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
 
 
-def _source(ref: ModelRef) -> tuple[str, dict[str, str]]:
-    path = locate(ref)
-    if path is None:
-        return ref.model, {"revision": str(ref.revision)}
-    return (str(path.parent), {"gguf_file": path.name}) if path.is_file() else (str(path), {})
-
-
-def load_tokenizer(source: ModelRef | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelRef | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model reference, or of a directory that this project wrote.
 
+    Args:
+        source: a reference, which says itself whether its code may run, or a directory.
+        trust_remote_code: whether code in that directory may run: a teacher's tokenizer brings it along.
+
     Raises:
-        TeacherError: it cannot be loaded, or has no end token.
+        TeacherError: it cannot be loaded, needs code that may not run, or has no end token.
     """
-    location, arguments = (str(source), {}) if isinstance(source, Path) else _source(source)
-    with _quiet(location):
-        tokenizer = AutoTokenizer.from_pretrained(location, **arguments)
+    place = Place.directory(source, trust_remote_code=trust_remote_code) if isinstance(source, Path) else Place.of(source)
+    tokenizer = read_tokenizer(place)
     if tokenizer.eos_token_id is None:
-        raise TeacherError(f"model {location!r}: its tokenizer has no end token, so answers could not end; use another model")
+        raise TeacherError(f"model {place.location!r}: its tokenizer has no end token, so answers could not end; use another model")
     return tokenizer
 
 
-def load_model(ref: ModelRef, *, device: torch.device, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False) -> LoadedModel:
-    """Load a pre-trained model in eval mode, without gradients.
+def load_model(ref: ModelRef, *, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+    """Load a pre-trained model in eval mode, without gradients. Its code runs only where the reference says so.
 
     Raises:
         TeacherError: it cannot be loaded; the message names it and says why.
     """
-    location, arguments = _source(ref)
-    return _load(location, arguments, ref.dtype, device=device, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    return _load(Place.of(ref), ref.dtype, device=device, tokenizer=tokenizer)
 
 
 def load_directory(path: Path, *, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
-    """Load a model that this project wrote (Hugging Face layout, safetensors), in float32, with its token map if there is one."""
-    loaded = _load(str(path), {}, "float32", device=device, tokenizer=tokenizer, trust_remote_code=False)
+    """Load a model that this project wrote (Hugging Face layout, safetensors), in float32, with its token map if there is one.
+
+    Code that lies there never runs: what this project trains is of families that transformers knows.
+    """
+    loaded = _load(Place.directory(path, trust_remote_code=False), "float32", device=device, tokenizer=tokenizer)
     return replace(loaded, token_map=read_token_map(path))
 
 
-def _load(
-    location: str,
-    arguments: dict[str, str],
-    dtype: str,
-    *,
-    device: torch.device,
-    tokenizer: PreTrainedTokenizerBase,
-    trust_remote_code: bool,
-) -> LoadedModel:
-    is_gguf = "gguf_file" in arguments
-    options: dict[str, Any] = dict(arguments) if is_gguf else {**arguments, "use_safetensors": True}
-    with _quiet(location):
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **options)
-    if is_gguf:  # de-quantised on load: a plain model from here on, and it can be saved
+def _load(place: Place, dtype: str, *, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+    model = read_model(place, dtype=getattr(torch, dtype))
+    if place.is_gguf:  # de-quantised on load: a plain model from here on, and it can be saved
         model.hf_quantizer = None
         model.is_quantized = False
         if hasattr(model.config, "quantization_config"):
@@ -152,7 +139,7 @@ def _load(
     model = model.to(device).eval().requires_grad_(False)
     if not _is_causal(model):
         raise TeacherError(
-            f"model {location!r}: its logits change with the tokens that come after, so it sees the answer it should predict; "
+            f"model {place.location!r}: its logits change with the tokens that come after, so it sees the answer it should predict; "
             f"{type(model).__name__} is an encoder: use a causal language model"
         )
     return LoadedModel(model, tokenizer, min(num_columns(tokenizer), model.config.get_text_config().vocab_size))
@@ -170,30 +157,11 @@ def _is_causal(model: PreTrainedModel) -> bool:
 
 def save_model(loaded: LoadedModel, directory: Path) -> None:
     """Write model/ below a directory: weights and tokenizer in the Hugging Face layout, safetensors; and the token map."""
-    with _quiet(str(directory)):
+    with quiet(str(directory)):
         loaded.model.save_pretrained(directory / "model")
         loaded.tokenizer.save_pretrained(directory / "model")
     if loaded.token_map is not None:
         write_token_map(loaded.token_map, directory / "model")
-
-
-@contextlib.contextmanager
-def _quiet(location: str) -> Iterator[None]:
-    """No bars and advice of other libraries in our output; their failures become one line."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except UNREADABLE as error:
-        raise TeacherError(f"model {location!r} cannot be loaded: {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    """What another library says first, without the advice below it."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def teacher_identity(loaded: LoadedModel, weights: dict[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,13 @@ from typing import Any
 
 from kd_core.errors import RecipeError, TeacherError
 from kd_core.fingerprint import fingerprint, sha256_file
-from kd_core.recipe import ModelRef
+from kd_core.recipe import ModelRef, PretrainedTeacher
 
 __all__ = ["locate", "reference_identity"]
 
 _CONTENT = ("*.safetensors", "*.gguf", "*.json", "*.jinja", "*.model", "*.txt")
+_CODE = ("**/*.py",)
+"""Read only where code may run; of a hub id its revision pins the code too."""
 
 
 def locate(ref: ModelRef) -> Path | None:
@@ -42,7 +44,8 @@ def reference_identity(ref: ModelRef) -> dict[str, Any]:
     path = locate(ref)
     if path is None:
         return {"hub": ref.model, "revision": ref.revision, "dtype": ref.dtype}
-    return {"content": _content(path), "dtype": ref.dtype}
+    trusted = isinstance(ref, PretrainedTeacher) and ref.trust_remote_code
+    return {"content": _content(path, (*_CONTENT, *_CODE) if trusted else _CONTENT), "dtype": ref.dtype}
 
 
 def _package_file(model: str) -> Path:
@@ -61,12 +64,13 @@ def _package_file(model: str) -> Path:
     return path
 
 
-def _content(path: Path) -> str:
-    files = [path] if path.is_file() else sorted({file for pattern in _CONTENT for file in path.glob(pattern)})
+def _content(path: Path, patterns: tuple[str, ...]) -> str:
+    files = [path] if path.is_file() else sorted({file for pattern in patterns for file in path.glob(pattern)})
     if not files:
         raise TeacherError(f"{path}: holds no model files ({', '.join(_CONTENT)}); point at a directory in the Hugging Face layout")
     stats = [(file, file.stat()) for file in files]
-    return fingerprint({file.name: _file_sha256(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats})
+    names = {file: file.name if file == path else file.relative_to(path).as_posix() for file in files}
+    return fingerprint({names[file]: _file_sha256(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats})
 
 
 @functools.lru_cache(maxsize=256)

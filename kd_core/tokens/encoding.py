@@ -1,24 +1,33 @@
-"""Text to token ids, supervised positions, and the one place that shifts.
-
-Axes: B rows of a batch, T positions, N supervised positions of the whole batch (row by row, left to right).
+"""Text to token ids.
 
 The teacher's answer ids are stored and trained on as they were sampled; text is never tokenised again on the way from
-teacher to student. ``first_supervised`` is the index of the first answer token; the logits that predict token t stand
-at t-1, and ``collate`` alone knows it.
+teacher to student. A control token that a user, a system message or an answer spells stays text: control ids come from the
+template, and the last one of an answer from its end. Only thought marks (``templates.THOUGHT``) in an answer are what they say.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from kd_core.curate.thoughts import continue_thought, is_thought_tag, opens_thought, without_opening
+from kd_core.curate import thoughts
 from kd_core.errors import SourceError
 from kd_core.fingerprint import fingerprint
 from kd_core.recipe import CharacterTokenizer, Task
+from kd_core.tokens.templates import THOUGHT, control_tokens, end_of_turn, literal_ids, opens_thought, render, template_ids
 
-__all__ = ["character_tokenizer", "decode_answer", "encode_answer", "encode_gold", "encode_prompt", "num_columns", "tokenizer_identity"]
+__all__ = [
+    "character_tokenizer",
+    "decode_answer",
+    "encode_answer",
+    "encode_gold",
+    "encode_prompt",
+    "end_token",
+    "num_columns",
+    "tokenizer_identity",
+]
 
 PAD, EOS = "<pad>", "<eos>"
 _TAIL_TOKENS = 32  # of a prompt: enough for a thought tag and white space, at one token a character
@@ -62,47 +71,75 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, task: Task) -
 
     Raises:
         SourceError: the prompt has characters the tokenizer does not know, or the tokenizer has no chat template.
+        RecipeError: the chat template cannot be used as the recipe asks; see ``templates.render``.
     """
     if task.template == "plain":
         return _encode(tokenizer, prompt)
-    if not tokenizer.chat_template:
-        raise SourceError("task.template: chat, and this model's tokenizer has no chat template; use task.template: plain")
-    messages = [{"role": "user", "content": prompt}]
-    if task.system is not None:
-        messages.insert(0, {"role": "system", "content": task.system})
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
+    text = render(tokenizer, prompt, task)
+    if _spells(tokenizer, prompt) or _spells(tokenizer, task.system or ""):
+        return template_ids(tokenizer, prompt, task)
+    return _plain_ids(tokenizer, text)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    try:
-        ids = [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise SourceError(
-            f"the tokenizer cannot encode {text[:60]!r}: {error}; add its characters to teacher.tokenizer.alphabet"
-        ) from error
+def encode_gold(
+    tokenizer: PreTrainedTokenizerBase, answer: str, task: Task | None = None, *, prompt_ids: Sequence[int] | None = None
+) -> list[int]:
+    """Token ids of a worked gold answer, with its end; see ``encode_answer``."""
+    return encode_answer(tokenizer, answer, ended=True, task=task, prompt_ids=prompt_ids)
+
+
+def encode_answer(
+    tokenizer: PreTrainedTokenizerBase, answer: str, *, ended: bool, task: Task | None = None, prompt_ids: Sequence[int] | None = None
+) -> list[int]:
+    """Token ids of an answer that is known as text only; one that was cut off (``ended`` is False) gets no end.
+
+    Args:
+        tokenizer: of the model that learns it.
+        answer: its text. Where a thought is open already, an opening mark in front of it would stand there twice and is left out.
+        ended: whether the answer came to its end.
+        task: see ``end_token``.
+        prompt_ids: what it follows; None: the template's generation prompt.
+    """
+    answer = thoughts.without_opening(answer, opened=_opens_thought(tokenizer, task, prompt_ids))
+    ids = [i for piece in _between_thoughts(tokenizer, answer) for i in piece]
+    return [*ids, *([end_token(tokenizer, task)] if ended else [])]
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase, task: Task | None = None) -> int:
+    """The token that ends an answer: the template's end of turn in a chat, else the tokenizer's end token.
+
+    Without a task, a tokenizer that has a chat template is taken to be used with it.
+    """
+    return end_of_turn(tokenizer) if _is_chat(tokenizer, task) else int(tokenizer.eos_token_id)
+
+
+def _is_chat(tokenizer: PreTrainedTokenizerBase, task: Task | None) -> bool:
+    return bool(tokenizer.chat_template) if task is None else task.template == "chat"
+
+
+def _spells(tokenizer: PreTrainedTokenizerBase, text: str, *, besides: tuple[str, ...] = ()) -> bool:
+    """Whether a text holds what the tokenizer would read as a control id."""
+    return any(token in text for token in control_tokens(tokenizer) if token not in besides)
+
+
+def _between_thoughts(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[list[int]]:
+    """Ids of an answer in pieces: one, or where it spells a control token the marks of thoughts and what stands between them."""
+    vocabulary = control_tokens(tokenizer).intersection(THOUGHT)
+    if not _spells(tokenizer, answer, besides=THOUGHT) or not vocabulary:
+        return [_encode(tokenizer, answer, besides=THOUGHT)]
+    pieces = [piece for piece in re.split(f"({'|'.join(map(re.escape, sorted(vocabulary)))})", answer) if piece]
+    return [[int(tokenizer.convert_tokens_to_ids(piece))] if piece in vocabulary else _encode(tokenizer, piece) for piece in pieces]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, besides: tuple[str, ...] = ()) -> list[int]:
+    """Ids of a text without a template; control tokens in it are text, but for those in ``besides``."""
+    if _spells(tokenizer, text, besides=besides):
+        message = {"role": "user", "content": text}
+        return literal_ids(tokenizer, [message], None, chat_template="{{ messages[0]['content'] }}")
+    ids = _plain_ids(tokenizer, text)
     if not ids:
         raise SourceError(f"the tokenizer makes no token of {text[:60]!r}; remove such prompts")
     return ids
-
-
-def encode_gold(tokenizer: PreTrainedTokenizerBase, answer: str, *, prompt_ids: Sequence[int] | None = None) -> list[int]:
-    """Token ids of a worked gold answer, with the end token; see ``encode_answer``."""
-    return encode_answer(tokenizer, answer, ended=True, prompt_ids=prompt_ids)
-
-
-def encode_answer(tokenizer: PreTrainedTokenizerBase, answer: str, *, ended: bool, prompt_ids: Sequence[int] | None = None) -> list[int]:
-    """Token ids of an answer that is known as text only.
-
-    Args:
-        tokenizer: the model's.
-        answer: the text.
-        ended: False for one that was cut off: it gets no end token.
-        prompt_ids: what it follows; None: the tokenizer's own generation prompt. A thought that this opens is not opened
-            again by the answer.
-    """
-    answer = without_opening(answer, opened=_prompt_opens_thought(tokenizer, prompt_ids))
-    return [*_encode(tokenizer, answer), *([int(tokenizer.eos_token_id)] if ended else [])]
 
 
 def decode_answer(tokenizer: PreTrainedTokenizerBase, answer_ids: Sequence[int], *, prompt_ids: Sequence[int]) -> str:
@@ -111,16 +148,23 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, answer_ids: Sequence[int],
     Thought tags stay even where the tokenizer holds them special, so that a thought is never taken for an answer.
     """
     special = {int(i) for i in tokenizer.all_special_ids}
-    tags = {i for i in special if is_thought_tag(str(tokenizer.convert_ids_to_tokens(i)))}
+    tags = {i for i in special if thoughts.is_thought_tag(str(tokenizer.convert_ids_to_tokens(i)))}
     kept = [i for i in answer_ids if i not in special or i in tags]
     text = tokenizer.decode(kept, skip_special_tokens=not tags)
-    return continue_thought(text, opened=_prompt_opens_thought(tokenizer, prompt_ids))
+    return thoughts.continue_thought(text, opened=_opens_thought(tokenizer, None, prompt_ids))
 
 
-def _prompt_opens_thought(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] | None) -> bool:
+def _opens_thought(tokenizer: PreTrainedTokenizerBase, task: Task | None, prompt_ids: Sequence[int] | None) -> bool:
+    """Whether an answer begins inside a thought: its prompt says so, else the template."""
     if prompt_ids is not None:
-        return opens_thought(tokenizer.decode(list(prompt_ids[-_TAIL_TOKENS:])))
-    if not tokenizer.chat_template:
-        return False
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True, tokenize=False)
-    return opens_thought(str(text))
+        return thoughts.opens_thought(str(tokenizer.decode(list(prompt_ids[-_TAIL_TOKENS:]))))
+    return _is_chat(tokenizer, task) and opens_thought(tokenizer)
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    try:
+        return [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise SourceError(
+            f"the tokenizer cannot encode {text[:60]!r}: {error}; add its characters to teacher.tokenizer.alphabet"
+        ) from error

@@ -164,11 +164,6 @@ class Feed:
         if training.batch_rows < num_ranks:
             raise TrainingError(f"training.batch_rows: {training.batch_rows} rows for {num_ranks} ranks; start at most that many ranks")
 
-    @property
-    def rows_too_long(self) -> int:
-        """Rows left out."""
-        return len(self._lengths) - len(self._kept)
-
     def plan(self, step: int, *, soft: bool, features: bool = False) -> StepPlan:
         """What a step (0-based) reads; rows of later steps begin to be fetched, as asked with their soft labels and features."""
         later = step + PREFETCH_STEPS

@@ -54,7 +54,6 @@ class TrainingResult:
         supervised_tokens: trained on, over all steps.
         seconds: of this process, after a resume only those since.
         resumed_from: step of the checkpoint this run started from; 0 for none.
-        rows_too_long: rows left out because they have more than training.max_tokens tokens.
         packed: whether documents were packed; False: padded.
         skipped: steps whose gradients were not finite.
         spikes: steps whose loss stood out from the 50 before them.
@@ -68,7 +67,6 @@ class TrainingResult:
     supervised_tokens: int
     seconds: float
     resumed_from: int
-    rows_too_long: int
     packed: bool
     skipped: list[int]
     spikes: list[int]
@@ -165,7 +163,6 @@ def train(
         supervised_tokens=history.supervised_tokens,
         seconds=time.perf_counter() - began,
         resumed_from=start,
-        rows_too_long=feed.rows_too_long,
         packed=packed,
         skipped=history.skipped,
         spikes=history.spikes,

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kd_core.doctor import Finding, batches, divergence, examine, labels, machine, models, subject, trimming, vocabulary
+from kd_core.doctor import Finding, batches, divergence, examine, labels, machine, models, subject, templates, trimming, vocabulary
 from kd_core.progress import Tick, silent
 from kd_core.recipe import Recipe
 from kd_core.recipe.files import load_recipe
@@ -45,18 +45,21 @@ POLICIES = {
 LABEL_CHECKS = ["teacher_as_student", "alignment", "largest_ids", "cached_soft_labels", "mass_outside"]
 OWN_CHECKS = [
     "tokenizers",
+    "control_tokens",
     "supervision",
+    "used_rows",
     "end_token",
     "truncated_answers",
     "model_modes",
+    "attention",
     "tied_head",
     "hidden_states",
     "trimmed_vocabulary",
 ]
 BATCH_CHECKS = ["slope", "objective", "batch_split", "padding", "packing", "half_precision"]
-ALL = ["packages", "device", "compared_models", "models", *OWN_CHECKS, *LABEL_CHECKS, *BATCH_CHECKS]
+ALL = ["packages", "device", "compared_models", "template", "models", *OWN_CHECKS, *LABEL_CHECKS, *BATCH_CHECKS]
 BEFORE_A_RUN = {"cached_soft_labels", "truncated_answers"}
-NOT_ASKED_FOR = {"hidden_states", "trimmed_vocabulary", "half_precision"}
+NOT_ASKED_FOR = {"template", "hidden_states", "trimmed_vocabulary", "half_precision"}
 HARD = ("objective={supervision: hard}", "evaluation.compare=[baseline]")
 
 
@@ -260,7 +263,7 @@ def test_a_mean_over_micro_batches_is_found(sums, store: LocalStore, monkeypatch
 def test_an_answer_without_end_is_found(sums, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trap 4."""
     real = subject.encode_gold
-    monkeypatch.setattr(subject, "encode_gold", lambda tokenizer, answer: real(tokenizer, answer)[:-1])
+    monkeypatch.setattr(subject, "encode_gold", lambda *given: real(*given)[:-1])
     found = by_name(examine(sums(), store))
     assert failed(found) == {"supervision"}
     assert "the student would not learn to stop" in found["supervision"].detail
@@ -370,14 +373,55 @@ def test_old_packages_are_found(sums, store: LocalStore, monkeypatch: pytest.Mon
 def test_a_missing_device_is_found_and_the_rest_is_skipped(sums, store: LocalStore) -> None:
     found = by_name(examine(sums("run.device=cuda"), store))
     assert failed(found) == {"device", "models"}
-    assert {found[name].status for name in ALL[4:]} == {"skipped"}
+    assert {found[name].status for name in ALL[ALL.index("models") + 1 :]} == {"skipped"}
 
 
 def test_unreadable_prompts_are_found_and_the_rest_is_skipped(sums, store: LocalStore) -> None:
     found = by_name(examine(sums("teacher.tokenizer.alphabet='012345678+-=,#'"), store))
     assert failed(found) == {"models"}
     assert "add its characters to teacher.tokenizer.alphabet" in found["models"].detail
-    assert {found[name].status for name in ALL[4:]} == {"skipped"}
+    assert {found[name].status for name in ALL[ALL.index("models") + 1 :]} == {"skipped"}
+
+
+# ------------------------------------------------------------------------------------------- templates and lengths
+
+
+def test_a_template_without_a_system_role_is_found(sums, store: LocalStore, tmp_path: Path, tiny_model) -> None:
+    """Trap 37."""
+    tokenizer = character_tokenizer(sums().teacher.tokenizer)
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ messages[0].content }}<eos>"
+    )
+    chats = [pretrained(tmp_path, replace(tiny_model(), tokenizer=tokenizer), name) for name in ("teacher", "student")]
+    found = by_name(examine(sums(*chats, "task.template=chat", "task.system=1+1"), store))
+    assert failed(found) == {"template", "models"}
+    assert found["template"].detail.startswith("task.system: the chat template takes no system message (no system role)")
+    found = by_name(examine(sums(*chats, "task.template=chat"), store))
+    assert found["template"].detail == "the template takes no system message, ends a turn with '<eos>'"
+
+
+def test_control_tokens_that_texts_write_are_found(sums, store: LocalStore, trimmed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 35."""
+    found = by_name(examine(trimmed, store))
+    assert found["control_tokens"].detail.startswith("'<|end|>' typed in a prompt or an answer stays text; 0 of ")
+    monkeypatch.setattr(templates, "encode_prompt", lambda tokenizer, prompt, task: tokenizer.encode(prompt))
+    found = by_name(examine(trimmed, store))
+    assert failed(found) == {"control_tokens"}
+    assert "'<|end|>' inside a text becomes control ids" in found["control_tokens"].detail
+
+
+def test_rows_that_are_too_long_are_found(sums, store: LocalStore) -> None:
+    """Trap 40."""
+    found = by_name(examine(sums("training.max_tokens=14"), store))
+    assert failed(found) == {"used_rows"}
+    assert "rows are left out, longer than training.max_tokens = 14; training.least_rows_share asks for 90.0%" in found["used_rows"].detail
+
+
+def test_float32_beside_grouped_heads_is_said(sums, store: LocalStore) -> None:
+    """Trap 45."""
+    plain, grouped = (by_name(examine(sums(f"student.architecture.num_kv_heads={n}"), store))["attention"] for n in (2, 1))
+    assert plain.detail.startswith("no float32 beside grouped heads")
+    assert "the student's 2 query heads on 1 key heads take 0.0 MB a row of" in grouped.detail
 
 
 # ------------------------------------------------------------------------------------------- traps in the objective and the batches

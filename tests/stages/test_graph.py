@@ -4,6 +4,7 @@ Every leaf of three recipes is changed, one at a time, and the moved nodes are c
 the recipe's types proves that the three recipes hold every field there is.
 """
 
+import datetime
 import json
 import os
 import shutil
@@ -61,6 +62,7 @@ COMMON = {
     "objective": STUDENT,
     "objective.supervision": {"soft_labels"} | STUDENT,
     "training": LEARNT,
+    "training.least_rows_share": RECORDED,  # a condition
     "evaluation.suites": EVALUATED,
     "evaluation.generate": EVALUATED,
     "evaluation.confidence": VERDICT,
@@ -72,6 +74,7 @@ TABLES = {
         **COMMON,
         "task": FROM_TEACHER,  # the teacher is trained on these tokens,
         "task.answer_marker": ALL,
+        "teacher.training.least_rows_share": RECORDED,
         "prompts.split": ALL,  # and not on what is held out
         "hidden_states": {"hidden_states"} | STUDENT,  # cached features read them
         "prompts.max_characters": ALL,
@@ -89,6 +92,7 @@ TABLES = {
     "server": {
         **COMMON,
         "teacher.price_per_million_tokens": RECORDED,
+        "task.date": FROM_CURATE | EVALUATED,  # the server words its prompts itself
         "soft_labels": RECORDED,  # supervision: hard uses none,
         "objective": RECORDED,  # nor any weight
         "student": FROM_CURATE,  # its tokenizer counts the tokens of text
@@ -214,6 +218,7 @@ _ADDED: dict[tuple[str, str], Any] = {  # values for fields whose type alone doe
     ("StudentFromTeacher", "blocks"): (0, 1),
     ("StudentFromTeacher", "vocabulary"): Vocabulary(keep="data"),
     ("Task", "system"): "be brief",
+    ("Task", "date"): datetime.date(2026, 1, 1),
     ("TopK", "temperatures"): (1.0, 2.0, 4.0),
     **{(rule, "suite"): "held_out" for rule in ("BetterThan", "NotWorseThanChampion", "Floor", "Ceiling")},
     ("Training", "adam_betas"): (0.8, 0.9),
