@@ -20,10 +20,10 @@ from typing import Any, cast
 from kd_core.errors import ArtifactError, IntegrityError
 from kd_core.fingerprint import canonical_json, fingerprint, sha256_bytes, sha256_file
 from kd_core.store import Store
+from kd_core.store.versions import VERSION, expect_version
 
 __all__ = ["Artifact", "Payload", "Record", "find", "forget", "open_artifact", "publish", "read_bytes", "workspace"]
 
-SCHEMA_VERSION = 1
 _PACKAGES = ("knowledge-distillery", "torch", "transformers", "datasets", "accelerate", "pyarrow", "duckdb")
 
 
@@ -99,6 +99,7 @@ def find(store: Store, stage: str, fp: str) -> Record | None:
 
     Raises:
         IntegrityError: the record is there and cannot be read as one, or its own checksum does not hold.
+        VersionError: the record is of another version.
     """
     key = _record_key(stage, fp)
     if store.info(key) is None:
@@ -109,11 +110,10 @@ def find(store: Store, stage: str, fp: str) -> Record | None:
 def _parse_record(store: Store, key: str) -> Record:
     try:
         raw = json.loads(store.get(key))
+        expect_version(raw["version"], f"{store.uri}/{key}: a record")
         body = raw["record"]
         if sha256_bytes(canonical_json(body)) != raw["sha256"]:
             raise ValueError("its checksum does not hold")
-        if raw["schema"] != SCHEMA_VERSION:
-            raise ValueError(f"schema {raw['schema']}, and this version reads {SCHEMA_VERSION}")
         return Record(**{**body, "files": tuple(Payload(**file) for file in body["files"])})
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(
@@ -199,7 +199,7 @@ def publish(
         if not store.create(key, directory / file.name):
             raise IntegrityError(f"{store.uri}/{key} holds other bytes than its address says; delete it and run again")
     body = cast(dict[str, Any], json.loads(canonical_json(asdict(record))))
-    data = json.dumps({"schema": SCHEMA_VERSION, "record": body, "sha256": sha256_bytes(canonical_json(body))}, indent=1).encode()
+    data = json.dumps({"version": VERSION, "record": body, "sha256": sha256_bytes(canonical_json(body))}, indent=1).encode()
     key = _record_key(stage, fp)
     return record if store.create(key, data) else _parse_record(store, key)
 

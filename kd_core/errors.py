@@ -9,7 +9,8 @@
     |- SourceError           prompts or gold data cannot be read or are not of the stated form
     |- TeacherError          the teacher cannot be loaded, reached, or answers nonsense
     |- SoftLabelError        soft labels are missing, malformed or not valid for the objective
-    `- TrainingError         training diverged or cannot be resumed
+    |- TrainingError         training diverged or cannot be resumed
+    `- VersionError          something was written in a format that this code does not read: sound, and never moved aside
 
 All are picklable (one string argument) because they cross process boundaries.
 """
@@ -25,6 +26,7 @@ __all__ = [
     "StoreError",
     "TeacherError",
     "TrainingError",
+    "VersionError",
 ]
 
 
@@ -66,3 +68,7 @@ class SoftLabelError(KDError):
 
 class TrainingError(KDError):
     """Training diverged or cannot continue from its checkpoint."""
+
+
+class VersionError(KDError):
+    """Something was written in a format that this code does not read; nothing says that it is damaged."""

@@ -15,10 +15,9 @@ from kd_core.artifacts import Artifact
 from kd_core.errors import ArtifactError, IntegrityError
 from kd_core.fingerprint import canonical_json, sha256_bytes
 from kd_core.store import Store
+from kd_core.store.versions import VERSION, expect_version
 
 __all__ = ["Entry", "append", "champion_before", "current", "history"]
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -135,18 +134,17 @@ def _identity(entry: Entry) -> dict[str, Any]:
 
 def _encode(entry: Entry) -> bytes:
     body = {**_identity(entry), "number": entry.number, "reasons": list(entry.reasons), "unix_time": entry.unix_time}
-    return json.dumps({"schema": SCHEMA_VERSION, "entry": body, "sha256": sha256_bytes(canonical_json(body))}, indent=1).encode()
+    return json.dumps({"version": VERSION, "entry": body, "sha256": sha256_bytes(canonical_json(body))}, indent=1).encode()
 
 
 def _read(store: Store, model: str, number: int) -> Entry:
     key = _key(model, number)
     try:
         raw = json.loads(store.get(key))
+        expect_version(raw["version"], f"{store.uri}/{key}: a ledger entry")
         body = raw["entry"]
         if sha256_bytes(canonical_json(body)) != raw["sha256"]:
             raise ValueError("its checksum does not hold")
-        if raw["schema"] != SCHEMA_VERSION:
-            raise ValueError(f"schema {raw['schema']}, and this version reads {SCHEMA_VERSION}")
         if (body["model"], body.pop("number")) != (model, number):
             raise ValueError("it is the entry of another place")
         entry = Entry(**{**body, "artifact": Artifact(**body["artifact"]), "reasons": tuple(body["reasons"])})

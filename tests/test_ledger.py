@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from kd_core.artifacts import Artifact
-from kd_core.errors import ArtifactError, IntegrityError
+from kd_core.errors import ArtifactError, IntegrityError, VersionError
 from kd_core.ledger import Entry, append, champion_before, current, history
 from kd_core.store import LocalStore
 
@@ -120,7 +120,6 @@ def damage(store, number, change):
     ("change", "message"),
     [
         (lambda raw: raw["entry"]["artifact"].update(digest="digest-evil"), "checksum does not hold"),
-        (lambda raw: raw.update(schema=9), "schema 9"),
         (lambda raw: raw.pop("entry"), "'entry'"),
     ],
 )
@@ -128,6 +127,13 @@ def test_damage_is_named(store, change, message):
     append(store, "calc", entry("a"))
     damage(store, 1, change)
     with pytest.raises(IntegrityError, match=message):
+        current(store, "calc")
+
+
+def test_another_version_is_refused_by_name(store):
+    append(store, "calc", entry("a"))
+    damage(store, 1, lambda raw: raw.update(version=7))
+    with pytest.raises(VersionError, match=r"000001\.json: a ledger entry of version 7; this code reads version 1; update the package, or"):
         current(store, "calc")
 
 

@@ -184,7 +184,7 @@ def stats(
     region: Region = _REGION,
     as_json: AsJson = False,
 ) -> None:
-    """Figures of one row table: bytes a token by part, entropies, finish reasons, doubled rows, orphan shards."""
+    """Figures of one row table: bytes a token by part, entropies, finish reasons, duplicate rows, orphan shards."""
     from dataclasses import asdict
 
     from kd_core.cache.catalog import find_namespace
@@ -202,7 +202,7 @@ def stats(
     say(" ".join(str(value) for value in about.values() if value))
     tables = [bytes_table(numbers), entropy_table(numbers) if numbers.entropy else None]
     tables.append(counts_table("Finish reasons", numbers.finish_reasons) if numbers.finish_reasons else None)
-    unused = {"doubled rows": numbers.doubled_rows, "orphan shards": numbers.orphan_shards}
+    unused = {"duplicate rows": numbers.duplicate_rows, "orphan shards": numbers.orphan_shards}
     for table in (*tables, counts_table("Not read by anyone", unused)):
         if table is not None:
             say("")

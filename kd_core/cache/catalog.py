@@ -1,10 +1,9 @@
-"""What row tables a store holds: namespaces, who made them, their commits.
+"""Row stores that a store holds: namespaces, who made them, their commits.
 
-A namespace is one growing table (answers, soft labels ...) of one teacher and policy; ``about.json`` says which in plain data.
+A namespace is one row store (answers, soft labels ...) of one teacher and policy; ``about.json`` says which in plain data.
 Reads commits and descriptions only, never a shard.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,34 +43,34 @@ class Namespace:
         return len(self.snapshot.keys())
 
     @property
-    def num_doubled(self) -> int:
-        """Rows that another shard holds too and that no reader sees."""
+    def num_duplicates(self) -> int:
+        """Duplicates: rows that another shard holds too and that no reader sees."""
         return sum(len(commit.keys) for commit in self.snapshot.commits) - self.num_rows
 
     @property
-    def num_tokens(self) -> int | None:
-        """Supervised or generated tokens in all shards; None where an old commit does not say."""
-        counts = [commit.num_tokens for commit in self.snapshot.commits]
-        return None if None in counts else sum(count for count in counts if count is not None)
+    def num_tokens(self) -> int:
+        """Supervised or generated tokens in all shards."""
+        return sum(commit.num_tokens for commit in self.snapshot.commits)
 
 
 def row_caches(store: Store) -> list[RowCache]:
-    """Every (table, namespace) below rows/, sorted."""
+    """List every (table, namespace) below rows/, sorted."""
     parts = (info.key.split("/") for info in store.list("rows/"))
     return [RowCache(store, table, namespace) for table, namespace in sorted({(p[1], p[2]) for p in parts if len(p) > 3})]
 
 
 def namespaces(store: Store) -> list[Namespace]:
-    """All row tables of a store.
+    """Read all row tables of a store.
 
     Raises:
         IntegrityError: a commit or a description is not readable as one.
+        VersionError: one of them is of another version.
     """
     return [_describe(cache) for cache in row_caches(store)]
 
 
 def find_namespace(store: Store, wanted: str | None, *, table: str | None) -> Namespace:
-    """The namespace (of a table, if one is named) that starts with ``wanted``; with None, the only one there is.
+    """Find the namespace (of a table, if one is named) that starts with ``wanted``; with None, the only one there is.
 
     Raises:
         StoreError: none, or more than one.
@@ -91,26 +90,26 @@ def _describe(cache: RowCache) -> Namespace:
 
 
 def about(cache: RowCache) -> tuple[str | None, str | None]:
-    """(teacher, policy) of a namespace in a few words, from its ``about.json``; None twice where there is none.
+    """Tell (teacher, policy) of a namespace in a few words, from its ``about.json``; None twice where there is none.
 
     Raises:
         IntegrityError: it is not readable as a description.
+        VersionError: it is of another version.
     """
-    key = f"{cache.prefix}/about.json"
-    if cache.store.info(key) is None:
-        return None, None
     try:
-        said = json.loads(cache.store.get(key))
+        if (said := cache.description()) is None:
+            return None, None
         made = next(said[name] for name in ("policy", "sampling", "hidden_states") if name in said)
         return _teacher_name(said["teacher"]), _words(made)
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise IntegrityError(
-            f"{cache.store.uri}/{key}: not a description ({type(error).__name__}: {error}); kd cache repair moves it aside"
+            f"{cache.store.uri}/{cache.prefix}/about.json: not a description ({type(error).__name__}: {error}); "
+            "kd cache repair moves it aside"
         ) from error
 
 
 def read_shard(cache: RowCache, commit: Commit) -> pa.Table:
-    """A whole shard, verified; unlike ``RowCache.read_shard`` it moves nothing: looking changes nothing.
+    """Read a whole shard, verified; unlike ``RowCache.read_shard`` it moves nothing: looking changes nothing.
 
     Raises:
         StoreError: it is gone.
@@ -125,7 +124,7 @@ def read_shard(cache: RowCache, commit: Commit) -> pa.Table:
 
 
 def _teacher_name(teacher: Mapping[str, Any]) -> str:
-    """A few words that tell teachers apart: the hub id or served model where there is one, else the first digits of its content."""
+    """Name a teacher in a few words: the hub id or served model where there is one, else the first digits of its content."""
     if teacher["engine"] == "server":
         return str(teacher["model"])
     weights = teacher["weights"]
@@ -137,7 +136,7 @@ def _teacher_name(teacher: Mapping[str, Any]) -> str:
 
 
 def _words(fields: Mapping[str, Any]) -> str:
-    """A policy on one line: its kind, then each field.
+    """Write a policy on one line: its kind, then each field.
 
     >>> _words({"kind": "sampled", "num_draws": 25, "temperature": 2.0})
     'sampled num_draws=25 temperature=2'
@@ -153,7 +152,7 @@ def _value(value: object) -> str:
 
 
 def losing_rows(snapshot: Snapshot) -> list[tuple[str, str]]:
-    """(key, shard checksum) of each row that a shard with a smaller checksum holds too: readers take that one."""
+    """List (key, shard checksum) of each row that a shard with a smaller checksum holds too: readers take that one."""
     seen: set[str] = set()
     lost = []
     for commit in snapshot.commits:  # sorted by checksum

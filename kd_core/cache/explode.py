@@ -44,7 +44,7 @@ _ROWS = 16
 
 @dataclass(frozen=True)
 class Entries:
-    """What is kept, flat.
+    """Entries of soft labels, flat.
 
     Attributes:
         position_E: index of the supervised position, int64, rising.
@@ -60,7 +60,7 @@ class Entries:
 
 
 def entries(targets: Targets) -> Entries:
-    """All kept (position, id) pairs of any policy."""
+    """List all kept (position, id) pairs of any policy."""
     num = len(targets.common.gold_logprob_N)
     match targets:
         case SampledTargets():
@@ -76,7 +76,7 @@ def entries(targets: Targets) -> Entries:
 
 
 def decode_rows_of(rows: pa.Table) -> Targets:
-    """Targets of rows of one shard, their positions one after the other.
+    """Decode the targets of rows of one shard, their positions one after the other.
 
     Args:
         rows: from the shard, with its schema metadata (the codec's model is there).
@@ -95,7 +95,7 @@ def gold_labels(rows: pa.Table) -> list[np.ndarray[Any, Any]]:
 
 
 def explode(cache: RowCache, snapshot: Snapshot, *, keys: Collection[str] | None = None, limit: int | None = None) -> Iterator[pa.Table]:
-    """Rows of a soft-label table as EXPLODED_SCHEMA, in small tables, each row once.
+    """Read rows of a soft-label table as EXPLODED_SCHEMA, in small tables, each row once.
 
     Args:
         cache: a soft-label table.

@@ -34,31 +34,31 @@ class Bin:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a row table holds.
+    """Figures of a row table.
 
     Attributes:
         rows: distinct rows.
-        tokens: supervised (or generated) tokens in all shards, doubled rows included; None where an old commit does not say.
+        tokens: supervised (or generated) tokens in all shards, duplicates included.
         bytes_by_part: Parquet column, 'codec_model' (in the footer) or 'footer' (the rest) -> stored bytes; they add up to all shards.
         entropy: histogram over rows, empty bins left out; empty for a table without entropies.
-        finish_reasons: reason -> rows; '-' where a row has none.
-        doubled_rows: rows that another shard holds too.
+        finish_reasons: reason -> rows.
+        duplicate_rows: rows that another shard holds too.
         orphan_shards: shards without a commit, and their bytes below.
         orphan_bytes: as above.
     """
 
     rows: int
-    tokens: int | None
+    tokens: int
     bytes_by_part: Mapping[str, int]
     entropy: tuple[Bin, ...]
     finish_reasons: Mapping[str, int]
-    doubled_rows: int
+    duplicate_rows: int
     orphan_shards: int
     orphan_bytes: int
 
 
 def figures(namespace: Namespace, *, tick: Ticker = silent) -> Figures:
-    """Figures of one namespace.
+    """Compute the figures of one namespace.
 
     Raises:
         StoreError: a shard is gone or the store failed.
@@ -73,7 +73,7 @@ def figures(namespace: Namespace, *, tick: Ticker = silent) -> Figures:
         _bytes_by_part(namespace, tick),
         _entropy(namespace) if cache.table == "soft_labels" else (),
         _finish_reasons(namespace) if cache.table in ROW_TABLES else {},
-        namespace.num_doubled,
+        namespace.num_duplicates,
         len(orphans),
         sum(orphans),
     )
@@ -104,7 +104,7 @@ def _bytes_by_part(namespace: Namespace, tick: Ticker) -> dict[str, int]:
 def _entropy(namespace: Namespace) -> tuple[Bin, ...]:
     statement = (
         f"SELECT CAST(floor(mean_entropy / {BIN_NATS}) AS INTEGER) AS bin, count(*), sum(num_supervised) FROM soft_labels "
-        f"WHERE namespace = '{namespace.cache.namespace}' AND mean_entropy IS NOT NULL GROUP BY bin ORDER BY bin"
+        f"WHERE namespace = '{namespace.cache.namespace}' GROUP BY bin ORDER BY bin"
     )
     with sql(namespace.cache.store, statement) as answer:
         return tuple(Bin(at * BIN_NATS, (at + 1) * BIN_NATS, rows, int(tokens)) for at, rows, tokens in answer.rows)
@@ -112,7 +112,7 @@ def _entropy(namespace: Namespace) -> tuple[Bin, ...]:
 
 def _finish_reasons(namespace: Namespace) -> dict[str, int]:
     statement = (
-        f"SELECT coalesce(finish_reason, '-') AS reason, count(*) AS n FROM {namespace.cache.table} "
+        f"SELECT finish_reason AS reason, count(*) AS n FROM {namespace.cache.table} "
         f"WHERE namespace = '{namespace.cache.namespace}' GROUP BY reason ORDER BY n DESC, reason"
     )
     with sql(namespace.cache.store, statement) as answer:

@@ -1,4 +1,4 @@
-"""What no commit and no record reaches, and is old enough that nobody can be about to reach it.
+"""Objects that no commit and no record reaches, and that are old enough that nobody can be about to reach them.
 
 A shard is written before its commit and a payload before its record, so a young object without either may belong to a
 writer at work: age, this machine's clock against the times the store keeps, tells garbage from work. Never deleted:
@@ -38,7 +38,7 @@ class Garbage:
 
 
 def plan_collection(store: Store, *, grace_seconds: float, now_seconds: float, unused_namespaces: bool) -> tuple[Garbage, ...]:
-    """All garbage, sorted by key within the order in which it is deleted. Changes nothing.
+    """List all garbage, sorted by key within the order in which it is deleted. Changes nothing.
 
     Args:
         store: where.
@@ -48,6 +48,7 @@ def plan_collection(store: Store, *, grace_seconds: float, now_seconds: float, u
 
     Raises:
         IntegrityError: a commit, record or ledger entry is not readable, so what it reaches is not known.
+        VersionError: one of them is of another version.
     """
     objects = list(store.list(""))  # before commits and records are read: what is committed meanwhile is seen as reached
     records = {info.key: _record(store, info.key) for info in objects if _is_record(info.key)}
@@ -114,7 +115,7 @@ def _payloads(store: Store, objects: Sequence[ObjectInfo], records: dict[str, Re
 
 
 def _checkpoints(objects: Sequence[ObjectInfo], finished: set[str]) -> Found:
-    """Checkpoints of finished work, records before their states; and states whose record was never written."""
+    """Find checkpoints of finished work, records before their states; and states whose record was never written."""
     mine = [info for info in objects if info.key.startswith("checkpoints/")]
     complete = {info.key.rpartition("/")[0] for info in mine if info.key.endswith("/record.json")}
     for info in sorted(mine, key=lambda info: (not info.key.endswith("/record.json"), info.key)):

@@ -1,4 +1,4 @@
-"""Is the teacher that made the soft labels the teacher that runs here? A few stored rows are scored again and compared.
+"""Check that the teacher that made the soft labels is the one that runs here: a few stored rows are scored again and compared.
 
 Catches what no checksum sees: labels made in train mode, with an adapter on, quantised, from another template or revision
 (trap 20 of those that distillation falls into). The bounds are what the codec and rounding of the teacher's dtype may do.
@@ -32,7 +32,7 @@ __all__ = ["Bounds", "Parity", "RowParity", "compare", "live_parity"]
 
 @dataclass(frozen=True)
 class Bounds:
-    """What the codec and rounding may do: see RowParity for the three."""
+    """Bounds on what the codec and rounding may do: see RowParity for the three."""
 
     gold_error: float
     total_variation: float
@@ -41,14 +41,14 @@ class Bounds:
 
 _BOUNDS = {torch.float32: Bounds(0.02, 0.02, 0.8)}
 _BOUNDS_16_BIT = Bounds(0.2, 0.2, 0.0)
-"""By dtype. The codec alone: 0.016, sqrt(1e-4 / 2) = 0.007, and it keeps ids as they are. float32 on one machine adds 1e-5 to a
+"""Bounds by dtype. The codec alone: 0.016, sqrt(1e-4 / 2) = 0.007, and it keeps ids as they are. float32 on one machine adds 1e-5 to a
 log-probability, TensorFloat-32 1e-3, which moves few draws and swaps few ids at the k-th place; bfloat16 in another batch moves a
 log-probability by up to 0.1, a probability by up to 0.07, and ids at will."""
 
 
 @dataclass(frozen=True)
 class RowParity:
-    """One row, stored against live.
+    """Comparison of one row, stored against live.
 
     Attributes:
         key: of the row.

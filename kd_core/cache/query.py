@@ -1,8 +1,7 @@
 """SQL on the bucket itself: DuckDB over committed shards, read through Arrow in ranges of the columns that are asked for.
 
 Views: ``soft_labels``, ``answers`` and ``hidden_states`` (rows of all namespaces, each row once, with namespace, teacher, policy, shard),
-``commits`` and ``namespaces``. A column that an older shard lacks is null. Only one SELECT is run: nothing can be
-written, and no other file can be read.
+``commits`` and ``namespaces``. Only one SELECT is run: nothing can be written, and no other file can be read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ __all__ = ["VIEWS", "Answer", "sql"]
 _SHARED = [pa.field("namespace", pa.string()), pa.field("teacher", pa.string()), pa.field("policy", pa.string())]
 _PLACE = [*_SHARED, pa.field("shard", pa.string())]
 VIEWS = {
-    **{table: pa.schema([*_PLACE, *(field.with_nullable(True) for field in schema)]) for table, schema in ROW_TABLES.items()},
+    **{table: pa.schema([*_PLACE, *schema]) for table, schema in ROW_TABLES.items()},
     "commits": pa.schema(
         [
             pa.field("namespace", pa.string()),
@@ -42,14 +41,14 @@ VIEWS = {
             pa.field("table_name", pa.string()),
             pa.field("commits", pa.int64()),
             pa.field("rows", pa.int64()),
-            pa.field("doubled_rows", pa.int64()),
+            pa.field("duplicate_rows", pa.int64()),
             pa.field("tokens", pa.int64()),
             pa.field("bytes", pa.int64()),
             pa.field("modified", pa.timestamp("s", "UTC")),
         ]
     ),
 }
-"""View name -> its columns."""
+"""Columns of each view."""
 
 _READING = "reading the stream registered as"  # DuckDB's words for an error that came out of Arrow
 _BATCH_ROWS = 1024
@@ -57,7 +56,7 @@ _BATCH_ROWS = 1024
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of a query: column names, and its rows, fetched as they are asked for."""
+    """Result of a query: column names, and its rows, fetched as they are asked for."""
 
     columns: tuple[str, ...]
     rows: Iterator[Sequence[Any]]
@@ -114,7 +113,7 @@ def _errors(store: Store, files: Sequence[StoreFiles]) -> Iterator[None]:
 
 
 def _add_rows(connection: duckdb.DuckDBPyConnection, store: Store, found: Sequence[Namespace], table: str) -> StoreFiles:
-    """Register a table's committed shards, and its view, in which a doubled row stands once."""
+    """Register a table's committed shards, and its view, in which a row stands once."""
     mine = [namespace for namespace in found if namespace.cache.table == table]
     sizes = {n.cache.shard_key(commit): commit.size_bytes for n in mine for commit in n.snapshot.commits}
     file_system, files = arrow_file_system(store, sizes)
@@ -129,14 +128,14 @@ def _add_rows(connection: duckdb.DuckDBPyConnection, store: Store, found: Sequen
     without = ""
     if lost:
         columns = zip(*lost, strict=True)
-        connection.register(f"_{table}_doubled", pa.table([pa.array(c, pa.string()) for c in columns], ["namespace", "shard", "key"]))
-        without = f" ANTI JOIN _{table}_doubled USING (namespace, shard, key)"
+        connection.register(f"_{table}_duplicates", pa.table([pa.array(c, pa.string()) for c in columns], ["namespace", "shard", "key"]))
+        without = f" ANTI JOIN _{table}_duplicates USING (namespace, shard, key)"
     connection.execute(f"CREATE VIEW {table} AS SELECT * FROM _{table}{without}")
     return files
 
 
 def _same_for_all(namespace: Namespace, shard: str) -> ds.Expression:
-    """What is the same in all rows of a shard: columns that cost no bytes, and by which whole shards are left out."""
+    """Expression of what is the same in all rows of a shard: columns that cost no bytes, and by which whole shards are left out."""
     known = {"namespace": namespace.cache.namespace, "shard": shard, "teacher": namespace.teacher, "policy": namespace.policy}
     same = ds.scalar(True)
     for name, value in known.items():
@@ -169,7 +168,7 @@ def _namespace_rows(found: Sequence[Namespace]) -> list[dict[str, Any]]:
             "table_name": n.cache.table,
             "commits": len(n.snapshot.commits),
             "rows": n.num_rows,
-            "doubled_rows": n.num_doubled,
+            "duplicate_rows": n.num_duplicates,
             "tokens": n.num_tokens,
             "bytes": n.snapshot.size_bytes(),
             "modified": int(n.modified_seconds),

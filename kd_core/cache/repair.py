@@ -1,4 +1,4 @@
-"""Moves what ``verify`` found damaged out of the way, so that the next run computes those rows again.
+"""Move what ``verify`` found damaged out of the way, so that the next run computes those rows again.
 
 Nothing is thrown away: an object is copied to ``quarantine/<its key>`` before it is deleted. Records that froze a lost
 shard go first, then its commit, then the shard: a repair that is killed half-way leaves work to do, never a false record.
@@ -26,7 +26,7 @@ class Move:
 
 
 def plan_repair(store: Store, damage: Sequence[Damage]) -> tuple[Move, ...]:
-    """What has to be put aside, in the order in which it is done. Changes nothing."""
+    """List what has to be put aside, in the order in which it is done. Changes nothing."""
     lost = {found.shard: found for found in damage if found.shard is not None}
     records: dict[str, str] = {}
     for key, record in frozen_records(store):

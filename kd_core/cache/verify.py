@@ -1,10 +1,10 @@
-"""Is every row in the store what was committed? Reads all, or a random sample of shards; changes nothing.
+"""Check that every row in the store is what was committed. Reads all, or a random sample of shards; changes nothing.
 
 For each row table: its description and commits are readable; each shard is there with the bytes of its commit, range by
 range; its rows are the commit's rows; each row of soft labels (or hidden states) has the key that its tokens give, decodes, has as many
 positions as its tokens say, and ids inside the vocabulary. For each record that froze rows: it is readable, its files are
 as recorded, and every row it names is in a commit. What is found is named with the objects that must go with it, so that
-``repair`` needs no second look.
+``repair`` needs no second look. What is of another version is no damage: a VersionError ends the check.
 """
 
 import io
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from kd_core.artifacts import Record, find, read_bytes
 from kd_core.cache.catalog import about, row_caches
 from kd_core.cache.explode import decode_rows_of, entries, gold_labels
-from kd_core.errors import IntegrityError, KDError, StoreError
+from kd_core.errors import IntegrityError, KDError, SoftLabelError, StoreError, VersionError
 from kd_core.fingerprint import sha256_bytes
 from kd_core.progress import Tick, Ticker, silent
 from kd_core.rows.keys import soft_label_key
@@ -54,7 +54,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Verified:
-    """What was looked at, and what was found.
+    """Result of a check: what was looked at, and what was found.
 
     Attributes:
         commits: commits read.
@@ -79,6 +79,9 @@ def verify(store: Store, *, sample: float = 1.0, tick: Ticker = silent) -> Verif
         sample: share of the shards that are read, in (0, 1]; drawn anew each time, at least one of each table. Commits and
             records are always read.
         tick: progress, in shards.
+
+    Raises:
+        VersionError: something is of another version.
     """
     damage: list[Damage] = []
     picked: list[tuple[RowCache, Commit]] = []
@@ -109,7 +112,7 @@ def _description(cache: RowCache) -> list[Damage]:
 
 
 def _reason(error: Exception) -> str:
-    """The message without its leading URI: the key stands beside it."""
+    """Cut the leading URI off a message: the key stands beside it."""
     line = " ".join(str(error).split())
     return line.partition(": ")[2] if "://" in line.split(" ")[0] or line.startswith("/") else line
 
@@ -125,7 +128,7 @@ def _commits(cache: RowCache) -> tuple[list[Commit], list[Damage]]:
 
 
 def _shard(cache: RowCache, commit: Commit) -> list[Damage]:
-    """Every check of one shard; the first that fails is what is reported."""
+    """Make every check of one shard; the first that fails is what is reported."""
     key, also = cache.shard_key(commit), (cache.commit_key(commit),)
     if cache.store.info(key) is None:
         return [Damage(key, "gone, and a commit names it", commit.sha256, also)]
@@ -134,7 +137,7 @@ def _shard(cache: RowCache, commit: Commit) -> list[Damage]:
         _check_bytes(commit, data)
         _check_rows(cache, commit, parse_shard(data))
     except (KDError, pa.ArrowException, ValueError, KeyError, OSError) as error:
-        if isinstance(error, StoreError) and not isinstance(error, IntegrityError):
+        if isinstance(error, VersionError) or (isinstance(error, StoreError) and not isinstance(error, IntegrityError)):
             raise
         return [Damage(key, _reason(error), commit.sha256, also)]
     return []
@@ -149,12 +152,11 @@ def _check_bytes(commit: Commit, data: bytes) -> None:
             raise IntegrityError(f"sha256 of its {name} (bytes {part.start} to {part.start + part.length}) differs from its commit")
     if sha256_bytes(data) != commit.sha256:
         raise IntegrityError("its sha256 differs from its name")
-    if commit.ranges:
-        ends = [0, *(part.start + part.length for part in commit.ranges)]
-        if [part.start for part in commit.ranges] != ends[:-1] or ends[-1] != len(data):
-            raise IntegrityError("the ranges of its commit do not cover it without a gap")
-        if sum(part.num_rows for part in commit.ranges) != len(commit.keys):
-            raise IntegrityError("the ranges of its commit hold another number of rows than its keys")
+    ends = [0, *(part.start + part.length for part in commit.ranges)]
+    if [part.start for part in commit.ranges] != ends[:-1] or ends[-1] != len(data):
+        raise IntegrityError("the ranges of its commit do not cover it without a gap")
+    if commit.num_rows != len(commit.keys):
+        raise IntegrityError("the ranges of its commit hold another number of rows than its keys")
 
 
 def _check_rows(cache: RowCache, commit: Commit, rows: pa.Table) -> None:
@@ -178,10 +180,10 @@ def _check_tokens(namespace: str, rows: pa.Table) -> None:
 
 
 def _check_soft_labels(rows: pa.Table) -> None:
-    """Raises an error that names the first bad row."""
+    """Decode rows and look at their ids; raises an error that names the first bad row."""
     try:
         targets = decode_rows_of(rows)
-    except KDError as error:
+    except SoftLabelError as error:
         if rows.num_rows > 1:  # one by one, to name it
             for i in range(rows.num_rows):
                 _check_soft_labels(rows.slice(i, 1))
@@ -196,7 +198,7 @@ def _check_hidden_states(rows: pa.Table) -> None:
     for key, data, num in zip(*(rows[n].to_pylist() for n in ("key", "states", "num_supervised")), strict=True):
         try:
             found = len(decode_states(data).codes_NLW)
-        except KDError as error:
+        except SoftLabelError as error:
             raise IntegrityError(f"row {key} does not decode: {error}") from error
         if found != num:
             raise IntegrityError(f"row {key}: states of {found} positions, and it has {num} supervised tokens")
@@ -206,7 +208,7 @@ def _check_hidden_states(rows: pa.Table) -> None:
 
 
 def frozen_records(store: Store) -> Iterator[tuple[str, Record | IntegrityError]]:
-    """(key, record) of every record that names rows; the error in its place where it is not readable as one."""
+    """Read (key, record) of every record that names rows; the error in its place where it is not readable as one."""
     for stage in FREEZING_STAGES:
         for info in store.list(f"artifacts/{stage}/"):
             parts = info.key.split("/")

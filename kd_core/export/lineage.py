@@ -18,10 +18,9 @@ from kd_core.export.licences import model_licence
 from kd_core.recipe import PretrainedStudent, PretrainedTeacher, Recipe, StudentFromTeacher
 from kd_core.stages.graph import build_graph, selected_student
 from kd_core.store import Store
+from kd_core.store.versions import VERSION
 
 __all__ = ["Lineage", "collect_lineage", "lineage_json"]
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def lineage_json(lineage: Lineage, *, files: Mapping[str, Mapping[str, Any]], ma
     """
     student = lineage.student
     return {
-        "schema": SCHEMA_VERSION,
+        "version": VERSION,
         "recipe": lineage.recipe.name,
         "model": lineage.recipe.publish,
         "student": {"seed": student.summary["seed"], "fingerprint": student.fingerprint, "digest": student.digest},

@@ -1,4 +1,4 @@
-"""What work costs before it is done: bytes from laws of the codec, requests from the layout of shards, seconds from
+"""Costs of work before it is done: bytes from laws of the codec, requests from the layout of shards, seconds from
 finished records or from arithmetic.
 
 Estimates, and documented as such. A rate that this store has measured wins over every assumption below.
@@ -29,24 +29,24 @@ __all__ = [
 ]
 
 CPU_FLOPS_PER_CORE = 30e9
-"""Modest for float32 on one server core: 37e9 were measured in training 0.9 million parameters."""
+"""Operations a second, modest for float32 on one server core: 37e9 were measured in training 0.9 million parameters."""
 CUDA_FLOPS = 20e12
-"""Modest for one data-centre GPU in float32."""
+"""Operations a second, modest for one data-centre GPU in float32."""
 PASS_SECONDS = 0.006
 """A forward pass of a tiny model, which no arithmetic explains: Python and kernel starts. Backward and optimiser: two more."""
 LOAD_BYTES_PER_SECOND = 200e6
 """Reading weights from a disk and placing them."""
 
 SAMPLED_POSITION_BYTES, SAMPLED_ID_BYTES = 0.9, 1.08
-"""Of a position, and of each distinct id in it: within 6% for 6 to 200 draws of SmolLM2-135M (49k columns) on GSM8K."""
+"""Bytes of a position, and of each distinct id in it: within 6% for 6 to 200 draws of SmolLM2-135M (49k columns) on GSM8K."""
 DISTINCT_EXPONENT = 0.6
 """N draws fall on N^0.6 ids. There it was N^0.52 (5.2 ids for 25 draws); on text with more choice N^0.7 (9.5 ids)."""
 TOPK_POSITION_BYTES, TOPK_ID_BYTES = 12.0, 1.05
-"""As above: within 1% at k 32 and 128, 20% too much at k 8, 11% at k 512."""
+"""Bytes of a position, and of each id in it: within 1% at k 32 and 128, 20% too much at k 8, 11% at k 512."""
 TEMPERATURE_BYTES = 20.0
-"""Of each temperature after the first: normaliser, tail, and finer levels; 186 B measured at k 128 with three of them."""
+"""Bytes of each temperature after the first: normaliser, tail, and finer levels; 186 B measured at k 128 with three of them."""
 GROUP_BYTES = 2500.0
-"""Of a row group of a growing table beside its rows: page headers, statistics, its part of the footer (1,700 to 2,600 measured)."""
+"""Bytes of a row group of a row store beside its rows: page headers, statistics, its part of the footer (1,700 to 2,600 measured)."""
 
 
 def soft_label_bytes(policy: SoftLabels, *, num_columns: int | None) -> float | None:
@@ -74,12 +74,12 @@ def soft_label_bytes(policy: SoftLabels, *, num_columns: int | None) -> float | 
 
 
 def text_bytes(rows: float, tokens: float) -> float:
-    """Of stored rows' plain columns, compressed: keys, ids and text (59 a row, measured for answers of 20 tokens to prompts of 7)."""
+    """Bytes of stored rows' plain columns, compressed: keys, ids and text (59 a row, measured for answers of 20 tokens to prompts of 7)."""
     return 30.0 * rows + 3.0 * tokens
 
 
 def table_bytes(rows: float, tokens: float, *, groups: float) -> float:
-    """Of rows of a growing table, in so many row groups, without targets."""
+    """Bytes of rows of a row store, in so many row groups, without targets."""
     return text_bytes(rows, tokens) + GROUP_BYTES * groups
 
 
@@ -89,12 +89,12 @@ def row_groups(rows: float, *, shard_rows: int) -> float:
 
 
 def write_requests(rows: int, *, shard_rows: int) -> int:
-    """Objects that rows of a growing table become: a shard and its commit for every ``shard_rows`` of them."""
+    """Objects that rows of a row store become: a shard and its commit for every ``shard_rows`` of them."""
     return 2 * ceil(rows / shard_rows)
 
 
 def epoch_requests(rows: int, *, shard_rows: int) -> int:
-    """Range reads of one epoch over rows of a growing table: row groups and footers. Less where a local disk holds some."""
+    """Range reads of one epoch over rows of a row store: row groups and footers. Less where a local disk holds some."""
     full, rest = divmod(rows, shard_rows)
     groups = full * ceil(shard_rows / GROUP_ROWS) + ceil(rest / GROUP_ROWS)
     return groups + ceil(rows / shard_rows)
@@ -107,17 +107,17 @@ def _flops(run: Run) -> float:
 
 
 def forward_seconds(parameters: int, *, tokens: float, passes: float, run: Run) -> float:
-    """2 * parameters * tokens operations, and the start of each pass."""
+    """Seconds of 2 * parameters * tokens operations, and the start of each pass."""
     return 2.0 * parameters * tokens / _flops(run) + passes * PASS_SECONDS
 
 
 def training_seconds(parameters: int, *, tokens: float, steps: int, run: Run) -> float:
-    """6 * parameters * tokens operations, and the start of each step."""
+    """Seconds of 6 * parameters * tokens operations, and the start of each step."""
     return 6.0 * parameters * tokens / _flops(run) + 3.0 * steps * PASS_SECONDS
 
 
 def load_seconds(parameters: int) -> float:
-    """Loading float32 weights."""
+    """Seconds to load float32 weights."""
     return 4.0 * parameters / LOAD_BYTES_PER_SECOND
 
 
@@ -139,7 +139,7 @@ def measured_seconds(records: Iterable[Record], measure: Callable[[Record], tupl
 
 
 def price(*parts: tuple[float | None, float | None, float]) -> float | None:
-    """The sum of what is priced.
+    """Sum of what is priced.
 
     Args:
         parts: (price of so many units, units, how many units that price is for); a part without a price costs nothing.

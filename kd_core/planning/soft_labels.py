@@ -1,4 +1,4 @@
-"""What soft labels would cost under this recipe's policy and under denser and sparser ones, before the teacher runs.
+"""Costs of soft labels under this recipe's policy and under denser and sparser ones, before the teacher runs.
 
 Owns the estimate of one policy and the choice of policies to show beside it: only such as the recipe's objective could be
 trained on. The teacher reads the same tokens whatever is kept of it, so one rate serves all. Needs no torch.
@@ -31,7 +31,7 @@ _TOPK = (32, 128)
 
 @dataclass(frozen=True)
 class ScoringRate:
-    """How fast the teacher scores.
+    """Rate at which the teacher scores.
 
     Attributes:
         tokens_per_second: prompts included.
@@ -45,7 +45,7 @@ class ScoringRate:
 
 @dataclass(frozen=True)
 class SoftLabelOption:
-    """One policy, from where the store stands now. None is unknown.
+    """Costs of one policy, from where the store stands now. None is unknown.
 
     Attributes:
         policy: its fields.
@@ -77,21 +77,21 @@ class SoftLabelOption:
 
 
 def soft_label_options(known: Known) -> tuple[SoftLabelOption, ...]:
-    """The recipe's policy among sparser and denser ones, by bytes a token; empty where it uses no soft labels."""
-    chosen = known.recipe.soft_labels
-    if chosen is None or "soft_labels" not in known.nodes:
+    """Estimate the recipe's policy among sparser and denser ones, by bytes a token; empty where it uses no soft labels."""
+    chosen = known.basis.recipe.soft_labels
+    if chosen is None or "soft_labels" not in known.basis.nodes:
         return ()
     options = [estimate(known, policy) for policy in _policies(known, chosen)]
     return tuple(sorted(options, key=lambda option: float("inf") if option.bytes_a_token is None else option.bytes_a_token))
 
 
 def _policies(known: Known, chosen: SoftLabels) -> Iterator[SoftLabels]:
-    """The chosen one; sampled with half, as many and twice the draws, top-k and dense, as far as the objective could use them."""
-    used = schedule_values(known.recipe.objective.temperature)
+    """List the chosen policy; sampled with half, as many and twice the draws, top-k and dense, as far as the objective could use them."""
+    used = schedule_values(known.basis.recipe.objective.temperature)
     found: list[SoftLabels] = [Dense(kind="dense", max_refused_rows=chosen.max_refused_rows)]
     if used is not None:
         grid = chosen.temperatures if isinstance(chosen, TopK) else tuple(sorted(set(used)))
-        columns = known.num_columns or max(_TOPK)
+        columns = known.sizes.num_columns or max(_TOPK)
         topk = TopK(kind="topk", k=1, temperatures=grid, max_refused_rows=chosen.max_refused_rows)
         found += [topk.model_copy(update={"k": k}) for k in _TOPK if k <= columns]
     if used is not None and len(set(used)) == 1:
@@ -103,8 +103,8 @@ def _policies(known: Known, chosen: SoftLabels) -> Iterator[SoftLabels]:
 
 
 def estimate(known: Known, policy: SoftLabels) -> SoftLabelOption:
-    """What one policy would cost, for the rows that the store does not hold under it."""
-    run, cached, each = known.recipe.run, known.soft_labels(policy), known.row_tokens
+    """Estimate what one policy would cost, for the rows that the store does not hold under it."""
+    run, cached, each = known.basis.recipe.run, known.cached.soft_labels(policy), known.lengths.row_tokens
     rows = None if cached.rows is None else cached.rows - cached.cached
     missing = cached.missing_tokens
     if missing is None and rows is not None and each is not None:
@@ -116,7 +116,7 @@ def estimate(known: Known, policy: SoftLabels) -> SoftLabelOption:
     one_row = None if each is None else _bytes(known, policy, 1, *each)
     return SoftLabelOption(
         policy=policy.model_dump(mode="json"),
-        chosen=policy == known.recipe.soft_labels,
+        chosen=policy == known.basis.recipe.soft_labels,
         rows=cached.rows,
         rows_cached=cached.cached,
         tokens=None if missing is None else missing[1],
@@ -131,9 +131,9 @@ def estimate(known: Known, policy: SoftLabels) -> SoftLabelOption:
 
 
 def _bytes(known: Known, policy: SoftLabels, rows: int, tokens: float, positions: float) -> float | None:
-    """The codec's law and the shards' frame, times what a table of the same kind has measured against them."""
-    groups = row_groups(rows, shard_rows=known.recipe.run.shard_rows)
-    a_position = soft_label_bytes(policy, num_columns=known.num_columns)
+    """Bytes by the codec's law and the shards' frame, times what a table of the same kind has measured against them."""
+    groups = row_groups(rows, shard_rows=known.basis.recipe.run.shard_rows)
+    a_position = soft_label_bytes(policy, num_columns=known.sizes.num_columns)
     if a_position is None:
         return None
     return bytes_factor(known, policy.kind) * (positions * a_position + table_bytes(rows, tokens, groups=groups))
@@ -141,7 +141,7 @@ def _bytes(known: Known, policy: SoftLabels, rows: int, tokens: float, positions
 
 def bytes_factor(known: Known, kind: str) -> float:
     """Measured bytes of stored soft labels of a kind over what the law says of them; 1.0 where nothing is measured."""
-    stored = known.stored_labels(kind)
+    stored = known.cached.stored_labels(kind)
     a_position = None if stored is None else soft_label_bytes(stored.policy, num_columns=stored.num_columns)
     if stored is None or a_position is None:
         return 1.0
@@ -149,13 +149,13 @@ def bytes_factor(known: Known, kind: str) -> float:
 
 
 def scoring_rate(known: Known) -> ScoringRate | None:
-    """Stated by the recipe, else measured with this teacher (with this kind of policy, if any was), else from arithmetic."""
-    run, policy, parameters = known.recipe.run, known.recipe.soft_labels, known.teacher_parameters
+    """Scoring rate: stated by the recipe, else measured with this teacher (with this kind of policy, if any was), else from arithmetic."""
+    run, policy, parameters = known.basis.recipe.run, known.basis.recipe.soft_labels, known.sizes.teacher_parameters
     if run.score_tokens_per_second is not None:
         return ScoringRate(run.score_tokens_per_second, "recipe")
-    records = [record for record in known.finished("soft_labels") if known.same_teacher(record)]
+    records = [record for record in known.basis.finished("soft_labels") if known.sizes.same_teacher(record)]
     alike = [record for record in records if policy is not None and record.identity["kind"] == policy.kind]
-    measured = measured_seconds(alike, known.scored) or measured_seconds(records, known.scored)
+    measured = measured_seconds(alike, known.cached.scored) or measured_seconds(records, known.cached.scored)
     if measured is not None:
         return ScoringRate(1.0 / measured, "measured")
     if parameters is None:

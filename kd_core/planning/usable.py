@@ -17,15 +17,15 @@ __all__ = ["row_notes", "template_notes"]
 
 def row_notes(known: Known) -> Iterator[str]:
     """One sentence on the rows within training.max_tokens: counted after curation, estimated from gold answers before."""
-    training, limit = known.recipe.training, _limit(known)
-    used, exact = _used(known, limit), known.curated is not None
+    training, limit = known.basis.recipe.training, _limit(known)
+    used, exact = _used(known, limit), known.cached.curated is not None
     if used is not None:
         short = used.share < training.least_rows_share
         stop = f"; a run stops there: training.least_rows_share is {training.least_rows_share:.0%}" if short else ""
         yield f"rows: {used}{'' if exact else ', by their gold answers and an estimate of their tokens'}{stop}"
-    answers = known.recipe.answers
-    if not exact and answers is not None and known.prompt_tokens is not None:
-        longest = known.prompt_tokens + answers.max_tokens
+    answers = known.basis.recipe.answers
+    if not exact and answers is not None and known.lengths.prompt_tokens is not None:
+        longest = known.lengths.prompt_tokens + answers.max_tokens
         if longest > limit.tokens:
             yield (
                 f"rows: a prompt and an answer of answers.max_tokens = {answers.max_tokens:,} have about {longest:,.0f} tokens, and rows "
@@ -34,27 +34,27 @@ def row_notes(known: Known) -> Iterator[str]:
 
 
 def _limit(known: Known) -> RowLimit:
-    student, teacher, record = known.recipe.student, known.recipe.teacher, known.records["teacher"]
+    student, teacher, record = known.basis.recipe.student, known.basis.recipe.teacher, known.basis.records["teacher"]
     positions = {"student": student.architecture.max_positions if isinstance(student, StudentFromConfig) else None}
     if isinstance(teacher, TrainedTeacher):
         positions["teacher"] = teacher.architecture.max_positions
     elif record is not None:
         positions["teacher"] = record.summary["max_positions"]
-    return row_limit(known.recipe.training, positions=positions)
+    return row_limit(known.basis.recipe.training, positions=positions)
 
 
 def _used(known: Known, limit: RowLimit) -> UsedRows | None:
     """Rows as they are, or gold answers by their characters; None where nothing was read."""
-    if known.curated is not None:
-        tokens = np.array([len(ids) for ids, _ in known.curated], np.int64)
-        return used_rows(tokens, tokens - np.array([first for _, first in known.curated], np.int64), limit)
-    table = known.prompts.table
+    if known.cached.curated is not None:
+        tokens = np.array([len(ids) for ids, _ in known.cached.curated], np.int64)
+        return used_rows(tokens, tokens - np.array([first for _, first in known.cached.curated], np.int64), limit)
+    table = known.counts.prompts.table
     if table is None:
         return None
     gold = table.filter(pc.and_(pc.equal(table["split"], "train"), pc.is_valid(table["gold"])))
     if not gold.num_rows:
         return None
-    prompts, answers = (pc.utf8_length(gold[name]).to_numpy() * (known.tokens_of(1.0) or 1.0) for name in ("prompt", "gold"))
+    prompts, answers = (pc.utf8_length(gold[name]).to_numpy() * (known.lengths.tokens_of(1.0) or 1.0) for name in ("prompt", "gold"))
     supervised = np.ceil(answers).astype(np.int64) + 1
     return used_rows(np.ceil(prompts).astype(np.int64) + supervised, supervised, limit)
 

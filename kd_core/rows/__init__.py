@@ -1,1 +1,1 @@
-"""Tables that grow by rows: keys, schemas, commits, Parquet shards, verified ranges, and the work of many processes on one table."""
+"""Row stores: keys, schemas, commits, Parquet shards, verified ranges, and the work of many processes on one table."""

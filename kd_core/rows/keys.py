@@ -24,7 +24,7 @@ __all__ = [
 
 
 def about_answers(recipe: Recipe, answers: Answers, teacher: Record) -> dict[str, Any]:
-    """What all answers of one growing table share: who answers, how it samples, how prompts are worded, the seed."""
+    """Describe what all answers of one row store share: who answers, how it samples, how prompts are worded, the seed."""
     sampling = answers.model_dump(mode="json", exclude={"num_samples"})
     template = recipe.task.model_dump(mode="json", include={"template", "system"})
     if not isinstance(recipe.teacher, ServerTeacher):
@@ -33,12 +33,12 @@ def about_answers(recipe: Recipe, answers: Answers, teacher: Record) -> dict[str
 
 
 def answer_namespace(recipe: Recipe, answers: Answers, teacher: Record) -> str:
-    """Name of that table."""
+    """Name of the row store of these answers."""
     return fingerprint(about_answers(recipe, answers, teacher))
 
 
 def answer_rows(recipe: Recipe, answers: Answers, teacher: Record, prompts: pa.Table) -> list[tuple[str, dict[str, Any]]]:
-    """(key, request) of every answer the recipe asks for, in prompt order.
+    """List (key, request) of every answer the recipe asks for, in prompt order.
 
     Args:
         recipe: the recipe.
@@ -56,20 +56,20 @@ def answer_rows(recipe: Recipe, answers: Answers, teacher: Record, prompts: pa.T
 
 
 def about_soft_labels(policy: SoftLabels, teacher: Record) -> dict[str, Any]:
-    """What all soft labels of one growing table share: who scores, what is kept."""
+    """Describe what all soft labels of one row store share: who scores, what is kept."""
     return {"teacher": dict(teacher.summary["teacher"]), "policy": policy.model_dump(mode="json", exclude={"max_refused_rows"})}
 
 
 def soft_label_namespace(policy: SoftLabels, teacher: Record) -> str:
-    """Name of that table."""
+    """Name of the row store of these soft labels."""
     return fingerprint(about_soft_labels(policy, teacher))
 
 
 def about_hidden_states(wanted: HiddenStates, teacher: Record) -> dict[str, Any]:
-    """What all hidden states of one growing table share: who was asked, what is kept."""
+    """Describe what all hidden states of one row store share: who was asked, what is kept."""
     return {"teacher": dict(teacher.summary["teacher"]), "hidden_states": wanted.model_dump(mode="json")}
 
 
 def soft_label_key(namespace: str, ids: Sequence[int], first_supervised: int) -> str:
-    """H(teacher identity and policy, token ids, first supervised position); of hidden states too."""
+    """Hash of the namespace (teacher identity and policy), token ids and first supervised position; of hidden states too."""
     return fingerprint([namespace, list(ids), first_supervised])

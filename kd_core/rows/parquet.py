@@ -32,12 +32,12 @@ class ByteRange:
     num_rows: int
 
     def verified(self, data: bytes) -> bytes | None:
-        """The bytes if they are this range's, else None."""
+        """Give the bytes back if they are this range's, else None."""
         return data if sha256_bytes(data) == self.sha256 else None
 
 
 def write_shard(rows: pa.Table, metadata: Mapping[bytes, bytes]) -> tuple[bytes, tuple[ByteRange, ...]]:
-    """Rows as Parquet, and the ranges that cover it. The same rows give the same bytes.
+    """Make rows into Parquet, and the ranges that cover it. The same rows give the same bytes.
 
     Args:
         rows: any table.
@@ -78,17 +78,17 @@ def _column_start(column: Any) -> int:
 
 
 def parse_shard(data: bytes) -> pa.Table:
-    """All rows of a whole shard."""
+    """Read all rows of a whole shard."""
     return pq.read_table(io.BytesIO(data))
 
 
 def read_footer(data: bytes) -> Any:
-    """Parquet metadata from the bytes of the footer's range."""
+    """Read Parquet metadata from the bytes of the footer's range."""
     return pq.read_metadata(io.BytesIO(data))
 
 
 def read_group(footer: Any, index: int, part: ByteRange, data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of one row group from its own bytes alone; those of ``columns`` that there are, None for all."""
+    """Read the rows of one row group from its own bytes alone; those of ``columns`` that there are, None for all."""
     file = pq.ParquetFile(_Window(part.start, data), metadata=footer, pre_buffer=False)  # it is at hand: no thread need read it ahead
     return file.read_row_group(index, columns=columns, use_threads=False)
 
@@ -114,7 +114,7 @@ class _Window(io.RawIOBase):
         return self._at
 
     def read(self, size: int = -1) -> Any:
-        """A view: Parquet copies what it needs."""
+        """Give a view: Parquet copies what it needs."""
         begin = self._at - self._start
         assert 0 <= begin <= begin + size <= len(self._data), f"{size} bytes at {self._at} are outside the range"
         self._at += size

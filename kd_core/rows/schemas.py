@@ -1,4 +1,4 @@
-"""Columns of the rows that grow: what is kept of an answer, of soft labels, of hidden states. Importable without torch.
+"""Columns of the row stores: what is kept of an answer, of soft labels, of hidden states. Importable without torch.
 
 Plain columns stand beside the one binary column, so that a query engine answers from them where they lie.
 """
@@ -8,7 +8,7 @@ import pyarrow as pa
 __all__ = ["ANSWER_SCHEMA", "CODEC_MODEL", "HIDDEN_STATE_SCHEMA", "ROW_TABLES", "SOFT_LABEL_SCHEMA"]
 
 CODEC_MODEL = b"kd.codec_model"
-"""Where the footer of a soft-label shard holds what decodes its targets."""
+"""Key in the footer of a soft-label shard under which the codec's model is, that decodes its targets."""
 
 ANSWER_SCHEMA = pa.schema(
     [
@@ -47,4 +47,4 @@ SOFT_LABEL_SCHEMA = pa.schema(
 HIDDEN_STATE_SCHEMA = pa.schema([*_SCORED_ROW, pa.field("states", pa.binary(), nullable=False)])
 
 ROW_TABLES = {"answers": ANSWER_SCHEMA, "soft_labels": SOFT_LABEL_SCHEMA, "hidden_states": HIDDEN_STATE_SCHEMA}
-"""Table name -> columns of its rows, as they are written today; older shards lack some."""
+"""Columns of the rows of each table."""

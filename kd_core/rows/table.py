@@ -1,4 +1,4 @@
-"""Rows that grow: shards committed one by one, keyed by row, shared by every recipe that asks for the same work.
+"""Row stores: rows in shards committed one by one, keyed, shared by every recipe that asks for the same work.
 
     rows/<table>/<namespace>/about.json                 what all rows share, for readers and maintenance
     rows/<table>/<namespace>/shards/<sha256>.parquet    payload
@@ -6,8 +6,8 @@
     quarantine/...                                      damaged shards and their commits, moved aside
 
 The teacher's answers and soft labels both stand on this. Many workers may commit at once without a lock; a reader takes
-a snapshot (the list of commits). A row that was computed twice is resolved the same way for every reader: the shard
-with the smallest checksum wins. Nothing is overwritten. How a shard looks inside is ``shard_files``' business.
+a snapshot (the list of commits). Duplicates of a row are resolved the same way for every reader: the shard with the
+smallest checksum wins. Nothing is overwritten. How a shard looks inside is ``parquet.py``'s business.
 """
 
 import itertools
@@ -15,6 +15,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,11 +28,12 @@ from kd_core.failpoints import reach
 from kd_core.fingerprint import canonical_json, sha256_bytes
 from kd_core.rows.parquet import ByteRange, parse_shard, read_footer, read_group, write_shard
 from kd_core.store import Store
+from kd_core.store.versions import VERSION, expect_version
 
 __all__ = ["Commit", "Place", "RowCache", "Shard", "Snapshot"]
 
 Fetch = Callable[[str, ByteRange], bytes | None]
-"""(object key, range) -> its bytes, from the store or a local copy; None where they are not those of the range's checksum."""
+"""Reader of (object key, range): its bytes, from the store or a local copy; None where they are not those of the range's checksum."""
 _READERS = 16
 """Commits read at once: they are small, and a round trip costs more than their bytes."""
 
@@ -45,22 +47,21 @@ class Commit:
         sha256: of the shard, 64 hex.
         size_bytes: of the shard.
         keys: of its rows, in order.
-        num_tokens: the shard's work: supervised tokens of soft labels, generated tokens of answers. None in commits of
-            schema 1.
-        ranges: byte ranges that cover the shard without a gap, the footer last; empty in commits of schema 1.
+        num_tokens: the shard's work: supervised tokens of soft labels, generated tokens of answers.
+        ranges: byte ranges that cover the shard without a gap, the footer last.
     """
 
     name: str
     sha256: str
     size_bytes: int
     keys: tuple[str, ...]
-    num_tokens: int | None
+    num_tokens: int
     ranges: tuple[ByteRange, ...]
 
     @property
     def num_rows(self) -> int:
-        """Rows of the shard, known without their keys where ranges are."""
-        return sum(part.num_rows for part in self.ranges) if self.ranges else len(self.keys)
+        """Rows of the shard, known without their keys."""
+        return sum(part.num_rows for part in self.ranges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +80,24 @@ class Snapshot:
 
     @cached_property
     def first_lines(self) -> list[int]:
-        """Of each commit, where the rows of all commits stand one after the other; and the number of lines."""
+        """First line of each commit, where the rows of all commits stand one after the other; and the number of lines."""
         return list(itertools.accumulate((len(commit.keys) for commit in self.commits), initial=0))
 
     @cached_property
     def lines(self) -> Mapping[str, int]:
-        """Row key -> its line; a row that stands in several shards is the one of the smallest checksum."""
+        """Line of each row key; a row that stands in several shards is the one of the smallest checksum."""
         found: dict[str, int] = {}
         for commit, first in zip(reversed(self.commits), reversed(self.first_lines[:-1]), strict=True):
             found.update(zip(commit.keys, range(first, first + len(commit.keys)), strict=True))
         return found
 
     def place(self, line: int) -> Place:
-        """Where a line is."""
+        """Find the place of a line."""
         i = bisect_right(self.first_lines, line) - 1
         return Place(self.commits[i], line - self.first_lines[i])
 
     def keys(self) -> set[str]:
-        """Every row key that is there."""
+        """All row keys, each once."""
         return set(self.lines)
 
     def size_bytes(self) -> int:
@@ -104,7 +105,7 @@ class Snapshot:
         return sum(commit.size_bytes for commit in self.commits)
 
     def frozen(self, shards: Iterable[str]) -> "Snapshot":
-        """The commits of these shards alone: what a record saw, whatever came later.
+        """Keep the commits of these shards alone: what a record saw, whatever came later.
 
         Raises:
             QuarantinedError: one of them is gone.
@@ -118,18 +119,18 @@ class Snapshot:
         return Snapshot(tuple(commit for commit in self.commits if commit.sha256 in wanted))
 
     def of(self, keys: Iterable[str]) -> "Snapshot":
-        """The commits that own these rows; keys that are not there own none."""
+        """Keep the commits that own these rows; keys that are not there own none."""
         owners = {self.place(self.lines[key]).commit.sha256 for key in keys if key in self.lines}
         return Snapshot(tuple(commit for commit in self.commits if commit.sha256 in owners))
 
 
 @dataclass(frozen=True)
 class RowCache:
-    """A growing table of rows with a string column ``key``.
+    """A row store: a table of rows with a string column ``key``, to which shards are added.
 
     Attributes:
         store: where it lives.
-        table: 'answers' or 'soft_labels'.
+        table: 'answers', 'soft_labels' or 'hidden_states'.
         namespace: fingerprint of whatever all its rows share (teacher identity, policy, sampling).
     """
 
@@ -153,9 +154,30 @@ class RowCache:
     # ------------------------------------------------------------------------------------------ writing
 
     def describe(self, about: Mapping[str, Any]) -> None:
-        """Write ``about.json``: what all rows of this namespace share, as plain data. Idempotent."""
-        if not self.store.create(f"{self.prefix}/about.json", canonical_json({"table": self.table, **about})):
+        """Write ``about.json``: what all rows of this namespace share, as plain data. Idempotent.
+
+        Raises:
+            VersionError: there is one of another version.
+            IntegrityError: there is one that says something else.
+        """
+        if not self.store.create(f"{self.prefix}/about.json", canonical_json({"version": VERSION, "table": self.table, **about})):
+            with suppress(ValueError, KeyError, TypeError):
+                self.description()
             raise IntegrityError(f"{self.store.uri}/{self.prefix}/about.json holds another description; delete it and run again")
+
+    def description(self) -> dict[str, Any] | None:
+        """Read what ``describe`` wrote; None where nothing was.
+
+        Raises:
+            VersionError: it is of another version.
+            ValueError: its bytes are no description; or KeyError, or TypeError.
+        """
+        key = f"{self.prefix}/about.json"
+        if self.store.info(key) is None:
+            return None
+        said: dict[str, Any] = json.loads(self.store.get(key))
+        expect_version(said["version"], f"{self.store.uri}/{key}: a row table")
+        return said
 
     def commit(self, rows: pa.Table, *, num_tokens: int, metadata: Mapping[bytes, bytes] | None = None) -> Commit:
         """Write rows as one shard, then its commit.
@@ -169,7 +191,7 @@ class RowCache:
         assert len(set(keys)) == len(keys), "a shard holds each key once"
         data, ranges = write_shard(rows, metadata or {})
         fields = {
-            "schema": 2,
+            "version": VERSION,
             "sha256": sha256_bytes(data),
             "size_bytes": len(data),
             "num_rows": len(keys),
@@ -178,7 +200,7 @@ class RowCache:
             "keys": list(keys),
         }
         content = canonical_json(fields)
-        commit = _parse_commit(sha256_bytes(content), content)
+        commit = self._parse_commit(sha256_bytes(content), content)
         for kind, key, body in (("shard", self.shard_key(commit), data), ("commit", self.commit_key(commit), content)):
             if not self.store.create(key, body):
                 raise IntegrityError(f"{self.store.uri}/{key} holds other bytes than its name says; run kd cache repair, then run again")
@@ -192,6 +214,7 @@ class RowCache:
 
         Raises:
             IntegrityError: a commit is not readable as one.
+            VersionError: a commit is of another version.
         """
         seen = {commit.name: commit for commit in known.commits} if known else {}
         names = [info.key.rpartition("/")[2].removesuffix(".json") for info in self.store.list(f"{self.prefix}/commits/")]
@@ -200,7 +223,7 @@ class RowCache:
         return Snapshot(tuple(sorted((commit for commit in found if commit is not None), key=lambda commit: commit.sha256)))
 
     def _read_if_there(self, name: str) -> Commit | None:
-        """None if it was quarantined since it was listed."""
+        """Read a commit; None if it was quarantined since it was listed."""
         try:
             return self.read_commit(name)
         except IntegrityError:
@@ -211,21 +234,31 @@ class RowCache:
             return None
 
     def read_commit(self, name: str) -> Commit:
-        """The commit of this name.
+        """Read the commit of this name.
 
         Raises:
             IntegrityError: its bytes are not a commit of this name.
+            VersionError: it is of another version.
         """
         key = f"{self.prefix}/commits/{name}.json"
         try:
-            return _parse_commit(name, self.store.get(key))
+            return self._parse_commit(name, self.store.get(key))
         except (ValueError, KeyError, TypeError) as error:
             raise IntegrityError(
                 f"{self.store.uri}/{key}: not a valid commit ({error}); kd cache repair moves it aside, and its rows are computed again"
             ) from error
 
+    def _parse_commit(self, name: str, data: bytes) -> Commit:
+        """Raises ValueError, KeyError or TypeError where the bytes are not a commit of this name."""
+        if sha256_bytes(data) != name:
+            raise ValueError("its content does not match its name")
+        raw = json.loads(data)
+        expect_version(raw["version"], f"{self.store.uri}/{self.prefix}/commits/{name}.json: a commit")
+        ranges = tuple(ByteRange(*part) for part in raw["ranges"])
+        return Commit(name, raw["sha256"], raw["size_bytes"], tuple(raw["keys"]), raw["num_tokens"], ranges)
+
     def lines(self, snapshot: Snapshot, keys: Sequence[str]) -> list[int]:
-        """``Snapshot.lines`` of rows, in the order asked for.
+        """Find the lines (``Snapshot.lines``) of rows, in the order asked for.
 
         Raises:
             ArtifactError: a key is in no commit of the snapshot.
@@ -239,7 +272,7 @@ class RowCache:
         return [lines[key] for key in keys]
 
     def read(self, snapshot: Snapshot, keys: Sequence[str]) -> pa.Table:
-        """The rows of ``keys``, in that order, in memory, checksums verified.
+        """Read the rows of ``keys``, in that order, into memory, checksums verified.
 
         Raises:
             ArtifactError: a key is in no commit of the snapshot.
@@ -256,7 +289,7 @@ class RowCache:
         return rows.take(pc.index_in(pa.array(list(keys), pa.string()), value_set=rows.column("key").combine_chunks()))
 
     def read_shard(self, commit: Commit) -> pa.Table:
-        """A whole shard, verified.
+        """Read a whole shard, verified.
 
         Raises:
             StoreError: it is gone.
@@ -298,7 +331,7 @@ class RowCache:
         )
 
     def unless_quarantined(self, commit: Commit, error: StoreError) -> StoreError:
-        """The error of a failed read; if the commit is gone too, another reader has moved both aside, and that is the error."""
+        """Choose the error of a failed read; if the commit is gone too, another reader has moved both aside, and that is the error."""
         if self.store.info(self.commit_key(commit)) is not None:
             return error
         return self._quarantined(commit, "another reader found it damaged")
@@ -310,7 +343,7 @@ class Shard:
 
     Attributes:
         cache: where it is.
-        commit: of schema 2.
+        commit: the shard's.
         fetch: where its bytes come from.
         footer: see ``open``.
     """
@@ -331,11 +364,11 @@ class Shard:
 
     @property
     def metadata(self) -> Mapping[bytes, bytes]:
-        """What the writer left in the footer."""
+        """Key-value pairs that the writer left in the footer."""
         return self.footer.metadata or {}
 
     def group(self, index: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """Rows of one row group; those of ``columns`` that there are, None for all.
+        """Read the rows of one row group; those of ``columns`` that there are, None for all.
 
         Raises:
             IntegrityError: its bytes differ from the commit; QuarantinedError if both have been moved aside.
@@ -352,12 +385,3 @@ def _fetch(cache: RowCache, commit: Commit, fetch: Fetch, part: ByteRange) -> by
     if data is None:
         raise cache.quarantine(commit, f"bytes {part.start} to {part.start + part.length} differ from their checksum")
     return data
-
-
-def _parse_commit(name: str, data: bytes) -> Commit:
-    """Raises ValueError, KeyError or TypeError where the bytes are not a commit of this name."""
-    if sha256_bytes(data) != name:
-        raise ValueError("its content does not match its name")
-    raw = json.loads(data)
-    ranges = tuple(ByteRange(*part) for part in raw.get("ranges", ()))
-    return Commit(name, raw["sha256"], raw["size_bytes"], tuple(raw["keys"]), raw.get("num_tokens"), ranges)

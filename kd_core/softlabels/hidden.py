@@ -20,6 +20,7 @@ from torch import Tensor
 from kd_core.errors import SoftLabelError
 from kd_core.recipe import HiddenStates
 from kd_core.softlabels.forward import check_teacher, decoder_blocks, refused_rows, teacher_forward
+from kd_core.store.versions import VERSION, expect_version
 from kd_core.teacher.models import LoadedModel
 from kd_core.tokens.batches import TokenRow
 
@@ -27,7 +28,7 @@ __all__ = ["HiddenRow", "HiddenRows", "RowStates", "capture_hidden", "decode_sta
 
 _HEADER = struct.Struct("<4sBHII")
 """Magic, version, L, W, N; then L block numbers (u16), N * L scales (f4), N * L * W codes (i1), and the CRC-32 of all before it."""
-_MAGIC, _VERSION = b"kdhs", 1
+_MAGIC = b"kdhs"
 _LEVELS = 127
 _PROJECTION_SEED = 20_480_731
 
@@ -134,7 +135,7 @@ def encode_states(row: RowStates) -> bytes:
     num, num_blocks, width = row.codes_NLW.shape
     body = b"".join(
         [
-            _HEADER.pack(_MAGIC, _VERSION, num_blocks, width, num),
+            _HEADER.pack(_MAGIC, VERSION, num_blocks, width, num),
             np.array(row.blocks, "<u2").tobytes(),
             row.scales_NL.numpy().astype("<f4").tobytes(),
             row.codes_NLW.numpy().tobytes(),
@@ -147,17 +148,15 @@ def decode_states(data: bytes) -> RowStates:
     """The inverse of ``encode_states``.
 
     Raises:
-        SoftLabelError: the bytes are damaged, cut off, or of a version this code does not know.
+        SoftLabelError: the bytes are damaged or cut off.
+        VersionError: they are of another version.
     """
     if len(data) < _HEADER.size + 4 or data[:4] != _MAGIC:
         raise SoftLabelError(f"{len(data)} bytes are not a row of hidden states; compute the shard's rows again")
     _, version, num_blocks, width, num = _HEADER.unpack_from(data)
+    expect_version(version, "a row of hidden states")
     if struct.unpack("<I", data[-4:])[0] != zlib.crc32(data[:-4]):
         raise SoftLabelError("a row of hidden states fails its checksum; compute the shard's rows again (kd cache repair)")
-    if version != _VERSION:
-        raise SoftLabelError(
-            f"hidden states of version {version}, and this code reads {_VERSION}; use the release that wrote them, or newer"
-        )
     at_scales = _HEADER.size + 2 * num_blocks
     at_codes = at_scales + 4 * num * num_blocks
     blocks = tuple(int(i) for i in np.frombuffer(data, "<u2", num_blocks, _HEADER.size))

@@ -53,7 +53,7 @@ def _model_before(cache: RowCache, keys: Sequence[str], key: str) -> bytes:
     """The codec's model of the shard before: of the last row before this one that is held. So a killed run goes on to the same bytes.
 
     Returns:
-        The model; b"" if no row before is held, or its shard has none.
+        The model; b"" if no row before is held.
 
     Raises:
         StoreError: that shard is gone; QuarantinedError if it is damaged, as its rows are then to be computed again first.
@@ -62,9 +62,9 @@ def _model_before(cache: RowCache, keys: Sequence[str], key: str) -> bytes:
     held = next(
         (snapshot.place(snapshot.lines[earlier]).commit for earlier in reversed(keys[: keys.index(key)]) if earlier in snapshot.lines), None
     )
-    if held is None or not held.ranges:
+    if held is None:
         return b""
-    return Shard.open(cache, held, lambda key, part: part.verified(read(key, part.start, part.length))).metadata.get(CODEC_MODEL, b"")
+    return Shard.open(cache, held, lambda key, part: part.verified(read(key, part.start, part.length))).metadata[CODEC_MODEL]
 
 
 def _pack_soft_labels(found: Sequence[tuple[CuratedRow, ScoredRow]], known: bytes) -> Packed:

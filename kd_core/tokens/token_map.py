@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from kd_core.errors import TrainingError
+from kd_core.store.versions import VERSION, expect_version
 
 __all__ = ["TOKEN_MAP_FILE", "TokenMap", "read_token_map", "write_token_map"]
 
 TOKEN_MAP_FILE = "token_map.json"
-_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class TokenMap:
 
 def write_token_map(token_map: TokenMap, directory: Path) -> None:
     """Write token_map.json into a directory: plain JSON, with the full id of every trimmed one in order."""
-    about = {"version": _VERSION, "source_vocabulary": token_map.source, "num_full": token_map.num_full, "full_ids": list(token_map.kept)}
+    about = {"version": VERSION, "source_vocabulary": token_map.source, "num_full": token_map.num_full, "full_ids": list(token_map.kept)}
     (directory / TOKEN_MAP_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
 
 
@@ -79,12 +79,11 @@ def read_token_map(directory: Path) -> TokenMap | None:
     """The map in a model's directory; None where its vocabulary was not trimmed.
 
     Raises:
-        TrainingError: it was written by a later version.
+        VersionError: it is of another version.
     """
     path = directory / TOKEN_MAP_FILE
     if not path.is_file():
         return None
     about = json.loads(path.read_text(encoding="utf-8"))
-    if about["version"] != _VERSION:
-        raise TrainingError(f"{path}: version {about['version']}, and this program reads version {_VERSION}; use the one that wrote it")
+    expect_version(about["version"], f"{path}: a token map", otherwise="use the package that wrote it")
     return TokenMap(tuple(about["full_ids"]), about["num_full"], about["source_vocabulary"])

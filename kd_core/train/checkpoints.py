@@ -9,7 +9,7 @@ the weights, or None), ``best`` (weights with the least validation loss so far, 
 ``feature_loss`` (their projections). The place in the data and random numbers are functions of the seed and the step, and need no
 saving. Because each state holds the best weights too, the newest ones are all that is kept; a finished run removes them.
 
-Only tensors and plain values are loaded (``weights_only``). States of version 1 (without validations while training) are read.
+Only tensors and plain values are loaded (``weights_only``).
 """
 
 import json
@@ -24,11 +24,9 @@ from kd_core.errors import IntegrityError, StoreError
 from kd_core.failpoints import reach
 from kd_core.fingerprint import sha256_file
 from kd_core.store import Store
-from kd_core.train.history import History
+from kd_core.store.versions import VERSION, expect_version
 
 __all__ = ["Checkpoints"]
-
-_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Checkpoints:
         return f"checkpoints/{self.fingerprint}/" + ("" if step is None else f"{step:08d}")
 
     def steps(self) -> list[int]:
-        """Steps of complete checkpoints, rising."""
+        """List the steps of complete checkpoints, rising."""
         return sorted(int(info.key.split("/")[-2]) for info in self.store.list(self._prefix()) if info.key.endswith("/record.json"))
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -54,16 +52,17 @@ class Checkpoints:
             sha256 = sha256_file(path)
             self.store.create(f"{self._prefix(step)}/{sha256}.pt", path)
         reach("checkpoint.state")
-        self.store.create(f"{self._prefix(step)}/record.json", json.dumps({"sha256": sha256, "version": _VERSION}).encode())
+        self.store.create(f"{self._prefix(step)}/record.json", json.dumps({"sha256": sha256, "version": VERSION}).encode())
         reach("checkpoint.record")
         for old in self.steps()[: -self.keep]:
             self._remove(self._prefix(old))
 
     def load_newest(self, device: torch.device) -> tuple[int, dict[str, Any]] | None:
-        """(step, state) of the newest complete checkpoint, or None.
+        """Load (step, state) of the newest complete checkpoint; None without one.
 
         Raises:
-            IntegrityError: its bytes are not the recorded ones, or a newer version of this project wrote it.
+            IntegrityError: its bytes are not the recorded ones.
+            VersionError: it is of another version.
         """
         for step in reversed(self.steps()):
             try:
@@ -76,22 +75,18 @@ class Checkpoints:
 
     def _load(self, step: int, device: torch.device) -> dict[str, Any]:
         record = json.loads(self.store.get(f"{self._prefix(step)}/record.json"))
-        version = record.get("version", 1)
-        if version > _VERSION:
-            raise IntegrityError(
-                f"{self.store.uri}/{self._prefix(step)}: a checkpoint of version {version}, and this version reads up to {_VERSION}; go on "
-                "with the version that began, or delete it to start from an older one"
-            )
+        where = f"{self.store.uri}/{self._prefix(step)}"
+        expect_version(record.get("version"), f"{where}: a checkpoint", otherwise="delete it to resume from an earlier one")
         key = f"{self._prefix(step)}/{record['sha256']}.pt"
         with tempfile.TemporaryDirectory(prefix="kd-") as name:
             path = Path(name) / "state.pt"
             self.store.download(key, path)
             if sha256_file(path) != record["sha256"]:
                 raise IntegrityError(
-                    f"{self.store.uri}/{key}: sha256 differs from its record; delete {self._prefix(step)} to resume from an older one"
+                    f"{self.store.uri}/{key}: sha256 differs from its record; delete {self._prefix(step)} to resume from an earlier one"
                 )
             state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-            return state if version == _VERSION else _from_version_1(state)
+            return state
 
     def clear(self) -> None:
         """Remove all checkpoints of this run."""
@@ -100,8 +95,3 @@ class Checkpoints:
     def _remove(self, prefix: str) -> None:
         for info in sorted(self.store.list(prefix), key=lambda info: not info.key.endswith("/record.json")):
             self.store.delete(info.key)
-
-
-def _from_version_1(state: dict[str, Any]) -> dict[str, Any]:
-    history = History(metrics=json.loads(state["metrics"]), supervised_tokens=state["tokens"])
-    return {"model": state["model"], "optimiser": state["optimiser"], "history": history.dump(), "average": None, "best": None}

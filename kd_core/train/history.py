@@ -1,4 +1,4 @@
-"""What a run has seen so far: plain numbers that are logged, steer the run, and travel in its checkpoints.
+"""Numbers that a run has seen so far: they are logged, steer the run, and travel in its checkpoints.
 
 Everything here but ``speed`` is a function of the recipe and the data, so a resumed run logs what the unbroken one logs.
 """
@@ -22,7 +22,7 @@ _SPIKE_SHARE = 0.1
 
 @dataclass
 class History:
-    """The numbers of a run.
+    """Numbers of a run.
 
     Attributes:
         metrics: one dict a logged step, as ``TrainingResult`` says.
@@ -43,7 +43,7 @@ class History:
     recent: list[float] = field(default_factory=list)
 
     def is_spike(self, step: int, loss: float) -> bool:
-        """Note a step's loss; whether it is a spike: more than 8 robust deviations and 10% above the median of the last 50 steps."""
+        """Note a step's loss and say whether it is a spike: more than 8 robust deviations and 10% above the median of the last 50 steps."""
         window = self.recent
         self.recent = [*window[1 - _SPIKE_WINDOW :], loss]
         if len(window) < _SPIKE_LEAST:
@@ -61,24 +61,23 @@ class History:
         self.metrics.append({"step": step, **{name: value for name, value in numbers.items() if math.isfinite(value)}, **counts})
 
     def dump(self) -> str:
-        """As text; floats come back bit for bit."""
+        """Write it as text, from which floats come back bit for bit."""
         return json.dumps(asdict(self))
 
     @classmethod
     def load(cls, text: str) -> "History":
-        """From ``dump``'s text."""
+        """Read ``dump``'s text."""
         values: dict[str, Any] = json.loads(text)
         return cls(**{**values, "validation": [(int(step), float(loss)) for step, loss in values["validation"]]})
 
 
 def to_jsonl(metrics: list[dict[str, float]]) -> str:
-    """One line a logged step."""
+    """Write one line of JSON a logged step."""
     return "".join(json.dumps(row) + "\n" for row in metrics)
 
 
 def logged_metrics(store: Store, record: Record) -> list[dict[str, float]]:
-    """What a training run logged, by step; empty where nothing was trained. Artifacts of earlier versions hold one JSON list."""
-    names = {file.name for file in record.files}
-    if "metrics.jsonl" in names:
-        return [json.loads(line) for line in read_bytes(store, record, "metrics.jsonl").splitlines()]
-    return list(json.loads(read_bytes(store, record, "metrics.json"))) if "metrics.json" in names else []
+    """Read what a training run logged, by step; empty where nothing was trained."""
+    if all(file.name != "metrics.jsonl" for file in record.files):
+        return []
+    return [json.loads(line) for line in read_bytes(store, record, "metrics.jsonl").splitlines()]

@@ -132,8 +132,8 @@ class ShardGroups:
         self._cache, self._copies = cache, copies
         self._lock = threading.Lock()
         self._models: weakref.WeakValueDictionary[bytes, Any] = weakref.WeakValueDictionary()  # while a group needs it
-        self._commits = [replace(commit, keys=()) if commit.ranges else commit for commit in snapshot.commits]
-        sizes = [[part.num_rows for part in commit.ranges[:-1]] or [len(commit.keys)] for commit in snapshot.commits]
+        self._commits = [replace(commit, keys=()) for commit in snapshot.commits]
+        sizes = [[part.num_rows for part in commit.ranges[:-1]] for commit in snapshot.commits]
         self._first_group = np.cumsum([0, *map(len, sizes)])  # of each shard, and their number
         first_line = np.cumsum([0, *(size for part in sizes for size in part)])  # of each group
         line = np.array(cache.lines(snapshot, keys), np.int64)
@@ -148,15 +148,14 @@ class ShardGroups:
     def load(self, number: int) -> Group:
         """The asked rows of a row group, verified."""
         i = int(np.searchsorted(self._first_group, number, side="right")) - 1
-        commit, index = self._commits[i], number - int(self._first_group[i])
-        if not commit.ranges:  # written before ranges were recorded: whole, and without a model
-            return Group.of(self._asked(number, self._cache.read_shard(commit)), parse_model(b""))
         shard = self._shard(i)
-        packed = shard.metadata.get(CODEC_MODEL, b"")
-        table = shard.group(index, _COLUMNS)
+        table = shard.group(number - int(self._first_group[i]), _COLUMNS)
+        packed = shard.metadata.get(CODEC_MODEL)
+        if packed is None:  # hidden states need none
+            return Group.of(self._asked(number, table), None)
         with self._lock:  # one for all threads: rows of one model are decoded together
             model = self._models.get(packed)
-            if model is None and packed:
+            if model is None:
                 self._models[packed] = model = parse_model(packed)
         return Group.of(self._asked(number, table), model)
 

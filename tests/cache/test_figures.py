@@ -18,7 +18,7 @@ def test_bytes_rows_and_strays_add_up(store, add_shard) -> None:
     assert sum(found.bytes_by_part.values()) == sum(commit.size_bytes for commit in commits)
     assert all(size > 0 for size in found.bytes_by_part.values())
     assert {"targets", "ids", "codec_model", "footer"} <= found.bytes_by_part.keys()
-    assert (found.rows, found.doubled_rows, found.orphan_shards, found.orphan_bytes) == (20, 2, 1, 5)
+    assert (found.rows, found.duplicate_rows, found.orphan_shards, found.orphan_bytes) == (20, 2, 1, 5)
     assert found.tokens == sum(commit.num_tokens for commit in commits)
     assert sum(part.rows for part in found.entropy) == 20
     assert sum(part.tokens for part in found.entropy) == sum(3 + row % 4 for row in range(20))

@@ -1,18 +1,15 @@
 """SQL over a store: committed rows once each, only the bytes that a question needs, nothing written, errors in one line."""
 
-import io
 import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from kd_core.cache.query import VIEWS, sql
 from kd_core.errors import IntegrityError, StoreError
-from kd_core.fingerprint import canonical_json, sha256_bytes
 from kd_core.recipe import S3Options, TopK
 from kd_core.rows.table import RowCache
 from kd_core.store import LocalStore, S3Store, Store
@@ -59,11 +56,11 @@ def test_commits_and_namespaces_are_views(anywhere: Store, add_shard) -> None:
     found = ask(anywhere, "SELECT * FROM commits ORDER BY sha256")
     assert found == [(A, "soft_labels", c.sha256, c.size_bytes, len(c.keys), c.num_tokens) for c in commits]
     size = sum(c.size_bytes for c in commits)
-    query = "SELECT namespace, table_name, commits, rows, doubled_rows, tokens, bytes, modified > TIMESTAMP '2020-01-01' FROM namespaces"
+    query = "SELECT namespace, table_name, commits, rows, duplicate_rows, tokens, bytes, modified > TIMESTAMP '2020-01-01' FROM namespaces"
     assert ask(anywhere, query) == [(A, "soft_labels", 2, 9, 2, sum(c.num_tokens for c in commits), size, True)]
 
 
-def test_stray_shards_are_not_seen_and_doubled_rows_once(store: LocalStore, add_shard) -> None:
+def test_stray_shards_are_not_seen_and_duplicates_once(store: LocalStore, add_shard) -> None:
     """Three overlapping shards of different content, and one without a commit: SQL sees what RowCache.read sees."""
     for rows, source in ((range(5), "x"), (range(3, 9), "y"), (range(2, 6), "z")):
         add_shard(store, rows, source=source)
@@ -121,23 +118,6 @@ def test_only_the_columns_asked_for_are_read(tmp_path: Path) -> None:
     assert ask(store, "SELECT count(*) FROM soft_labels WHERE namespace = 'another'") == [(0,)]
     assert ask(store, "SELECT sum(rows) FROM commits") == [(640,)]
     assert store.num_bytes == 0
-
-
-def test_old_shards_lack_columns_and_answer_with_null(store: LocalStore, add_shard) -> None:
-    """A shard of schema 1, as the first version wrote it, beside a new one: union by name."""
-    add_shard(store, range(3))
-    table = pa.table({"key": ["old"], "ids": pa.array([[1, 2]], pa.list_(pa.int32())), "mean_entropy": pa.array([0.25], pa.float32())})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    data = buffer.getvalue()
-    cache, sha256 = RowCache(store, "soft_labels", B), sha256_bytes(data)
-    commit = canonical_json({"sha256": sha256, "size_bytes": len(data), "keys": ["old"]})
-    store.create(f"{cache.prefix}/shards/{sha256}.parquet", data)
-    store.create(f"{cache.prefix}/commits/{sha256_bytes(commit)}.json", commit)
-    query = "SELECT source, finish_reason, mean_entropy, teacher, policy FROM soft_labels WHERE key = 'old'"
-    assert ask(store, query) == [(None, None, 0.25, None, None)]
-    assert ask(store, "SELECT count(*), count(source), count(mean_entropy) FROM soft_labels") == [(4, 3, 4)]
-    assert ask(store, f"SELECT tokens FROM namespaces WHERE namespace = '{B}'") == [(None,)]
 
 
 def test_an_empty_store_has_all_views_and_no_rows(store: LocalStore) -> None:

@@ -1,7 +1,6 @@
 """Verify names what is damaged, whatever it is; repair puts it aside so that the rows are missing, and nothing else is touched."""
 
-import io
-import struct
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,17 +9,13 @@ import pytest
 import torch
 
 from kd_core.artifacts import find, publish
-from kd_core.cache.catalog import find_namespace
-from kd_core.cache.explode import explode
-from kd_core.cache.figures import figures
 from kd_core.cache.repair import plan_repair, repair
 from kd_core.cache.verify import verify
-from kd_core.errors import IntegrityError
+from kd_core.errors import IntegrityError, VersionError
 from kd_core.fingerprint import canonical_json, sha256_bytes
-from kd_core.recipe import TopK
 from kd_core.rows.keys import soft_label_key
+from kd_core.rows.schemas import CODEC_MODEL
 from kd_core.rows.table import RowCache
-from kd_core.softlabels import make_targets
 from kd_core.softlabels.hidden import RowStates, encode_states
 from kd_core.store import LocalStore
 
@@ -115,14 +110,14 @@ def test_a_lost_shard_a_lost_payload_and_a_missing_row_are_damage(store, add_sha
     assert record not in found
 
 
-def rewritten(store: LocalStore, change) -> None:
+def rewritten(store: LocalStore, change, *, model=lambda model: model) -> None:
     """The only shard, its table changed, committed with right checksums: damage that only the content shows."""
     cache = cache_of(store)
     [commit] = cache.snapshot().commits
     table = cache.read_shard(commit)
     store.delete(cache.commit_key(commit))
     store.delete(cache.shard_key(commit))
-    cache.commit(change(table), num_tokens=commit.num_tokens, metadata=table.schema.metadata)
+    cache.commit(change(table), num_tokens=commit.num_tokens, metadata={CODEC_MODEL: model(table.schema.metadata[CODEC_MODEL])})
 
 
 def _set(name: str, row: int, value):
@@ -154,32 +149,22 @@ def test_a_shard_of_right_bytes_and_wrong_content_is_named(store, add_shard, cha
     assert commit.keys[3] in damage.reason
 
 
-def test_a_cache_of_the_first_version_is_read_and_verified(store) -> None:
-    """Commit of schema 1 without ranges, no description, no codec model, fewer columns, blobs of codec version 1."""
-    ids, labels_N = [3, 1, 4, 1, 5], torch.tensor([1, 4, 1, 5])
-    logits_NV = torch.randn(4, 24, generator=torch.Generator().manual_seed(0))
-    policy = TopK(kind="topk", k=3, temperatures=(1.0,))
-    targets = make_targets(logits_NV, labels_N, policy, uniform_N=torch.zeros(4, dtype=torch.float64))
-    arrays = [targets.common.gold_logprob_N, targets.common.entropy_N, torch.ones(1).double(), targets.ids_NK.int()]
-    arrays += [targets.logprobs_NK, targets.log_normalizer_NG]
-    blob = struct.pack("<4sBBIIII", b"KDSL", 1, 1, 4, 24, 3, 1) + b"".join(array.numpy().tobytes() for array in arrays)
-    row = {"key": soft_label_key(A, ids, 1), "ids": ids, "first_supervised": 1, "num_supervised": 4, "targets": blob}
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([row]), buffer, compression="zstd", store_schema=False)
-    data, cache = buffer.getvalue(), cache_of(store)
-    shard = f"{cache.prefix}/shards/{sha256_bytes(data)}.parquet"
-    commit = canonical_json({"sha256": sha256_bytes(data), "size_bytes": len(data), "keys": [row["key"]]})
-    store.create(shard, data)
-    store.create(f"{cache.prefix}/commits/{sha256_bytes(commit)}.json", commit)
-    found = verify(store)
-    assert (found.commits, found.rows, found.damage) == (1, 1, ())
-    table = pa.concat_tables(explode(cache, cache.snapshot()))
-    assert table["token_id"].to_pylist() == targets.ids_NK.reshape(-1).tolist()
-    numbers = figures(find_namespace(store, None, table=None))
-    assert (numbers.tokens, numbers.finish_reasons) == (None, {"-": 1})
-    assert sum(numbers.bytes_by_part.values()) == len(data)
-    flip(store, shard, 50)
-    assert [(damage.key, damage.reason) for damage in verify(store).damage] == [(shard, "its sha256 differs from its name")]
+@pytest.mark.parametrize("changed", ["blob", "model", "commit", "about"])
+def test_another_version_is_no_damage(store, add_shard, changed) -> None:
+    """Rows that newer code wrote were paid for: repair must not get to see them."""
+    add_shard(store, range(6))
+    cache = cache_of(store)
+    if changed == "blob":
+        rewritten(store, _set("targets", 3, lambda blob: b"\7" + blob[1:]))
+    elif changed == "model":
+        rewritten(store, lambda table: table, model=lambda model: model[:4] + b"\7" + model[5:])
+    else:
+        key = cache.commit_key(cache.snapshot().commits[0]) if changed == "commit" else f"{cache.prefix}/about.json"
+        other = canonical_json({**json.loads(store.get(key)), "version": 7})
+        store.delete(key)
+        store.create(f"{cache.prefix}/commits/{sha256_bytes(other)}.json" if changed == "commit" else key, other)
+    with pytest.raises(VersionError, match=r"of version 7; this code reads version 1; update the package"):
+        verify(store)
 
 
 def _states(num: int) -> bytes:

@@ -13,6 +13,7 @@ import pytest
 from flows.cli.tables import plan_table, show
 from kd_core.artifacts import find
 from kd_core.errors import RecipeError, SourceError
+from kd_core.planning.basis import Basis
 from kd_core.planning.costs import (
     PASS_SECONDS,
     epoch_requests,
@@ -456,13 +457,15 @@ def test_a_stated_rate_wins_over_a_measured_one_and_that_over_arithmetic(data: P
     changed = _data(data)
     changed["prompts"]["sources"][0]["limit"] = 90
     recipe = parse_recipe(changed, origin="test")
-    known = [Known(recipe, store, nodes, _records(store, nodes)) for store in (empty, finished) for nodes in [build_graph(recipe, store)]]
+    known = [
+        Known(Basis(recipe, store, nodes, _records(store, nodes))) for store in (empty, finished) for nodes in [build_graph(recipe, store)]
+    ]
     arithmetic, measured = map(scoring_rate, known)
     assert arithmetic is not None
     assert measured is not None
     assert arithmetic.source == "arithmetic"
     work = []
-    for record in known[1].finished("soft_labels"):
+    for record in known[1].basis.finished("soft_labels"):
         curated = find(finished, "curate", record.upstream["curate"])
         assert curated is not None
         work.append((curated.summary["tokens"] * record.summary["rows_computed"] / record.summary["rows"], record.summary["seconds"]))
@@ -590,7 +593,7 @@ def test_people_see_the_options_and_where_figures_come_from(data: Path, empty: L
 
 
 def test_bytes_of_a_position_by_the_codecs_law() -> None:
-    """Real figures, bytes a position: SmolLM2-135M on GSM8K, 6,338 positions, through version 2 of the codec."""
+    """Real figures, bytes a position: SmolLM2-135M on GSM8K, 6,338 positions, through the codec."""
     measured = {
         Sampled(kind="sampled", num_draws=25, temperature=1.0): (6.25, 0.4),
         Sampled(kind="sampled", num_draws=100, temperature=1.0): (12.36, 0.5),

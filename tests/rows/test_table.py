@@ -1,4 +1,4 @@
-"""Rows that grow: commits count, doubles are resolved one way, holes and damage are named."""
+"""Row stores: commits count, duplicates are resolved one way, holes and damage are named."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kd_core.errors import ArtifactError, IntegrityError, QuarantinedError, StoreError
+from kd_core.errors import ArtifactError, IntegrityError, QuarantinedError, StoreError, VersionError
 from kd_core.fingerprint import canonical_json, sha256_bytes
 from kd_core.rows.parquet import parse_shard, write_shard
 from kd_core.rows.table import Commit, RowCache, Shard
@@ -94,7 +94,7 @@ def test_a_shard_counts_once_its_commit_is_written(tmp_path: Path, monkeypatch: 
     assert len(cache.snapshot().commits) == 1
 
 
-def test_doubled_rows_are_resolved_the_same_way_for_every_reader(tmp_path: Path) -> None:
+def test_duplicates_are_resolved_the_same_way_for_every_reader(tmp_path: Path) -> None:
     """Three workers computed overlapping rows with different results: the shard with the smallest checksum wins a key."""
     shards = [table(ROWS[:4], 1), table(ROWS[2:6], 2), table(ROWS[3:], 3)]
     keys = [key for key, _ in ROWS]
@@ -180,7 +180,7 @@ def test_a_shard_name_that_holds_other_bytes_is_not_committed(tmp_path: Path) ->
     assert cache.snapshot().commits == ()
 
 
-def test_a_shard_with_a_doubled_key_is_a_bug(tmp_path: Path) -> None:
+def test_a_shard_with_a_duplicate_key_is_a_bug(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="each key once"):
         commit(cache_at(tmp_path), table([*ROWS, ROWS[0]]))
 
@@ -313,22 +313,33 @@ def test_a_shard_whose_rows_were_all_refused_leaves_no_commit(tmp_path: Path) ->
     assert (snapshot.commits, computed) == ((), 7)
 
 
-def test_commits_of_the_first_schema_are_still_read(tmp_path: Path) -> None:
+UNKNOWN = "of version 7; this code reads version 1; update the package, or use another store"
+
+
+def test_a_commit_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
     cache = cache_at(tmp_path)
     made = commit(cache, table(ROWS))
-    cache.store.delete(cache.commit_key(made))
-    old = canonical_json({"sha256": made.sha256, "size_bytes": made.size_bytes, "keys": list(made.keys)})
-    cache.store.create(f"{cache.prefix}/commits/{sha256_bytes(old)}.json", old)
-    (found,) = cache.snapshot().commits
-    assert (found.num_tokens, found.ranges) == (None, ())
-    assert values(cache, ["k6", "k0"]) == [60, 0]
+    raw = json.loads(cache.store.get(cache.commit_key(made)))
+    assert raw["version"] == 1
+    other = canonical_json({**raw, "version": 7})
+    cache.store.create(f"{cache.prefix}/commits/{sha256_bytes(other)}.json", other)
+    with pytest.raises(VersionError, match=rf"{tmp_path}/{cache.prefix}/commits/{sha256_bytes(other)}\.json: a commit {UNKNOWN}"):
+        cache.snapshot()
+
+
+def test_a_row_table_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
+    cache = cache_at(tmp_path)
+    cache.store.create(f"{cache.prefix}/about.json", b'{"version": 7, "words": []}')
+    for call in (lambda: cache.describe({"teacher": {}}), cache.description):
+        with pytest.raises(VersionError, match=rf"{tmp_path}/{cache.prefix}/about\.json: a row table {UNKNOWN}"):
+            call()
 
 
 def test_a_namespace_says_what_it_is_once(tmp_path: Path) -> None:
     cache = cache_at(tmp_path)
     cache.describe({"teacher": {"weights": "abc"}})
     cache.describe({"teacher": {"weights": "abc"}})
-    assert json.loads(cache.store.get(f"{cache.prefix}/about.json")) == {"table": "answers", "teacher": {"weights": "abc"}}
+    assert json.loads(cache.store.get(f"{cache.prefix}/about.json")) == {"version": 1, "table": "answers", "teacher": {"weights": "abc"}}
     with pytest.raises(IntegrityError, match="another description"):
         cache.describe({"teacher": {"weights": "abd"}})
 

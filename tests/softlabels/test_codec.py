@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kd_core.errors import SoftLabelError
+from kd_core.errors import SoftLabelError, VersionError
 from kd_core.recipe import Dense, Sampled, SoftLabels, TopK
 from kd_core.softlabels import (
     Common,
@@ -191,7 +191,7 @@ def test_every_flipped_byte_and_every_truncation_is_an_error(policy: SoftLabels)
         for flip in (1, 0x80, 0xFF):
             damaged = bytearray(blobs[0])
             damaged[at] ^= flip
-            with pytest.raises(SoftLabelError):
+            with pytest.raises(SoftLabelError if at else VersionError):
                 decode_rows(parsed, [bytes(damaged), *blobs[1:]], labels)
         with pytest.raises(SoftLabelError):
             decode_rows(parsed, [blobs[0][:at], *blobs[1:]], labels)
@@ -200,7 +200,7 @@ def test_every_flipped_byte_and_every_truncation_is_an_error(policy: SoftLabels)
     for at in range(len(model)):
         damaged = bytearray(model)
         damaged[at] ^= 0x10
-        with pytest.raises(SoftLabelError):
+        with pytest.raises(VersionError if at == len(b"KDSM") else SoftLabelError):
             parse_model(bytes(damaged))
         if at:
             with pytest.raises(SoftLabelError):
@@ -215,10 +215,18 @@ def test_a_blob_belongs_to_its_labels_and_its_model() -> None:
         decode_rows(parse_model(other), blobs, labels)
     with pytest.raises(SoftLabelError, match="row 2: the checksum"):
         decode_rows(parse_model(model), blobs, [*labels[:2], (labels[2] + 1) % 12])
-    with pytest.raises(SoftLabelError, match="not soft labels of version 2 or 3"):
-        decode_rows(parse_model(model), [b"\4" + blobs[0][1:]], labels[:1])
-    with pytest.raises(SoftLabelError, match="not soft labels of version 1"):
-        decode_rows(None, [blobs[0] + bytes(30)], labels[:1])
+
+
+@pytest.mark.parametrize("policy", SMALL, ids=lambda p: p.kind)
+def test_another_version_is_refused_by_name(policy: SoftLabels) -> None:
+    rows, labels = example(policy)
+    model, blobs = encode_rows(rows, labels)
+    assert (model[4], {blob[0] for blob in blobs}) == (1, {1})
+    said = "of version 7; this code reads version 1; update the package, or use another store"
+    with pytest.raises(VersionError, match=f"row 1: soft labels {said}"):
+        decode_rows(parse_model(model), [blobs[0], b"\7" + blobs[1][1:], blobs[2]], labels)
+    with pytest.raises(VersionError, match=f"a soft-label model {said}"):
+        parse_model(model[:4] + b"\7" + model[5:])
 
 
 def test_rows_are_read_in_any_choice_and_order() -> None:
@@ -269,7 +277,7 @@ def test_a_shard_is_near_its_entropy() -> None:
     share = torch.bincount(whole.ids_E, minlength=4096) / len(whole.ids_E)
     num_N = whole.offsets_N1.diff()
     ids_bits = float(-share[whole.ids_E].log2().sum() - torch.lgamma(num_N + 1.0).sum() / math.log(2))
-    for at in range(0, len(blobs[7]), 13):
+    for at in range(1, len(blobs[7]), 13):
         damaged = bytearray(blobs[7])
         damaged[at] ^= 0x04
         with pytest.raises(SoftLabelError, match="row 7: "):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kd_core.errors import SoftLabelError, TeacherError
+from kd_core.errors import SoftLabelError, TeacherError, VersionError
 from kd_core.recipe import HiddenStates
 from kd_core.softlabels.capture import row_key
 from kd_core.softlabels.hidden import RowStates, capture_hidden, decode_states, encode_states, projection
@@ -113,7 +113,7 @@ def test_rows_survive_their_bytes(num: int) -> None:
 def test_every_flipped_byte_and_every_cut_is_refused() -> None:
     data = encode_states(states(3))
     for at in range(len(data)):
-        with pytest.raises(SoftLabelError):
+        with pytest.raises(VersionError if at == len(b"kdhs") else SoftLabelError):
             decode_states(data[:at] + bytes([data[at] ^ 0x41]) + data[at + 1 :])
         with pytest.raises(SoftLabelError):
             decode_states(data[:at])
@@ -128,3 +128,10 @@ def test_states_of_zero_are_zero(tiny_model) -> None:
     (row, *_) = capture_hidden(loaded, KEYED, wanted=HiddenStates(blocks=(0,)), micro_batch_tokens=64).captured
     assert int(row.states.codes_NLW.abs().max()) == 0
     assert bool((row.states.states() == 0).all())
+
+
+def test_another_version_is_refused_by_name() -> None:
+    data = encode_states(states(3))
+    assert data[4] == 1
+    with pytest.raises(VersionError, match="a row of hidden states of version 7; this code reads version 1; update the package, or"):
+        decode_states(data[:4] + b"\7" + data[5:])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kd_core.errors import RecipeError, TeacherError, TrainingError
+from kd_core.errors import RecipeError, TeacherError, TrainingError, VersionError
 from kd_core.recipe import CharacterTokenizer
 from kd_core.student.vocabulary import kept_tokens, trim_model, trim_tokenizer
 from kd_core.tokens.encoding import character_tokenizer, num_columns
@@ -144,7 +144,7 @@ def test_the_map_is_written_and_read_back(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="token id 4 is not in the student's trimmed vocabulary"):
         token_map.trim(np.array([0, 4]))
     (tmp_path / "token_map.json").write_text('{"version": 2}')
-    with pytest.raises(TrainingError, match="version 2, and this program reads version 1"):
+    with pytest.raises(VersionError, match="a token map of version 2; this code reads version 1; update the package, or"):
         read_token_map(tmp_path)
 
 

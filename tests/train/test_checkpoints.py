@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd_core.errors import IntegrityError
+from kd_core.errors import IntegrityError, VersionError
 from kd_core.store import LocalStore
 from kd_core.train.checkpoints import Checkpoints
 
@@ -67,7 +67,8 @@ def test_a_flipped_byte_is_refused_by_name(tmp_path: Path) -> None:
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     with pytest.raises(
-        IntegrityError, match=r"00000007/[0-9a-f]{64}\.pt: sha256 differs from its record; delete checkpoints/f{32}/00000007"
+        IntegrityError,
+        match=r"00000007/[0-9a-f]{64}\.pt: sha256 differs from its record; delete checkpoints/f{32}/00000007 to resume from an earlier one",
     ):
         checkpoints.load_newest(CPU)
 
@@ -97,13 +98,14 @@ def test_a_checkpoint_that_another_worker_removes_meanwhile_is_passed_over(tmp_p
     assert ([] if found is None else [found[0]]) == left
 
 
-def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
     checkpoints = Checkpoints(LocalStore(tmp_path), "f" * 32)
     checkpoints.save(7, state(7))
     (record,) = tmp_path.rglob("record.json")
-    assert json.loads(record.read_text())["version"] == 2
-    record.write_text(json.dumps({**json.loads(record.read_text()), "version": 3}))
-    with pytest.raises(IntegrityError, match="00000007: a checkpoint of version 3, and this version reads up to 2"):
+    assert json.loads(record.read_text())["version"] == 1
+    record.write_text(json.dumps({**json.loads(record.read_text()), "version": 7}))
+    said = "00000007: a checkpoint of version 7; this code reads version 1; update the package, or delete it to resume from an earlier one"
+    with pytest.raises(VersionError, match=said):
         checkpoints.load_newest(CPU)
 
 

@@ -1,4 +1,4 @@
-"""What all rows of a shard share in versions 2 and 3 of the codec: the policy, ids by frequency, and the entropy coder's tables.
+"""What all rows of a shard share: the policy, ids by frequency, and the entropy coder's tables.
 
     model  header, temperatures, class map of ids, tables of the entropy coder, crc32
 
@@ -18,14 +18,15 @@ from typing import NamedTuple
 import numpy as np
 
 from kd_core.errors import SoftLabelError
-from kd_core.softlabels.codec.events import ESCAPE, FAMILIES, RESIDUALS, escape_unknown
+from kd_core.softlabels.codec.events import ESCAPE, FAMILIES, RESIDUALS
 from kd_core.softlabels.codec.ranking import classes_by_count, id_bits, pack_classes, ranks_of_classes, unpack_classes
 from kd_core.softlabels.codec.rans import ALPHABET, Tables, add_events, code_bits, encode_events, make_tables, quantise_tables
+from kd_core.softlabels.codec.writing import escape_unknown
+from kd_core.store.versions import VERSION, expect_version
 
 __all__ = ["DENSE", "SAMPLED", "TOPK", "Header", "Model", "code_rows", "dense_model", "parse_model"]
 
 SAMPLED, TOPK, DENSE = 0, 1, 2
-_VERSION = 2
 _MAGIC = b"KDSM"
 _MODEL = struct.Struct("<4sBBIIIfII")  # magic, version, kind, V, size, levels, lowest, G, bytes of the class map
 _WORSE = 1.02
@@ -85,10 +86,12 @@ def parse_model(data: bytes) -> Model:
     """A model from its bytes.
 
     Raises:
-        SoftLabelError: not a model of this version, or damaged.
+        SoftLabelError: not a model, or damaged.
+        VersionError: a model of another version.
     """
-    if len(data) < _MODEL.size + 4 or data[: len(_MAGIC)] != _MAGIC or data[len(_MAGIC)] != _VERSION:
-        raise SoftLabelError(f"not a soft-label model of version {_VERSION}: {len(data)} bytes, beginning {data[:5]!r}")
+    if len(data) < _MODEL.size + 4 or data[: len(_MAGIC)] != _MAGIC:
+        raise SoftLabelError(f"{len(data)} bytes, beginning {data[:5]!r}, are no soft-label model; the shard must be scored again")
+    expect_version(data[len(_MAGIC)], "a soft-label model")
     if zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
         raise SoftLabelError("the soft labels' model is damaged: its checksum differs; the shard must be scored again")
     _, _, kind, num_columns, size, num_levels, lowest, num_temperatures, map_size = _MODEL.unpack_from(data)
@@ -163,7 +166,7 @@ def _serves(tables: Tables, histogram_CA: np.ndarray) -> bool:
 def _pack(header: Header, class_V: np.ndarray, codes_CA: np.ndarray) -> bytes:
     kind, num_columns, size, num_levels, lowest, temperatures = header
     class_map = pack_classes(class_V)
-    data = _MODEL.pack(_MAGIC, _VERSION, kind, num_columns, size, num_levels, lowest, len(temperatures), len(class_map))
+    data = _MODEL.pack(_MAGIC, VERSION, kind, num_columns, size, num_levels, lowest, len(temperatures), len(class_map))
     data += struct.pack(f"<{len(temperatures)}d", *temperatures) + class_map + zlib.compress(codes_CA.tobytes(), 6)
     return data + zlib.crc32(data).to_bytes(4, "little")
 

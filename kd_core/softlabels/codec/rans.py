@@ -2,7 +2,7 @@
 
 An event is (context, symbol, raw bits): the symbol is coded with its context's table, the raw bits are stored as they are.
 A row's words are the symbols', in reading order, then the raw bits', last word first: a decoder goes from both ends to
-the middle, and does not wait for the state to know the raw bits. In version 2 they went through the state.
+the middle, and does not wait for the state to know the raw bits.
 The state lives in [2^16, 2^32) and moves 16-bit words; tables are quantised to 10 bits, so a symbol costs at least 1/710 bit.
 Source: Duda 2013 (arXiv 1311.2540), the static table form; events and table format ours.
 
@@ -113,22 +113,17 @@ class Stream(NamedTuple):
 
     Attributes:
         words: uint16, and some before and after those of the rows, to be read before it is seen that a row is over.
-        apart_R: bool, whether raw bits are at the end of the row's words, not in the state (version 2).
         words_R1, positions_R1, ids_R1: int64 offsets of each row's words, positions and ids.
     """
 
     words: np.ndarray
-    apart_R: np.ndarray
     words_R1: np.ndarray
     positions_R1: np.ndarray
     ids_R1: np.ndarray
 
 
 Cursor = tuple[int, int, int]
-"""Where a decoder is in a row: (state, next word, 16 x the row's end less the raw bits taken so far).
-
-The third is minus the row's end where raw bits go through the state.
-"""
+"""Where a decoder is in a row: (state, next word, 16 x the row's end less the raw bits taken so far)."""
 
 
 def quantise_tables(histogram_CA: np.ndarray) -> np.ndarray:
@@ -227,24 +222,19 @@ def _signed(value: Any) -> Any:
 def open_row(stream: Stream, row: int) -> Cursor:
     """The start of a row."""
     at, end = stream.words_R1[row], stream.words_R1[row + 1]
-    return (_signed(stream.words[at]) << 16) | _signed(stream.words[at + 1]), at + 2, end << 4 if stream.apart_R[row] else -end
-
-
-@inlined
-def _symbols_end(cursor: Cursor) -> int:
-    return cursor[2] >> 4 if cursor[2] >= 0 else -cursor[2]
+    return (_signed(stream.words[at]) << 16) | _signed(stream.words[at + 1]), at + 2, end << 4
 
 
 @inlined
 def overran(cursor: Cursor) -> bool:
     """Whether more was taken from a row than it has."""
-    return cursor[1] > _symbols_end(cursor)
+    return cursor[1] > cursor[2] >> 4
 
 
 @inlined
 def closes(cursor: Cursor) -> bool:
     """Whether this is the end of a row."""
-    return cursor[0] == _LOW and cursor[1] == _symbols_end(cursor)
+    return cursor[0] == _LOW and cursor[1] == cursor[2] >> 4
 
 
 @inlined
@@ -269,24 +259,9 @@ def pop_symbol(stream: Stream, tables: Tables, context: int, cursor: Cursor) -> 
 def pop_raw(stream: Stream, bits: int, cursor: Cursor) -> tuple[int, Cursor]:
     """``bits`` raw bits (17 at most) off the stream: two words always have them."""
     state, at, raw = cursor
-    if raw < 0:
-        return _pop_raw_2(stream, bits, cursor)
     word = (raw - 1) >> 4
     window = _signed(stream.words[place(word)]) | (_signed(stream.words[place(word - 1)]) << 16)
     return (window >> (-raw & 15)) & ((1 << bits) - 1), (state, at, raw - bits)
-
-
-@inlined
-def _pop_raw_2(stream: Stream, bits: int, cursor: Cursor) -> tuple[int, Cursor]:
-    """From the state, high bits first."""
-    state, at, raw = cursor
-    high = max(bits - 16, 0)
-    value = (state & ((1 << high) - 1)) << 16
-    state, at = _refill(stream, state >> high, at)
-    bits -= high
-    value |= state & ((1 << bits) - 1)
-    state, at = _refill(stream, state >> bits, at)
-    return value, (state, at, raw)
 
 
 @inlined

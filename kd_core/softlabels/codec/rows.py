@@ -1,13 +1,11 @@
-"""Version 3 of the binary column of a soft-label shard: whole rows to entropy-coded bytes and back, compiled. It reads version 2.
+"""The binary column of a soft-label shard: whole rows to entropy-coded bytes and back.
 
-Axes: N positions of all rows, R rows, E drawn ids, K ids of a top-k position, G temperatures, V columns, L levels,
-C contexts of the coder.
+Axes: N positions of all rows, R rows, E drawn ids, K ids of a top-k position, G temperatures, V columns, L levels.
 
     blob   version (1 byte), crc32 of model, version, labels and rest (4), [number of ids (4)], [exact float32 arrays], rANS words
 
-Version 2 had its raw bits in the words of the symbols, and no version in its checksum: both are read, in one batch too.
-The model is ``codec_model.py``'s. Everything numeric that both sides must agree on goes through whole numbers: rounded
-once, far from a tie.
+Owns the frame of a blob and what is refused; the shard's model is ``model.py``'s, the numbers in whole steps are
+``quantities.py``'s, their order in a row is ``events.py``'s.
 """
 
 import functools
@@ -18,41 +16,36 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kd_core.errors import SoftLabelError
-from kd_core.softlabels.codec.events import (
-    DecodedRows,
-    Draws,
-    SampledRow,
-    TopKRow,
-    decode_sampled,
-    decode_topk,
-    sampled_events,
-    topk_events,
-)
+from kd_core.softlabels.codec.events import Draws, TopKRow
 from kd_core.softlabels.codec.model import SAMPLED, TOPK, Header, Model, code_rows, dense_model
+from kd_core.softlabels.codec.quantities import (
+    ENTROPY_STEPS,
+    GOLD_LOGPROB,
+    choose_levels,
+    entropy_of,
+    gold_logprob_of,
+    levels_of,
+    logprob_of_level,
+    quantise_entropy,
+    quantise_gold,
+)
 from kd_core.softlabels.codec.rans import Stream
+from kd_core.softlabels.codec.reading import DecodedRows, decode_sampled, decode_topk
+from kd_core.softlabels.codec.writing import SampledRow, sampled_events, topk_events
 from kd_core.softlabels.targets import Common, DenseTargets, SampledTargets, Targets, TopKTargets, concatenate
+from kd_core.store.versions import VERSION, expect_version
 
-__all__ = ["VERSION", "decode_rows", "encode_rows"]
+__all__ = ["decode_rows", "encode_rows"]
 
-VERSION = 3
-_SUMMED = {2: b"", VERSION: bytes([VERSION])}
-"""The versions that are read, and what of the version goes into a row's checksum."""
 _BLOB = struct.Struct("<BI")
-_ENTROPY_STEPS = 64  # a nat
-_GOLD_LOST = 4095  # quantised gold log-probability of -inf
 _MAX_COLUMNS = 1 << 20
 _RANK = _MAX_COLUMNS - 1
-_KL_BUDGET = 1e-4  # nats a position, mean: half of what is promised, as the choice looks at a sample
-_KL_KNOWN = 1.3e-4  # with the levels of a known model: those were chosen close to the budget on other rows
-_KL_SAMPLE = 1024  # positions
-_LEVEL_CHOICES = np.unique(np.rint(2.0 ** np.arange(2, 16.1, 0.125)).astype(np.int64))
 
 
 def encode_rows(rows: Sequence[Targets], labels: Sequence[np.ndarray], known: Model | None = None) -> tuple[bytes, list[bytes]]:
-    """``codec.encode_rows`` of version 3."""
+    """Make the model and the blobs of a shard's rows: see ``codec.encode_rows``."""
     whole = concatenate(list(rows))
     position_R1 = np.concatenate([[0], np.cumsum([len(row.common.gold_logprob_N) for row in rows])]).astype(np.int64)
     gold_N = _check_labels(labels, np.diff(position_R1), whole.common.num_columns)
@@ -66,24 +59,19 @@ def encode_rows(rows: Sequence[Targets], labels: Sequence[np.ndarray], known: Mo
         case DenseTargets():
             model = dense_model(whole.common.num_columns)
             bodies = [_dense_body(whole, first, end) for first, end in itertools.pairwise(position_R1)]
-    sums = _checksums([model], np.zeros(len(bodies), np.int64), [VERSION] * len(bodies), gold_N, position_R1, bodies)
+    sums = _checksums([model], np.zeros(len(bodies), np.int64), gold_N, position_R1, bodies)
     return model, [_BLOB.pack(VERSION, crc) + body for crc, body in zip(sums, bodies, strict=True)]
 
 
 def _checksums(
-    models: Sequence[bytes],
-    model_R: np.ndarray,
-    versions: Sequence[int],
-    gold_N: np.ndarray,
-    position_R1: np.ndarray,
-    bodies: Sequence[bytes | memoryview],
+    models: Sequence[bytes], model_R: np.ndarray, gold_N: np.ndarray, position_R1: np.ndarray, bodies: Sequence[bytes | memoryview]
 ) -> Iterator[int]:
-    """crc32 of each row's model, version, labels and body, from the model's own, which is its end: with that, any model's is the same."""
-    first = [int.from_bytes(model[-4:], "little") for model in models]
+    """CRC-32 of each row's model, version, labels and body. It goes on from the model's own, which is its end."""
+    first = [zlib.crc32(bytes([VERSION]), int.from_bytes(model[-4:], "little")) for model in models]
     labels = gold_N.astype("<i8", copy=False).data.cast("B")
     spans = itertools.pairwise((8 * position_R1).tolist())
-    for m, version, (start, end), body in zip(model_R.tolist(), versions, spans, bodies, strict=True):
-        yield zlib.crc32(body, zlib.crc32(labels[start:end], zlib.crc32(_SUMMED[version], first[m])))
+    for m, (start, end), body in zip(model_R.tolist(), spans, bodies, strict=True):
+        yield zlib.crc32(body, zlib.crc32(labels[start:end], first[m]))
 
 
 def _check_labels(labels: Sequence[np.ndarray], lengths: np.ndarray, num_columns: int) -> np.ndarray:
@@ -105,33 +93,12 @@ def _check_ids(ids_E: np.ndarray, position_E: np.ndarray, num_columns: int) -> N
         raise SoftLabelError("an id stands twice at one position; nothing was encoded")
 
 
-def _quantise_entropy(entropy_N: Tensor) -> np.ndarray:
-    return np.asarray(np.rint(np.maximum(entropy_N.double().cpu().numpy(), 0) * _ENTROPY_STEPS).astype(np.int64))
-
-
-def _entropy(quantised_N: np.ndarray) -> Tensor:
-    return torch.from_numpy((quantised_N / _ENTROPY_STEPS).astype(np.float32))
-
-
-def _quantise_gold(logprob_N: np.ndarray) -> np.ndarray:
-    """32 ln(1 + 4x) of x = -logprob: steps of 1/128 nat at 0, of 3% far away."""
-    steps_N = np.rint(32 * np.log1p(4 * np.maximum(-logprob_N.astype(np.float64), 0)))
-    return np.asarray(np.minimum(steps_N, _GOLD_LOST).astype(np.int64))
-
-
-_GOLD_LOGPROB = np.append(np.maximum(-np.expm1(np.arange(_GOLD_LOST) / 32) / 4, np.finfo(np.float32).min), -np.inf).astype(np.float32)
-
-
-def _gold_logprob(quantised_N: np.ndarray) -> Tensor:
-    return torch.from_numpy(_GOLD_LOGPROB.take(quantised_N, mode="clip"))
-
-
 @functools.lru_cache(maxsize=8)
 def _draws(num_draws: int, temperature: float) -> Draws:
     counts = np.arange(num_draws + 1)
-    entropy = np.rint(16 * _ENTROPY_STEPS * counts * np.log(np.maximum(counts, 1))).astype(np.int64)
-    gold = _quantise_gold(np.log(np.maximum(counts, 1) / num_draws))
-    return Draws(num_draws, temperature == 1.0, entropy, gold, float(_ENTROPY_STEPS), _GOLD_LOGPROB)
+    entropy = np.rint(16 * ENTROPY_STEPS * counts * np.log(np.maximum(counts, 1))).astype(np.int64)
+    gold = quantise_gold(np.log(np.maximum(counts, 1) / num_draws))
+    return Draws(num_draws, temperature == 1.0, entropy, gold, float(ENTROPY_STEPS), GOLD_LOGPROB)
 
 
 def _encode_sampled(targets: SampledTargets, gold_N: np.ndarray, position_R1: np.ndarray, known: Model | None) -> tuple[bytes, list[bytes]]:
@@ -142,9 +109,9 @@ def _encode_sampled(targets: SampledTargets, gold_N: np.ndarray, position_R1: np
     drawn_N = np.bincount(position_E, counts_E, len(gold_N))
     if bool((drawn_N != targets.num_draws).any()) or (len(counts_E) and counts_E.min() < 1):
         raise SoftLabelError(f"draws do not add up: {targets.num_draws} a position expected, all counts positive; nothing was encoded")
-    entropy_N = _quantise_entropy(common.entropy_N)
-    offset_N = entropy_N if targets.temperature == 1.0 else _quantise_entropy(targets.cross_entropy_offset_N)
-    gold_logprob_N = _quantise_gold(common.gold_logprob_N.cpu().numpy())
+    entropy_N = quantise_entropy(common.entropy_N)
+    offset_N = entropy_N if targets.temperature == 1.0 else quantise_entropy(targets.cross_entropy_offset_N)
+    gold_logprob_N = quantise_gold(common.gold_logprob_N.cpu().numpy())
     draws = _draws(targets.num_draws, targets.temperature)
 
     def events_by(rank_of_id_V: np.ndarray) -> Callable[[int, np.ndarray], int]:
@@ -171,9 +138,11 @@ def _encode_topk(targets: TopKTargets, position_R1: np.ndarray, known: Model | N
     common, ids_NK = targets.common, targets.ids_NK.cpu().numpy()
     num, k = ids_NK.shape
     _check_ids(ids_NK.ravel(), np.repeat(np.arange(num), k), common.num_columns)
-    num_levels, lowest = _choose_levels(targets, known)
-    level_NK = _levels(targets.logprobs_NK.double().cpu().numpy(), num_levels, targets.temperatures)
-    entropy_N, gold_logprob_N = _quantise_entropy(common.entropy_N), _quantise_gold(common.gold_logprob_N.cpu().numpy())
+    if known is not None and known.header.policy != (TOPK, common.num_columns, k, targets.temperatures):
+        known = None
+    num_levels, lowest = choose_levels(targets, None if known is None else (known.header.num_levels, known.header.lowest))
+    level_NK = levels_of(targets.logprobs_NK.double().cpu().numpy(), num_levels, targets.temperatures)
+    entropy_N, gold_logprob_N = quantise_entropy(common.entropy_N), quantise_gold(common.gold_logprob_N.cpu().numpy())
 
     def events_by(rank_of_id_V: np.ndarray) -> Callable[[int, np.ndarray], int]:
         key_NK = np.sort(((num_levels - level_NK) << 20) | rank_of_id_V[ids_NK])
@@ -198,59 +167,6 @@ def _exact_parts(targets: TopKTargets) -> list[np.ndarray]:
     return [tail_NG if targets.ids_NK.shape[1] < targets.common.num_columns else tail_NG[:, :0], norm_NG[:, stored]]
 
 
-def _logprob_of_level(num_levels: int, lowest: float, temperatures: tuple[float, ...]) -> np.ndarray:
-    """float64, shape (num_levels + 1,)."""
-    logprob_L = 2 * max(temperatures) * np.log(np.maximum(np.arange(num_levels + 1), 1) / num_levels)
-    logprob_L[0] = lowest
-    return logprob_L
-
-
-def _levels(logprob_NK: np.ndarray, num_levels: int, temperatures: tuple[float, ...]) -> np.ndarray:
-    return np.asarray(np.rint(np.exp(logprob_NK / (2 * max(temperatures))) * num_levels).clip(0, num_levels).astype(np.int64))
-
-
-def _lowest_logprob(logprob_NK: np.ndarray, level_NK: np.ndarray, num_levels: int, temperatures: tuple[float, ...]) -> float:
-    """Log of the mean probability at level 0, as float32 holds it; never further than a tenth of a level's width down."""
-    rest = np.exp(logprob_NK[level_NK == 0])
-    floor = 2 * max(temperatures) * np.log(0.1 / num_levels)
-    return float(np.float32(max(floor, np.log(rest.mean())) if rest.any() else floor))
-
-
-def _choose_levels(targets: TopKTargets, known: Model | None) -> tuple[int, float]:
-    """(levels, log-probability of level 0): the known model's, or the fewest, that keep the mean KL within the budget on the whole grid."""
-    whole_NK = targets.logprobs_NK.double().cpu().numpy()
-    every = max(1, len(whole_NK) // _KL_SAMPLE)
-    logprob_NK = whole_NK[::every]
-    kept_NG = -np.expm1(targets.log_tail_NG[::every].double().cpu().numpy())
-
-    def divergence(num_levels: int, lowest: float | None = None) -> float:
-        level_NK = _levels(logprob_NK, num_levels, targets.temperatures)
-        if lowest is None:
-            lowest = _lowest_logprob(logprob_NK, level_NK, num_levels, targets.temperatures)
-        found_NK = _logprob_of_level(num_levels, lowest, targets.temperatures)[level_NK]
-        means = []
-        for g, temperature in enumerate(targets.temperatures):
-            log_p, log_q = (_log_softmax(part / temperature) for part in (logprob_NK, found_NK))
-            means.append((kept_NG[:, g] * (np.exp(log_p) * np.maximum(log_p - log_q, -1e4)).sum(-1)).mean())
-        return float(max(means))
-
-    if known is not None and len(logprob_NK) and known.header.temperatures == targets.temperatures:
-        _, _, _, num_levels, lowest, _ = known.header
-        if num_levels and divergence(num_levels, lowest) <= _KL_KNOWN:
-            return num_levels, lowest
-    low, high = 0, len(_LEVEL_CHOICES) - 1
-    while low < high and len(logprob_NK):
-        middle = (low + high) // 2
-        low, high = (low, middle) if divergence(int(_LEVEL_CHOICES[middle])) <= _KL_BUDGET else (middle + 1, high)
-    num_levels = int(_LEVEL_CHOICES[low])
-    return num_levels, _lowest_logprob(whole_NK, _levels(whole_NK, num_levels, targets.temperatures), num_levels, targets.temperatures)
-
-
-def _log_softmax(x_NK: np.ndarray) -> np.ndarray:
-    shifted = x_NK - x_NK.max(-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
-
-
 def _dense_body(targets: DenseTargets, first: int, end: int) -> bytes:
     """float32 as planes of their bytes, deflated: signs and exponents repeat, mantissas do not."""
     columns = [targets.common.gold_logprob_N[first:end, None], targets.common.entropy_N[first:end, None], targets.logprobs_NV[first:end]]
@@ -259,19 +175,19 @@ def _dense_body(targets: DenseTargets, first: int, end: int) -> bytes:
 
 
 def decode_rows(models: Sequence[Model], model_R: np.ndarray, blobs: Sequence[bytes], labels: Sequence[np.ndarray]) -> Targets:
-    """``codec.decode_mixed_rows`` of versions 2 and 3."""
+    """Make the targets of rows of some shards: see ``codec.decode_mixed_rows``."""
     header = models[0].header
     if any(model.header.policy != header.policy for model in models):
         raise SoftLabelError(f"soft labels of different kinds in one batch: {sorted({str(model.header.policy) for model in models})}")
     position_R1 = _offsets([len(gold) for gold in labels])
     gold_N = np.concatenate([np.zeros(0, np.int64), *labels], dtype=np.int64)
     bodies = [memoryview(blob)[_BLOB.size :] for blob in blobs]
-    versions = [blob[0] if len(blob) >= _BLOB.size else 0 for blob in blobs]
-    for i, version in enumerate(versions):
-        if version not in _SUMMED:
-            known, blob = " or ".join(map(str, _SUMMED)), blobs[i]
-            raise SoftLabelError(f"row {i}: not soft labels of version {known}: {len(blob)} bytes, beginning {bytes(blob[:5])!r}")
-    sums = _checksums([model.data for model in models], model_R, versions, gold_N, position_R1, bodies)
+    for i, blob in enumerate(blobs):
+        if len(blob) < _BLOB.size:
+            raise SoftLabelError(f"row {i}: {len(blob)} bytes are no soft labels; the row must be scored again")
+        if blob[0] != VERSION:  # names are made for refusals only: a batch has many rows
+            expect_version(blob[0], f"row {i}: soft labels")
+    sums = _checksums([model.data for model in models], model_R, gold_N, position_R1, bodies)
     for i, (blob, crc) in enumerate(zip(blobs, sums, strict=True)):
         if crc != _BLOB.unpack_from(blob)[1]:
             raise SoftLabelError(
@@ -279,19 +195,18 @@ def decode_rows(models: Sequence[Model], model_R: np.ndarray, blobs: Sequence[by
                 "the row must be scored again"
             )
     rows_of = [(model, np.flatnonzero(model_R == i)) for i, model in enumerate(models)]
-    apart_R = np.array(versions) == VERSION
     if header.kind == SAMPLED:
-        return _decode_sampled(rows_of, bodies, apart_R, gold_N, position_R1)
+        return _decode_sampled(rows_of, bodies, gold_N, position_R1)
     if header.kind == TOPK:
-        return _decode_topk(rows_of, bodies, apart_R, position_R1)
+        return _decode_topk(rows_of, bodies, position_R1)
     return _decode_dense(models[0], bodies, len(gold_N))
 
 
-def _stream(parts: Sequence[memoryview], apart_R: np.ndarray, position_R1: np.ndarray, ids_R: np.ndarray, num_events: int) -> Stream:
-    """``num_events``: as many as are decoded before the end is looked for, of three words at most."""
+def _stream(parts: Sequence[memoryview], position_R1: np.ndarray, ids_R: np.ndarray, num_events: int) -> Stream:
+    """Words of rows, with room around them for the events that are decoded before the end is looked for, of three words at most."""
     room = bytes(6 * num_events + 2)
     words = np.frombuffer(b"".join([room, *parts, room]), "<u2")
-    return Stream(words, apart_R, len(room) // 2 + _offsets([len(part) // 2 for part in parts]), position_R1, _offsets(ids_R))
+    return Stream(words, len(room) // 2 + _offsets([len(part) // 2 for part in parts]), position_R1, _offsets(ids_R))
 
 
 def _offsets(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -309,12 +224,10 @@ _RowsOf = list[tuple[Model, np.ndarray]]
 """Each model and the numbers of its rows, int64."""
 
 
-def _decode_sampled(
-    rows_of: _RowsOf, bodies: Sequence[memoryview], apart_R: np.ndarray, gold_N: np.ndarray, position_R1: np.ndarray
-) -> SampledTargets:
+def _decode_sampled(rows_of: _RowsOf, bodies: Sequence[memoryview], gold_N: np.ndarray, position_R1: np.ndarray) -> SampledTargets:
     header, num = rows_of[0][0].header, len(gold_N)
     ids_R = np.array([struct.unpack_from("<I", body)[0] for body in bodies], np.int64)
-    stream = _stream([body[4:] for body in bodies], apart_R, position_R1, ids_R, 2 * header.size + 8)
+    stream = _stream([body[4:] for body in bodies], position_R1, ids_R, 2 * header.size + 8)
     offsets_N1, (ids_E, counts_E) = np.zeros(num + 1, np.int64), np.empty((2, int(ids_R.sum())), np.int64)
     out = DecodedRows(gold_N, offsets_N1, ids_E, counts_E, *np.empty((3, num), np.float32))
     draws = _draws(header.size, header.temperatures[0])
@@ -332,7 +245,7 @@ def _decode_sampled(
     )
 
 
-def _decode_topk(rows_of: _RowsOf, bodies: Sequence[memoryview], apart_R: np.ndarray, position_R1: np.ndarray) -> TopKTargets:
+def _decode_topk(rows_of: _RowsOf, bodies: Sequence[memoryview], position_R1: np.ndarray) -> TopKTargets:
     header, num = rows_of[0][0].header, int(position_R1[-1])
     grid = header.temperatures
     widths = (len(grid) if header.size < header.num_columns else 0, sum(temperature != 1.0 for temperature in grid))
@@ -347,11 +260,11 @@ def _decode_topk(rows_of: _RowsOf, bodies: Sequence[memoryview], apart_R: np.nda
     out = TopKRow(
         np.empty((num, header.size), np.int64), np.empty((num, header.size), np.int64), np.empty(num, np.int64), np.empty(num, np.int64)
     )
-    stream = _stream(parts, apart_R, position_R1, np.zeros(len(bodies), np.int64), 2 * header.size + 8)
+    stream = _stream(parts, position_R1, np.zeros(len(bodies), np.int64), 2 * header.size + 8)
     logprobs_NK = np.empty((num, header.size), np.float32)
     for model, rows in rows_of:
         _refuse(decode_topk(stream, rows, model.tables, model.id_of_rank_V, out))
-        logprob_L = _logprob_of_level(model.header.num_levels, model.header.lowest, grid).astype(np.float32)
+        logprob_L = logprob_of_level(model.header.num_levels, model.header.lowest, grid).astype(np.float32)
         for row in rows:
             here = slice(position_R1[row], position_R1[row + 1])
             logprobs_NK[here] = logprob_L[out.levels_NK[here]]
@@ -359,7 +272,7 @@ def _decode_topk(rows_of: _RowsOf, bodies: Sequence[memoryview], apart_R: np.nda
     tail_NG[:, : widths[0]] = np.concatenate([np.zeros((0, widths[0])), *exact[0]])
     norm_NG[:, [temperature != 1.0 for temperature in grid]] = np.concatenate([np.zeros((0, widths[1])), *exact[1]])
     return TopKTargets(
-        Common(_gold_logprob(out.gold_q_N), _entropy(out.entropy_q_N), header.num_columns),
+        Common(gold_logprob_of(out.gold_q_N), entropy_of(out.entropy_q_N), header.num_columns),
         grid,
         torch.from_numpy(out.ranks_NK),
         torch.from_numpy(logprobs_NK),
