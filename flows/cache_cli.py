@@ -240,7 +240,10 @@ def verify(
 
         if found.damage:
             show(damage_table(found, store.uri))
-        what = f"{found.shards:,} of {found.commits:,} shards ({found.rows:,} rows) and {found.records:,} records were read"
+        what = (
+            f"{found.shards:,} of {found.commits:,} shards ({found.rows:,} rows), {found.artifacts:,} of {found.records:,} artifacts, "
+            f"{found.entries:,} ledger entries and {found.checkpoints:,} checkpoints were read"
+        )
         print(
             f"{what}; {len(found.damage)} damaged. Put it aside with: kd cache repair --yes"
             if found.damage

@@ -53,7 +53,8 @@ def main() -> None:
     """Entry point: errors become one line and an exit code, never a traceback."""
     _settle_environment()
     logging.getLogger("kd_core").addHandler(logging.NullHandler())  # a try that failed shows only in the error that ends them all
-    logging.getLogger("kd_core.stages.run").handlers = [_Warnings(logging.WARNING)]  # but damage that was healed is told
+    for teller in ("kd_core.stages.run", "kd_core.sealed", "kd_core.train.checkpoints"):
+        logging.getLogger(teller).handlers = [_Warnings(logging.WARNING)]  # but damage that was healed is told
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(standalone_mode=False)
@@ -107,8 +108,10 @@ def _unexpected(error: Exception) -> NoReturn:
     """A defect of ours, or of the machine: one line, with the traceback in a file."""
     import traceback
 
+    from kd_core.store.local import make_directory
+
     log = Path(".kd/last-error.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(log.parent)
     log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     _fail(f"{type(error).__name__}: {error}\nThis is a defect or a broken machine, not your recipe; the traceback is in {log}", 1)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flows.console import human_bytes, human_seconds
-from kd_core.artifacts import Artifact, Record, find, read_bytes
+from kd_core.artifacts import Artifact, Record, check_sizes, find, read_bytes
 from kd_core.errors import ArtifactError
 from kd_core.recipe import Recipe
 from kd_core.stages.graph import build_graph
@@ -81,7 +81,12 @@ def outcome_text(recipe: Recipe, store: Store, done: Mapping[str, Artifact], rec
 
 
 def status_rows(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
-    """One entry a node: name, fingerprint, status ('done', 'started', 'missing'), seconds, and the checkpoint step it would resume from."""
+    """One entry a node: name, fingerprint, status ('done', 'started', 'missing'), seconds, and the checkpoint step it would resume from.
+
+    Raises:
+        IntegrityError: a record is not readable as one or is another's, a file of a done node is gone or has another size, or the
+            ledger has lost an entry.
+    """
     checkpoints: dict[str, int] = {}
     for info in store.list("checkpoints/"):
         parts = info.key.split("/")
@@ -90,6 +95,8 @@ def status_rows(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
     rows = []
     for node in build_graph(recipe, store).values():
         record = find(store, node.stage, node.fingerprint)
+        if record is not None:
+            check_sizes(store, record)
         step = None if record is not None else checkpoints.get(node.fingerprint)
         state = "done" if record is not None else "started" if step is not None else "missing"
         seconds = float(record.summary["seconds"]) if record is not None else None

@@ -1,7 +1,7 @@
 """Named points at which a test can break the program: ``KD_FAILPOINT=name:nth:action``.
 
 Owns fault injection for kill-and-resume tests. Without the environment variable a point costs one dictionary look-up.
-Actions: ``kill`` (SIGKILL to this process, as the machine would) and ``error`` (an OSError).
+Actions: ``kill`` (SIGKILL to this process, as the machine would), ``term`` (SIGTERM, as a scheduler would) and ``error`` (an OSError).
 """
 
 import os
@@ -30,4 +30,6 @@ def reach(name: str) -> None:
         return
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if action == "term":
+        return signal.raise_signal(signal.SIGTERM)
     raise OSError(f"fail point {wanted}")

@@ -16,7 +16,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import pyarrow as pa
@@ -25,10 +25,13 @@ import pyarrow.compute as pc
 from kd_core.errors import ArtifactError, IntegrityError, QuarantinedError, StoreError
 from kd_core.failpoints import reach
 from kd_core.fingerprint import canonical_json, sha256_bytes
+from kd_core.sealed import read_parsed, seal
 from kd_core.shard_files import ByteRange, parse_shard, read_footer, read_group, write_shard
 from kd_core.store import Store
 
-__all__ = ["Commit", "Place", "RowCache", "Shard", "Snapshot"]
+__all__ = ["ABOUT_SCHEMA", "Commit", "Place", "RowCache", "Shard", "Snapshot"]
+
+ABOUT_SCHEMA = 1
 
 Fetch = Callable[[str, ByteRange], bytes | None]
 """(object key, range) -> its bytes, from the store or a local copy; None where they are not those of the range's checksum."""
@@ -142,6 +145,11 @@ class RowCache:
         """Key prefix of all shards and commits."""
         return f"rows/{self.table}/{self.namespace}"
 
+    @property
+    def about_key(self) -> str:
+        """Object key of the description."""
+        return f"{self.prefix}/about.json"
+
     def shard_key(self, commit: Commit) -> str:
         """Object key of a commit's shard."""
         return f"{self.prefix}/shards/{commit.sha256}.parquet"
@@ -154,8 +162,12 @@ class RowCache:
 
     def describe(self, about: Mapping[str, Any]) -> None:
         """Write ``about.json``: what all rows of this namespace share, as plain data. Idempotent."""
-        if not self.store.create(f"{self.prefix}/about.json", canonical_json({"table": self.table, **about})):
-            raise IntegrityError(f"{self.store.uri}/{self.prefix}/about.json holds another description; delete it and run again")
+        place = {"table": self.table, "namespace": self.namespace}
+        if not self.store.create(self.about_key, seal("about", {**place, **about}, schema=ABOUT_SCHEMA)):
+            raise IntegrityError(
+                f"{self.store.uri}/{self.about_key} holds another description; if it is damaged, "
+                f"kd cache repair --store {self.store.uri} --yes puts it aside; run again then"
+            )
 
     def commit(self, rows: pa.Table, *, num_tokens: int, metadata: Mapping[bytes, bytes] | None = None) -> Commit:
         """Write rows as one shard, then its commit.
@@ -216,13 +228,9 @@ class RowCache:
         Raises:
             IntegrityError: its bytes are not a commit of this name.
         """
-        key = f"{self.prefix}/commits/{name}.json"
-        try:
-            return _parse_commit(name, self.store.get(key))
-        except (ValueError, KeyError, TypeError) as error:
-            raise IntegrityError(
-                f"{self.store.uri}/{key}: not a valid commit ({error}); kd cache repair moves it aside, and its rows are computed again"
-            ) from error
+        advice = f"kd cache repair --store {self.store.uri} --yes puts it aside, and its rows are computed again"
+        parse = partial(_parse_commit, name)
+        return read_parsed(self.store, f"{self.prefix}/commits/{name}.json", parse, what="commit", advice=advice)
 
     def lines(self, snapshot: Snapshot, keys: Sequence[str]) -> list[int]:
         """``Snapshot.lines`` of rows, in the order asked for.

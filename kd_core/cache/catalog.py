@@ -4,17 +4,18 @@ A namespace is one growing table (answers, soft labels ...) of one teacher and p
 Reads commits and descriptions only, never a shard.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
-from kd_core.errors import IntegrityError, StoreError
+from kd_core.errors import StoreError
 from kd_core.fingerprint import sha256_bytes
+from kd_core.sealed import check_twice, read_parsed, unseal
 from kd_core.shard_files import parse_shard
-from kd_core.shards import Commit, RowCache, Snapshot
+from kd_core.shards import ABOUT_SCHEMA, Commit, RowCache, Snapshot
 from kd_core.store import Store
 
 __all__ = ["Namespace", "about", "find_namespace", "losing_rows", "namespaces", "read_shard", "row_caches"]
@@ -96,17 +97,20 @@ def about(cache: RowCache) -> tuple[str | None, str | None]:
     Raises:
         IntegrityError: it is not readable as a description.
     """
-    key = f"{cache.prefix}/about.json"
-    if cache.store.info(key) is None:
+    if cache.store.info(cache.about_key) is None:
         return None, None
-    try:
-        said = json.loads(cache.store.get(key))
-        made = next(said[name] for name in ("policy", "sampling", "hidden_states") if name in said)
-        return _teacher_name(said["teacher"]), _words(made)
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise IntegrityError(
-            f"{cache.store.uri}/{key}: not a description ({type(error).__name__}: {error}); kd cache repair moves it aside"
-        ) from error
+    advice = f"kd cache repair --store {cache.store.uri} --yes puts it aside, and the next run writes it again"
+    return read_parsed(cache.store, cache.about_key, partial(_parse_about, cache), what="description", advice=advice)
+
+
+def _parse_about(cache: RowCache, data: bytes) -> tuple[str, str]:
+    said = unseal("about", data, schema=ABOUT_SCHEMA)
+    if (said["table"], said["namespace"]) != (cache.table, cache.namespace):
+        raise ValueError(f"it describes {said['namespace']} of {said['table']}")
+    made = next((said[name] for name in ("policy", "sampling", "hidden_states") if name in said), None)
+    if made is None:
+        raise ValueError("it names no policy")
+    return _teacher_name(said["teacher"]), _words(made)
 
 
 def read_shard(cache: RowCache, commit: Commit) -> pa.Table:
@@ -116,12 +120,13 @@ def read_shard(cache: RowCache, commit: Commit) -> pa.Table:
         StoreError: it is gone.
         IntegrityError: its bytes differ from its commit.
     """
-    data = cache.store.get(cache.shard_key(commit))
-    if sha256_bytes(data) != commit.sha256:
-        raise IntegrityError(
-            f"{cache.store.uri}/{cache.shard_key(commit)}: its sha256 differs from its name; kd cache repair moves it aside"
-        )
-    return parse_shard(data)
+    key = cache.shard_key(commit)
+
+    def wrong(data: bytes) -> str | None:
+        return None if sha256_bytes(data) == commit.sha256 else "its sha256 differs from its name"
+
+    advice = f"kd cache repair --store {cache.store.uri} --yes puts it aside"
+    return parse_shard(check_twice(lambda: cache.store.get(key), wrong, where=f"{cache.store.uri}/{key}", advice=advice))
 
 
 def _teacher_name(teacher: Mapping[str, Any]) -> str:

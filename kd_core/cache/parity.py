@@ -6,8 +6,6 @@ Catches what no checksum sees: labels made in train mode, with an adapter on, qu
 
 import random
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import torch
@@ -18,6 +16,7 @@ from kd_core.errors import ArtifactError, RecipeError
 from kd_core.progress import Tick, Ticker, silent
 from kd_core.recipe import Recipe
 from kd_core.row_keys import soft_label_namespace
+from kd_core.scratch import scratch
 from kd_core.shards import RowCache
 from kd_core.softlabels.capture import score_rows
 from kd_core.softlabels.targets import Targets
@@ -127,8 +126,8 @@ def live_parity(recipe: Recipe, store: Store, *, num_rows: int, tick: Ticker = s
         for key, place in zip(keys, map(snapshot.place, cache.lines(snapshot, keys)), strict=True)
     }
     wanted = [(key, TokenRow(tuple(row["ids"][0].as_py()), row["first_supervised"][0].as_py())) for key, row in rows.items()]
-    with TemporaryDirectory(prefix="kd-") as directory:
-        teacher = load_teacher(Job(recipe, node, store, {"teacher": record}, Path(directory), silent))
+    with scratch() as directory:
+        teacher = load_teacher(Job(recipe, node, store, {"teacher": record}, directory, silent))
     live = score_rows(teacher, wanted, policy=policy, micro_batch_tokens=recipe.run.micro_batch_tokens)
     tick(Tick(len(keys), len(keys), "rows"))
     bounds = _BOUNDS.get(teacher.model.dtype, _BOUNDS_16_BIT)

@@ -14,7 +14,7 @@ from typing import Any
 from kd_core import artifacts
 from kd_core.errors import ArtifactError
 from kd_core.fingerprint import fingerprint
-from kd_core.ledger import Entry, champion_before, current
+from kd_core.ledger import Entry, champion_before
 from kd_core.prompts.sources import source_identity
 from kd_core.recipe import (
     Arm,
@@ -220,7 +220,7 @@ def open_node(store: Store, node: Node) -> artifacts.Record:
 def champion(recipe: Recipe, store: Store, nodes: dict[str, Node]) -> Entry | None:
     """The champion that this recipe's student must face: the current one, or its predecessor if the student is it."""
     student = selected_student(recipe, store, nodes)
-    return current(store, recipe.publish) if student is None else champion_before(store, recipe.publish, student.digest)
+    return champion_before(store, recipe.publish, None if student is None else student.digest)
 
 
 def walk(recipe: Recipe, store: Store) -> Iterator[Node]:

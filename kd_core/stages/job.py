@@ -1,7 +1,6 @@
 """What a stage function gets, and tables in and out of artifacts."""
 
 import io
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 from kd_core.artifacts import Record, materialize, read_bytes
 from kd_core.progress import Ticker
 from kd_core.recipe import Recipe
+from kd_core.scratch import scratch
 from kd_core.stages.graph import Node
 from kd_core.store import Store
 
@@ -53,8 +53,8 @@ class Job:
     @contextmanager
     def files(self, record: Record) -> Iterator[Path]:
         """The files of an artifact as local files, verified, for the time of the context."""
-        with tempfile.TemporaryDirectory(prefix="kd-") as name:
-            yield materialize(self.store, record, Path(name))
+        with scratch() as path:
+            yield materialize(self.store, record, path)
 
     def summary(self, role: str) -> Mapping[str, Any]:
         """The small result of an upstream node."""

@@ -1,7 +1,7 @@
 """Running one node, and all of them: the only place where work turns into artifacts.
 
-A node whose record exists is a hit and computes nothing. Everything else (a local loop, Prefect tasks) is a caller of
-``run_node`` along ``walk``.
+A node whose record exists is a hit and computes nothing; its files must be there with their sizes. Everything else (a local
+loop, Prefect tasks) is a caller of ``run_node`` along ``walk``.
 """
 
 import importlib
@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kd_core.artifacts import Artifact, Record, expect_identity, find, forget, publish, workspace
+from kd_core.artifacts import Artifact, Record, check_bytes, check_sizes, expect_identity, find, forget, open_artifact, publish, workspace
 from kd_core.errors import QuarantinedError
+from kd_core.ledger import current
 from kd_core.progress import Ticker
 from kd_core.recipe import Recipe
 from kd_core.shards import RowCache
-from kd_core.stages.graph import build_graph, open_node
+from kd_core.stages.graph import Node, build_graph, open_node, selected_student
 from kd_core.stages.job import Job
 from kd_core.store import Store
 
@@ -95,6 +96,9 @@ def _run_once(recipe: Recipe, name: str, *, store: Store, tick: Ticker, extra: M
     above = {role: nodes[upstream].fingerprint for role, upstream in node.upstream.items()}
     if (record := find(store, node.stage, node.fingerprint)) is not None:
         expect_identity(record, node.identity, above)
+        check_sizes(store, record)
+        if node.stage == "publish":
+            check_pointed_to(recipe, store, nodes)
         return Artifact(node.stage, node.fingerprint, record.digest, float(record.summary["seconds"]), hit=True)
     inputs = {role: open_node(store, nodes[upstream]) for role, upstream in node.upstream.items()}
     began = time.perf_counter()
@@ -108,6 +112,28 @@ def _run_once(recipe: Recipe, name: str, *, store: Store, tick: Ticker, extra: M
     if node.stage in ("teacher", "train"):
         _forget_checkpoints(store, node.fingerprint)
     return Artifact(node.stage, node.fingerprint, record.digest, float(record.summary["seconds"]), hit=False)
+
+
+READ_AGAIN_BYTES = 256 << 20
+"""Weights up to this size are read whole each time a finished run says what it published (0.2 s on a local disk); of larger ones
+presence and sizes are checked, and ``kd cache verify`` reads them. Before a publication every byte is read, whatever the size."""
+
+
+def check_pointed_to(recipe: Recipe, store: Store, nodes: Mapping[str, Node]) -> None:
+    """Check the weights that a finished publication points to: the student's, and the champion's.
+
+    Raises:
+        ArtifactError: the champion's record is gone, or of other bytes.
+        IntegrityError: a file is gone, or is not as recorded.
+    """
+    student, holder = selected_student(recipe, store, dict(nodes)), current(store, recipe.publish)
+    pointed = {} if student is None else {student.digest: student}
+    if holder is not None and holder.artifact.digest not in pointed:
+        pointed[holder.artifact.digest] = open_artifact(store, holder.artifact)
+    for record in pointed.values():
+        check_sizes(store, record)
+        if sum(file.size_bytes for file in record.files) <= READ_AGAIN_BYTES:
+            check_bytes(store, record)
 
 
 def _forget_checkpoints(store: Store, fp: str) -> None:

@@ -15,11 +15,13 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from kd_core.errors import TrainingError
 from kd_core.failpoints import reach
 from kd_core.losses.objective import step_weights
 from kd_core.packing import unpackable
 from kd_core.progress import Tick, Ticker
 from kd_core.recipe import Objective, Run, Training
+from kd_core.stopping import sigterm_waits
 from kd_core.teacher.models import pick_device
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.data import TrainingData
@@ -102,7 +104,8 @@ def train(
         features: what the objective's features need: block pairs and the teacher's side; None where it has none.
 
     Raises:
-        TrainingError: no rows, more non-finite gradients than allowed, or a model whose logits cannot be made here.
+        TrainingError: no rows, more non-finite gradients than allowed, a model whose logits cannot be made here, or SIGTERM: then there
+            is a checkpoint after the step that was at work.
         SoftLabelError: missing or invalid soft labels.
     """
     began = time.perf_counter()
@@ -130,7 +133,8 @@ def train(
     meter = Meter(model, num_columns=num_columns, device=accelerator.device, dtype=products)
     history, done = state.history, start
     tick(Tick(start, training.steps, "steps"))
-    with as_trained(state.model, packed=packed, run=run):
+    stopped = False
+    with sigterm_waits() as stop, as_trained(state.model, packed=packed, run=run):
         for step in range(start, training.steps):
             weights = step_weights(objective, step=step, steps=training.steps)
             rate, decay = learning_rate(training, step, history.validation), weight_decay(training, step)
@@ -150,11 +154,17 @@ def train(
                 tick(Tick(done, training.steps, "steps", f"loss {means['loss']:.4f}"))
             if last or done % max(_LOG_EVERY, training.steps // _SPEED_READINGS) == 0:
                 history.speed.append({"step": done, **meter.read()})
-            if not last and done % run.checkpoint_every_steps == 0:
+            saved = not last and done % run.checkpoint_every_steps == 0
+            if saved:
                 state.save(checkpoints, done)
             reach("train.step")
-            if last:
+            stopped = not last and state.any_rank(stop.requested)
+            if stopped and not saved:
+                state.save(checkpoints, done)
+            if last or stopped:
                 break
+    if stopped:  # whoever handles the signal has not ended this process
+        raise TrainingError(f"stopped by SIGTERM after step {done} of {training.steps}, with a checkpoint; run again to go on")
     kept_step, nll = state.keep(done)
     return TrainingResult(
         metrics=history.metrics,
