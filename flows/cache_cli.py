@@ -245,7 +245,7 @@ def verify(
             f"{found.entries:,} ledger entries and {found.checkpoints:,} checkpoints were read"
         )
         print(
-            f"{what}; {len(found.damage)} damaged. Put it aside with: kd cache repair --yes"
+            f"{what}; {len(found.damage)} damaged or gone. Put aside what is damaged with: kd cache repair --yes; then run the recipe again"
             if found.damage
             else f"{what}; all is as committed."
         )

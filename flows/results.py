@@ -11,6 +11,7 @@ from kd_core.errors import ArtifactError
 from kd_core.recipe import Recipe
 from kd_core.stages.graph import build_graph
 from kd_core.store import Store
+from kd_core.train.checkpoints import Checkpoints
 
 __all__ = ["outcome", "outcome_text", "report_files", "status_rows"]
 
@@ -87,17 +88,13 @@ def status_rows(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
         IntegrityError: a record is not readable as one or is another's, a file of a done node is gone or has another size, or the
             ledger has lost an entry.
     """
-    checkpoints: dict[str, int] = {}
-    for info in store.list("checkpoints/"):
-        parts = info.key.split("/")
-        if parts[-1] == "record.json":
-            checkpoints[parts[1]] = max(checkpoints.get(parts[1], 0), int(parts[2]))
+    begun = {info.key.split("/")[1] for info in store.list("checkpoints/")}
     rows = []
     for node in build_graph(recipe, store).values():
         record = find(store, node.stage, node.fingerprint)
         if record is not None:
             check_sizes(store, record)
-        step = None if record is not None else checkpoints.get(node.fingerprint)
+        step = Checkpoints(store, node.fingerprint).newest_whole() if record is None and node.fingerprint in begun else None
         state = "done" if record is not None else "started" if step is not None else "missing"
         seconds = float(record.summary["seconds"]) if record is not None else None
         rows.append({"name": node.name, "fingerprint": node.fingerprint, "status": state, "seconds": seconds, "resumes_at_step": step})

@@ -204,6 +204,5 @@ _READERS = 16
 def _seen(store: Store, key: str) -> tuple[str, int, str] | None:
     """(model, entry number, digest) in a publication record; None if it saw no entry. Records do not change, so each is read once."""
     record = find(store, "publish", key.split("/")[2])
-    if record is None or record.summary["ledger"] is None:
-        return None
-    return record.summary["model"], record.summary["ledger"]["number"], record.summary["ledger"]["digest"]
+    seen = None if record is None else record.summary.get("ledger")
+    return None if record is None or seen is None else (record.summary["model"], seen["number"], seen["digest"])

@@ -35,6 +35,7 @@ __all__ = ["Damage", "Verified", "readable_records", "verify"]
 
 FREEZING_STAGES = ("answers", "soft_labels", "hidden_states")
 """Stages whose records name rows; their tables have the same names."""
+_REWRITE = "put the record of that artifact aside and run the recipe again: it is written, and no row is computed again"
 _ROWS = 16
 """Rows decoded together."""
 
@@ -143,7 +144,7 @@ def _sampled(items: Sequence[T], sample: float, order: Callable[[T], str]) -> li
 def _description(cache: RowCache, commits: Sequence[Commit]) -> list[Damage]:
     try:
         if about(cache) == (None, None) and commits:
-            return [Damage(cache.about_key, "gone, and its table has commits; a run that adds rows to it writes it again")]
+            return [Damage(cache.about_key, f"gone, and its table has commits; {_REWRITE}")]
     except IntegrityError as error:
         return [Damage(cache.about_key, _reason(error))]
     return []
@@ -152,7 +153,7 @@ def _description(cache: RowCache, commits: Sequence[Commit]) -> list[Damage]:
 def _reason(error: Exception) -> str:
     """The message without its leading URI: the key stands beside it."""
     line = " ".join(str(error).split())
-    return line.partition(": ")[2] if "://" in line.split(" ")[0] or line.startswith("/") else line
+    return (line.partition(": ")[2] or line) if "://" in line.split(" ")[0] or line.startswith("/") else line
 
 
 def _commits(cache: RowCache) -> tuple[list[Commit], list[Damage]]:
@@ -298,7 +299,7 @@ def _sources(store: Store, records: Sequence[Record]) -> list[Damage]:
     stages = {info.key.split("/")[2]: info.key.split("/")[1] for info in store.list("artifacts/")} if lost else {}
     return [
         Damage(
-            f"artifacts/{stages.get(fp, '*')}/{fp}/record.json",
+            f"artifacts/{stages.get(fp, 'lost')}/{fp}/record.json",
             f"gone, and {record.stage} {record.fingerprint} was made from it ({role}); run the recipe again to make it",
         )
         for fp, (role, record) in lost.items()

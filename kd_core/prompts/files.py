@@ -77,12 +77,11 @@ def _find_in_bucket(address: str, s3: S3Options) -> list[SourceFile]:
         return []
     store = open_store(f"s3://{bucket}", s3)
     first_wildcard = min((i for i, character in enumerate(key) if character in _WILDCARDS), default=None)
-    if store.info(key) is not None:
-        keys = [key]
-    elif first_wildcard is None:
-        keys = []
+    if first_wildcard is None:
+        keys = [key] if store.info(key) is not None else []
     else:
-        keys = [info.key for info in store.list(key[:first_wildcard]) if _matches(info.key.split("/"), key.split("/"))]
+        listed = [info.key for info in store.list(key[:first_wildcard])]
+        keys = [key] if key in listed else [found for found in listed if _matches(found.split("/"), key.split("/"))]
     return [SourceFile(f"s3://{bucket}/{k}", PurePosixPath(k).name, partial(_open_object, store, k)) for k in keys]
 
 

@@ -179,8 +179,15 @@ class S3Store:
             raise StoreError(f"{self.uri}: object key {key!r} is refused: no address reaches it; copy it to a plain name")
         return f"{self._prefix}/{key}" if self._prefix else key
 
-    def _call(self, key: str, call: Callable[[], T], *, none_if: tuple[int, ...] = ()) -> T | None:
-        """Run one idempotent request until it succeeds; None when the server answers with a status in ``none_if``."""
+    def _call(self, key: str, call: Callable[[], T], *, none_if: tuple[int, ...] = (), sends: bool = False) -> T | None:
+        """Run one idempotent request until it succeeds; None when the server answers with a status in ``none_if``.
+
+        Args:
+            key: what it is about, for messages.
+            call: the request.
+            none_if: see above.
+            sends: whether it carries an object's bytes, and so their checksum.
+        """
         from botocore.exceptions import BotoCoreError, ClientError
 
         for attempt in _attempts():
@@ -190,14 +197,14 @@ class S3Store:
                 if _status(error) in none_if:
                     return None
                 if attempt == ATTEMPTS or not _is_transient(error):
-                    raise StoreError(f"{self._where(key)}: {self._explain(error, attempt)}") from error
+                    raise StoreError(f"{self._where(key)}: {self._explain(error, attempt, sends)}") from error
                 _log.warning("%s: try %d of %d failed: %s", self._where(key), attempt, ATTEMPTS, error)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _where(self, key: str) -> str:
         return f"{self.uri}/{key}".rstrip("/")
 
-    def _explain(self, error: Exception, attempts: int) -> str:
+    def _explain(self, error: Exception, attempts: int, sends: bool) -> str:
         from botocore import exceptions as boto
 
         if isinstance(error, (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError)):
@@ -216,7 +223,7 @@ class S3Store:
         if status in (301, 307):
             return f"bucket {self._bucket!r} is not in the region of {self._endpoint}; correct run.s3.region"
         advice = ""
-        if status in _OF_CHECKSUMS and self._checksums == "when_supported":
+        if sends and status in _OF_CHECKSUMS and self._checksums == "when_supported":
             advice = "; a server that refuses checksums it does not know answers so: try --set run.s3.checksums=when_required"
         return f"{self._endpoint} answered {status} {code} to try {attempts} of {ATTEMPTS}: {text}{advice}"
 
@@ -246,10 +253,14 @@ class S3Store:
         if self._same(key, data) is False:
             info = self.info(key)
             stored = "none" if info is None else f"{info.size_bytes:,}"
-            self.delete(key)
+            then = "which were removed"
+            try:
+                self.delete(key)
+            except StoreError as error:
+                then = f"which cannot be removed ({error}): delete that object"
             raise StoreError(
                 f"{self._where(key)}: {_size(data):,} bytes were sent to {self._endpoint}, and it stored others ({stored} bytes), "
-                "which were removed; a server, or a proxy before it, that takes checksums for content does so: "
+                f"{then}; a server, or a proxy before it, that takes checksums for content does so: "
                 "try --set run.s3.checksums=when_required"
             )
         self._proven.add(large)
@@ -259,7 +270,7 @@ class S3Store:
         body = data.read_bytes() if isinstance(data, Path) else data
         name = self._name(key)
         put = self._call(
-            key, lambda: self._client.put_object(Bucket=self._bucket, Key=name, Body=body, IfNoneMatch="*"), none_if=(409, 412)
+            key, lambda: self._client.put_object(Bucket=self._bucket, Key=name, Body=body, IfNoneMatch="*"), none_if=(409, 412), sends=True
         )
         return put is not None
 
@@ -284,7 +295,7 @@ class S3Store:
         return False
 
     def _put_part(self, key: str, where: dict[str, str], number: int, piece: bytes) -> dict[str, object]:
-        reply = self._call(key, lambda: self._client.upload_part(**where, PartNumber=number, Body=piece))
+        reply = self._call(key, lambda: self._client.upload_part(**where, PartNumber=number, Body=piece), sends=True)
         assert reply is not None
         return {"PartNumber": number, "ETag": reply["ETag"]}
 

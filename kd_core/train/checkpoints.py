@@ -17,9 +17,7 @@ import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from kd_core.errors import IntegrityError, StoreError, TrainingError
 from kd_core.failpoints import reach
@@ -28,8 +26,13 @@ from kd_core.scratch import scratch
 from kd_core.sealed import OtherVersionError, check_object, read_parsed, seal, unseal
 from kd_core.store import Store
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = ["Checkpoints"]
 
+READ_BYTES = 256 << 20
+"""States up to this size are read whole only to say from which a run would go on (0.2 s on a local disk)."""
 _SCHEMA = 3
 _KEY = re.compile(r"checkpoints/[^/]+/(\d+)/record\.json")
 _ADVICE = "kd cache repair puts it aside"
@@ -61,6 +64,8 @@ class Checkpoints:
         Raises:
             StoreError: there is no space for it, with path and bytes; older checkpoints stay.
         """
+        import torch
+
         with scratch() as folder:
             path = folder / "state.pt"
             torch.save(state, path)
@@ -80,7 +85,7 @@ class Checkpoints:
             if not self.store.create(key, data):
                 raise TrainingError(f"{self.store.uri}/{key}: another run writes other bytes here at the same time; end one, and run again")
 
-    def load_newest(self, device: torch.device) -> tuple[int, dict[str, Any]] | None:
+    def load_newest(self, device: "torch.device") -> tuple[int, dict[str, Any]] | None:
         """(step, state) of the newest whole checkpoint, or None. A damaged one is told, and stays where it is.
 
         Raises:
@@ -99,23 +104,36 @@ class Checkpoints:
                 # else another worker of the same run has gone on, or finished, and removed it meanwhile
         return None
 
-    def check(self, step: int) -> str:
-        """Check a checkpoint where it is; the key of its state.
+    def newest_whole(self) -> int | None:
+        """Step from which a run would go on; the bytes of states over ``READ_BYTES`` are not read for it."""
+        for step in reversed(self.steps()):
+            try:
+                self.check(step, at_most_bytes=READ_BYTES)
+            except IntegrityError:
+                continue
+            return step
+        return None
+
+    def check(self, step: int, *, at_most_bytes: int | None = None) -> None:
+        """Check a checkpoint where it is: its record, and the bytes of its state; of a larger state than said, that it is there.
 
         Raises:
             IntegrityError: its record or its state is damaged, or gone.
             TrainingError: another version of this project wrote it.
         """
         key, sha256 = self._read_record(step)
-        check_object(self.store, key, sha256, advice=_ADVICE)
-        return key
+        info = self.store.info(key)
+        if info is None or at_most_bytes is None or info.size_bytes <= at_most_bytes:
+            check_object(self.store, key, sha256, advice=_ADVICE)
 
     def _read_record(self, step: int) -> tuple[str, str]:
         parse = partial(_parse, self.fingerprint, step)
         sha256 = read_parsed(self.store, self.record_key(step), parse, what="checkpoint record", advice=_ADVICE)
         return f"{self._prefix(step)}/{sha256}.pt", sha256
 
-    def _load(self, step: int, device: torch.device) -> dict[str, Any]:
+    def _load(self, step: int, device: "torch.device") -> dict[str, Any]:
+        import torch
+
         key, sha256 = self._read_record(step)
         with scratch() as folder:
             path = folder / "state.pt"

@@ -25,6 +25,7 @@ from kd_core.softlabels.hidden import RowStates, encode_states
 from kd_core.store import LocalStore
 
 A = "a" * 32
+TEACHER = {"engine": "server", "model": "big"}
 FP = "f" * 32
 
 
@@ -61,8 +62,8 @@ def test_a_sound_cache_has_nothing_to_report(store, add_shard, tmp_path) -> None
     freeze(store, tmp_path)
     before = objects(store)
     found = verify(store, tick=ticks.append)
-    assert (found.commits, found.shards, found.rows, found.records, found.damage) == (2, 2, 28, 1, ())
-    assert [(tick.done, tick.total) for tick in ticks] == [(1, 2), (2, 2)]
+    assert (found.commits, found.shards, found.rows, found.records, found.artifacts, found.damage) == (2, 2, 28, 1, 1, ())
+    assert [(tick.done, tick.total) for tick in ticks] == [(1, 3), (2, 3), (3, 3)]
     assert plan_repair(store, found.damage) == ()
     assert objects(store) == before
 
@@ -108,10 +109,11 @@ def test_a_lost_shard_a_lost_payload_and_a_missing_row_are_damage(store, add_sha
     store.delete(payload)
     store.delete(cache_of(store).shard_key(commit))
     found = {damage.key: damage.reason for damage in verify(store).damage}
-    assert found.keys() == {cache_of(store).shard_key(commit), wrong, short}
+    assert found.keys() == {cache_of(store).shard_key(commit), wrong, payload}
     assert found[cache_of(store).shard_key(commit)] == "gone, and a commit names it"
     assert found[wrong] == "1 of 6 rows it names are in no commit, first nowhere"
-    assert payload in found[short]
+    assert found[payload].startswith("gone, and its record names it")
+    assert short in [key for damage in verify(store).damage for key in damage.also]
     assert record not in found
 
 
@@ -155,7 +157,7 @@ def test_a_shard_of_right_bytes_and_wrong_content_is_named(store, add_shard, cha
 
 
 def test_a_cache_of_the_first_version_is_read_and_verified(store) -> None:
-    """Commit of schema 1 without ranges, no description, no codec model, fewer columns, blobs of codec version 1."""
+    """Commit of schema 1 without ranges, no codec model, fewer columns, blobs of codec version 1."""
     ids, labels_N = [3, 1, 4, 1, 5], torch.tensor([1, 4, 1, 5])
     logits_NV = torch.randn(4, 24, generator=torch.Generator().manual_seed(0))
     policy = TopK(kind="topk", k=3, temperatures=(1.0,))
@@ -167,6 +169,7 @@ def test_a_cache_of_the_first_version_is_read_and_verified(store) -> None:
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([row]), buffer, compression="zstd", store_schema=False)
     data, cache = buffer.getvalue(), cache_of(store)
+    cache.describe({"teacher": TEACHER, "policy": policy.model_dump(mode="json")})
     shard = f"{cache.prefix}/shards/{sha256_bytes(data)}.parquet"
     commit = canonical_json({"sha256": sha256_bytes(data), "size_bytes": len(data), "keys": [row["key"]]})
     store.create(shard, data)
@@ -198,6 +201,7 @@ def _states(num: int) -> bytes:
 )
 def test_hidden_states_are_verified_row_by_row(store, broken, said) -> None:
     cache, table = RowCache(store, "hidden_states", A), []
+    cache.describe({"teacher": TEACHER, "hidden_states": {"blocks": [0, 3]}})
     for first in (1, 2, 3):
         ids = [5, 6, 7, 8, 9]
         row = {"key": soft_label_key(A, ids, first), "ids": ids, "first_supervised": first, "num_supervised": 5 - first}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd_core.errors import IntegrityError
+from kd_core.errors import IntegrityError, TrainingError
 from kd_core.store import LocalStore
 from kd_core.train.checkpoints import Checkpoints
 
@@ -59,17 +59,56 @@ def test_a_checkpoint_counts_once_its_record_is_written(
     assert checkpoints.steps() == [5, 10]
 
 
-def test_a_flipped_byte_is_refused_by_name(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(LocalStore(tmp_path), "f" * 32)
-    checkpoints.save(7, state(7))
-    (file,) = tmp_path.rglob("*.pt")
+def _flip(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(
-        IntegrityError, match=r"00000007/[0-9a-f]{64}\.pt: sha256 differs from its record; delete checkpoints/f{32}/00000007"
-    ):
-        checkpoints.load_newest(CPU)
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def _empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def _swap(file: Path) -> None:
+    """With the same object of the other checkpoint."""
+    [other] = [path for path in file.parent.parent.rglob(f"*{file.suffix}") if path != file]
+    mine, theirs = file.read_bytes(), other.read_bytes()
+    file.write_bytes(theirs)
+    other.write_bytes(mine)
+
+
+@pytest.mark.parametrize("kind", ["record.json", "*.pt"])
+@pytest.mark.parametrize("damage", [_flip, _cut, _empty, Path.unlink, _swap], ids=lambda damage: damage.__name__.strip("_"))
+def test_a_damaged_checkpoint_is_told_once_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, damage) -> None:
+    """For the older whole one; where both are damaged, for the beginning. It is then written anew."""
+    checkpoints = Checkpoints(LocalStore(tmp_path), "f" * 32)
+    for step in (7, 14):
+        checkpoints.save(step, state(step))
+    [file] = tmp_path.glob(f"checkpoints/*/00000014/{kind}")
+    damage(file)
+    found = checkpoints.load_newest(CPU)
+    told = [record.getMessage() for record in caplog.records]
+    if damage is _swap:
+        assert found is None
+        assert [str(step) in line for step, line in zip(("00000014/", "00000007/"), told, strict=True)] == [True, True]
+    else:
+        assert found is not None
+        assert found[0] == 7
+        if (kind, damage) == ("record.json", Path.unlink):  # without a record there is no checkpoint
+            assert told == []
+        else:
+            [line] = told
+            assert str(file) in line
+            with pytest.raises(IntegrityError, match=file.name):
+                checkpoints.check(14)
+    checkpoints.save(14, state(14))
+    found = checkpoints.load_newest(CPU)
+    assert found is not None
+    assert (found[0], found[1]["tokens"]) == (14, 14)
 
 
 def test_what_is_not_tensors_and_plain_values_is_not_unpickled(tmp_path: Path) -> None:
@@ -101,9 +140,8 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     checkpoints = Checkpoints(LocalStore(tmp_path), "f" * 32)
     checkpoints.save(7, state(7))
     (record,) = tmp_path.rglob("record.json")
-    assert json.loads(record.read_text())["version"] == 2
-    record.write_text(json.dumps({**json.loads(record.read_text()), "version": 3}))
-    with pytest.raises(IntegrityError, match="00000007: a checkpoint of version 3, and this version reads up to 2"):
+    record.write_text(json.dumps({**json.loads(record.read_text()), "schema": 4}))
+    with pytest.raises(TrainingError, match="00000007: schema 4, and this version reads 3; go on with the version that began"):
         checkpoints.load_newest(CPU)
 
 
