@@ -299,7 +299,7 @@ def _sources(store: Store, records: Sequence[Record]) -> list[Damage]:
     stages = {info.key.split("/")[2]: info.key.split("/")[1] for info in store.list("artifacts/")} if lost else {}
     return [
         Damage(
-            f"artifacts/{stages.get(fp, 'lost')}/{fp}/record.json",
+            f"artifacts/{stages.get(fp, role.partition('.')[0])}/{fp}/record.json",
             f"gone, and {record.stage} {record.fingerprint} was made from it ({role}); run the recipe again to make it",
         )
         for fp, (role, record) in lost.items()
