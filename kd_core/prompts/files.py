@@ -70,12 +70,12 @@ def _find_local(path: str) -> list[SourceFile]:
 
 
 def _find_in_bucket(address: str, s3: S3Options) -> list[SourceFile]:
-    from kd_core.store import open_store
+    from kd_core.store import open_bucket
 
     bucket, _, key = address.removeprefix("s3://").partition("/")
     if not bucket or not key:
         return []
-    store = open_store(f"s3://{bucket}", s3)
+    store = open_bucket(bucket, s3)
     first_wildcard = min((i for i, character in enumerate(key) if character in _WILDCARDS), default=None)
     if first_wildcard is None:
         keys = [key] if store.info(key) is not None else []

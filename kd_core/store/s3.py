@@ -106,7 +106,9 @@ def _pieces(data: bytes | Path, length: int) -> Iterator[bytes]:
 class S3Store:
     """Objects below one prefix of one bucket. Safe to use from many threads; close it when done."""
 
-    def __init__(self, bucket: str, prefix: str, *, options: "S3Options", multipart_bytes: int = MULTIPART_BYTES) -> None:
+    def __init__(
+        self, bucket: str, prefix: str, *, options: "S3Options", multipart_bytes: int = MULTIPART_BYTES, any_key: bool = False
+    ) -> None:
         """Reach the bucket, or say why not.
 
         Args:
@@ -114,6 +116,7 @@ class S3Store:
             prefix: key prefix, without slashes at its ends; '' is the whole bucket.
             options: endpoint, region, checksums. Credentials come from the environment or a role.
             multipart_bytes: larger objects are sent in parts.
+            any_key: read and list objects of other people, whatever their keys are; ours are strict.
 
         Raises:
             StoreError: no credentials, no such bucket, no right to it, or no server there.
@@ -126,7 +129,7 @@ class S3Store:
         if prefix:
             check_key(prefix)
         self._bucket, self._prefix, self._multipart_bytes = bucket, prefix, multipart_bytes
-        self._checksums = options.checksums
+        self._checksums, self._any_key = options.checksums, any_key
         self._proven: set[bool] = set()
         config = Config(
             retries={"total_max_attempts": 1},
@@ -166,15 +169,17 @@ class S3Store:
     # ------------------------------------------------------------------------------------------ requests and errors
 
     def _name(self, key: str) -> str:
-        """The name in the bucket of a key that is ours to write."""
-        return self._read_name(check_key(key))
+        """The name in the bucket of a key of ours."""
+        return f"{self._prefix}/{check_key(key)}" if self._prefix else check_key(key)
 
     def _read_name(self, key: str) -> str:
-        """The name in the bucket of any key: other people's objects are read under whatever they are called.
+        """The name in the bucket of a key to read: of any, where other people's are meant.
 
         Raises:
             StoreError: for names that an address cannot hold: HTTP folds '.' and '..' away.
         """
+        if not self._any_key:
+            return self._name(key)
         if not key or len(key.encode()) > 1024 or "\0" in key or any(part in (".", "..") for part in key.split("/")):
             raise StoreError(f"{self.uri}: object key {key!r} is refused: no address reaches it; copy it to a plain name")
         return f"{self._prefix}/{key}" if self._prefix else key
@@ -382,6 +387,8 @@ class S3Store:
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Every object whose key starts with ``prefix``, sorted by key (some servers list in another order)."""
+        if prefix and not self._any_key:
+            check_key(prefix.removesuffix("/"))
         base = f"{self._prefix}/" if self._prefix else ""
         parameters, found = {"Bucket": self._bucket, "Prefix": base + prefix}, []
         while True:
