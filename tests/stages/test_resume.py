@@ -1,5 +1,6 @@
 """Broken at any point and started again: finished work stays, the rest is done, the bytes are those of an unbroken run."""
 
+import itertools
 import json
 import re
 import shlex
@@ -254,3 +255,32 @@ def test_sigterm_leaves_a_checkpoint_after_the_step_at_work(copy, finished, kd_p
     made = run_node(recipe, "student.0", store=store, tick=silent, extra={})
     assert record(recipe, copy.store, "student.0").summary["resumed_from"] == 13
     assert made.digest == {node["name"]: node["digest"] for node in finished.said["nodes"]}["student.0"]
+
+
+def test_a_clock_that_jumps_changes_nothing(copy, finished, monkeypatch):
+    """Hours forth and back at every look: the same bytes, steps and checkpoints."""
+    recipe, store = load_recipe(copy.recipe_file), LocalStore(copy.store)
+    before = record(recipe, copy.store, "student.0")
+    forget(copy.store, "artifacts/train")
+    jumps = itertools.cycle((3600.0, -90_000.0, 0.0, 1e9))
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    made = run_node(recipe, "student.0", store=store, tick=silent, extra={})
+    after = record(recipe, copy.store, "student.0")
+    assert made.digest == before.digest
+    assert (after.summary["steps"], after.summary["kept_step"]) == (before.summary["steps"], before.summary["kept_step"])
+    assert [line["step"] for line in after.summary["speed"]] == [line["step"] for line in before.summary["speed"]]
+    assert objects(copy.store, "") >= {after.key}
+    assert not (copy.store / "checkpoints").exists() or objects(copy.store, "checkpoints") == set()
+
+
+@pytest.mark.slow
+def test_sigterm_reaches_the_ranks_and_leaves_a_checkpoint(copy, finished, kd_process):
+    """Each rank has the signal in step 13; they agree where to end, and the next run goes on there."""
+    forget(copy.store, "artifacts/train")
+    command = ("run", "--local", "--json", copy.recipe_file, "--set", "run.num_processes=2")
+    process = kd_process(*command, KD_FAILPOINT="train.step:13:term", MLFLOW_TRACKING_URI=finished.tracking)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert "was killed by SIGTERM" in err
+    assert sorted(path.parent.name for path in copy.store.glob("checkpoints/*/*/record.json")) == ["00000010", "00000013"]
