@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kd_core.artifacts import Artifact
 from kd_core.recipe import Recipe
+from kd_core.store.local import make_directory
 from tasks.listener import Listener, listening
 
 __all__ = ["run_with_prefect"]
@@ -30,7 +31,7 @@ def run_with_prefect(recipe: Recipe, listener: Listener) -> dict[str, Artifact]:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     home = os.environ.setdefault("PREFECT_HOME", str(Path(".kd/prefect").absolute()))
-    Path(home).mkdir(parents=True, exist_ok=True)  # Prefect makes only the last folder, and warns
+    make_directory(Path(home))  # Prefect makes only the last folder, and warns
     from flows.distill import distill
 
     with listening(listener):

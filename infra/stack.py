@@ -26,6 +26,7 @@ import httpx
 
 from infra.processes import ServerProcess, binary, family, find_ports, is_alive, marked, spawn, stop, tail
 from kd_core.errors import KDError
+from kd_core.store.local import make_directory
 
 __all__ = ["BUCKET", "SERVERS", "WORK_POOL", "StackInfo", "deploy", "down", "object_store", "status", "up"]
 
@@ -36,7 +37,8 @@ SERVERS = ("s3", "mlflow", "prefect", "worker")
 _START_SECONDS = 180.0
 _GRACE_SECONDS = 15.0
 _GRPC_OFFSET = 10_000  # SeaweedFS: the gRPC port of each of its parts
-_WEED_PORTS = {"s3": 8333, "filer": 8888, "master": 9333, "volume": 9340, "admin": 23646}
+_WEED_PORTS = {"s3": 8333, "filer": 8888, "master": 9333, "volume": 9340}
+_WEED_SECRET = "weed"
 _PORTS = _WEED_PORTS | {"mlflow": 5000, "prefect": 4200}
 
 
@@ -95,10 +97,15 @@ def _save(home: Path, state: _State) -> None:
 
 
 def _credentials(home: Path) -> dict[str, str]:
-    """The generated S3 credentials, made at first use in a file that only this user can read."""
+    """The generated secrets of S3, Prefect and SeaweedFS's own parts, made at first use in a file that only this user can read."""
     path = home / "credentials.json"
     if not path.exists():
-        made = {"AWS_ACCESS_KEY_ID": "kd-" + secrets.token_hex(8), "AWS_SECRET_ACCESS_KEY": secrets.token_hex(24)}
+        made = {
+            "AWS_ACCESS_KEY_ID": "kd-" + secrets.token_hex(8),
+            "AWS_SECRET_ACCESS_KEY": secrets.token_hex(24),
+            "PREFECT_API_AUTH_STRING": "kd:" + secrets.token_hex(24),
+            _WEED_SECRET: secrets.token_hex(24),
+        }
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             json.dump(made, file)
     loaded: dict[str, str] = json.loads(path.read_text())
@@ -108,7 +115,8 @@ def _credentials(home: Path) -> dict[str, str]:
 @contextmanager
 def _lock(home: Path) -> Iterator[None]:
     """One `up` or `down` at a time; a second one waits."""
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_directory(home.parent)
+    home.mkdir(exist_ok=True, mode=0o700)
     with (home / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -116,12 +124,14 @@ def _lock(home: Path) -> Iterator[None]:
 
 def _info(home: Path, state: _State) -> StackInfo:
     urls = {name: f"http://127.0.0.1:{state.ports[name]}" for name in SERVERS if name in state.ports}
-    env = {**_credentials(home), "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL_S3": urls["s3"]}
+    secret = _credentials(home)
+    env = {name: value for name, value in secret.items() if name.startswith("AWS_")}
+    env |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL_S3": urls["s3"]}
     if "mlflow" in urls:
         env |= {"MLFLOW_TRACKING_URI": urls["mlflow"], "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1"}
     if "prefect" in urls:
         env |= {"PREFECT_API_URL": f"{urls['prefect']}/api", "PREFECT_HOME": str(home / "prefect")}
-        env |= {"PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+        env |= {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "PREFECT_API_AUTH_STRING": secret["PREFECT_API_AUTH_STRING"]}
     pids = {name: process.pid for name, process in state.processes.items() if is_alive(process)}
     return StackInfo(home, urls, state.ports, pids, env)
 
@@ -137,15 +147,16 @@ def _environment(extra: Mapping[str, str]) -> dict[str, str]:
 
 def _command(name: str, home: Path, ports: Mapping[str, int]) -> list[str]:
     if name == "s3":
-        flags = {f"{part}.port": ports[part] for part in _WEED_PORTS} | {
-            f"{part}.port.grpc": ports[part] + _GRPC_OFFSET for part in _WEED_PORTS
-        }
+        flags: dict[str, int | str] = {"s3": "true", "filer": "true", "filer.exposeDirectoryData": "false"}
         flags |= {"s3.port.iceberg": 0, "s3.port.lance": 0}
-        off = ("webdav", "admin.ui", "master.telemetry", "s3.autoCreateBucket")
+        flags |= {"volume.max": 0, "master.volumeSizeLimitMB": 1024, "volume.preStopSeconds": 0}
+        flags |= {f"{part}.port": ports[part] for part in _WEED_PORTS}
+        flags |= {f"{part}.port.grpc": ports[part] + _GRPC_OFFSET for part in _WEED_PORTS}
+        off = ("webdav", "master.telemetry", "s3.autoCreateBucket")
         return [
             binary("weed"),
             "-logtostderr=true",
-            "mini",
+            "server",
             f"-dir={home / 's3'}",
             "-ip=127.0.0.1",
             "-ip.bind=127.0.0.1",
@@ -162,10 +173,18 @@ def _command(name: str, home: Path, ports: Mapping[str, int]) -> list[str]:
 
 
 def _server_env(name: str, info: StackInfo) -> dict[str, str]:
+    secret = _credentials(info.home)
+    prefect = {
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{info.home / 'prefect' / 'prefect.db'}",
+        "PREFECT_SERVER_API_AUTH_STRING": secret["PREFECT_API_AUTH_STRING"],
+        # the default is every origin: a page of any site could start runs
+        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": info.urls.get("prefect", ""),
+    }
     extra = {
-        "s3": {},
+        # the filer, the master and the volumes have ports of their own: with these keys they ask for a token, as S3 does for credentials
+        "s3": {f"WEED_JWT_{part}_KEY": secret[_WEED_SECRET] for part in ("SIGNING", "SIGNING_READ", "FILER_SIGNING", "FILER_SIGNING_READ")},
         "mlflow": {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        "prefect": {"PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{info.home / 'prefect' / 'prefect.db'}"},
+        "prefect": prefect,
         "worker": {},
     }
     return _environment({**info.env, **extra[name]})
@@ -192,9 +211,10 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _worker_polls(api: str) -> bool:
+def _worker_polls(info: StackInfo) -> bool:
+    api, auth = info.env["PREFECT_API_URL"], httpx.BasicAuth(*info.env["PREFECT_API_AUTH_STRING"].split(":"))
     try:
-        reply = httpx.post(f"{api}/work_pools/{WORK_POOL}/workers/filter", json={}, timeout=2.0, trust_env=False)
+        reply = httpx.post(f"{api}/work_pools/{WORK_POOL}/workers/filter", json={}, auth=auth, timeout=2.0, trust_env=False)
     except httpx.HTTPError:
         return False
     return reply.status_code == 200 and any(worker["status"] == "ONLINE" for worker in reply.json())
@@ -202,7 +222,7 @@ def _worker_polls(api: str) -> bool:
 
 def _is_ready(name: str, info: StackInfo) -> bool:
     if name == "worker":
-        return _worker_polls(info.env["PREFECT_API_URL"])
+        return _worker_polls(info)
     path = {"s3": "/healthz", "mlflow": "/health", "prefect": "/api/health"}[name]
     return _answers(info.urls[name] + path)
 
@@ -284,8 +304,12 @@ def up(home: Path, *, say: Callable[[str], None]) -> StackInfo:
 
 
 def _write_env(info: StackInfo) -> None:
-    with os.fdopen(os.open(info.env_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.writelines(f"{name}={shlex.quote(value)}\n" for name, value in sorted(info.env.items()))
+    _write_private(info.env_file, "".join(f"{name}={shlex.quote(value)}\n" for name, value in sorted(info.env.items())))
+
+
+def _write_private(path: Path, text: str) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
 
 
 def _say_urls(info: StackInfo, say: Callable[[str], None]) -> None:

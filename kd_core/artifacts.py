@@ -3,26 +3,41 @@
     artifacts/<stage>/<fingerprint>/<digest>/<file>   payload, content-addressed by the digest over all files
     artifacts/<stage>/<fingerprint>/record.json       written last, conditionally; only its existence means done
 
-Two workers that did the same work both upload, one record wins, the other adopts it. Reading verifies every sha256.
+Two workers that did the same work both upload, one record wins, the other adopts it. Reading verifies every sha256, twice
+before it calls stored bytes damaged.
 """
 
-import json
 import platform
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from kd_core.errors import ArtifactError, IntegrityError
 from kd_core.fingerprint import canonical_json, fingerprint, sha256_bytes, sha256_file
 from kd_core.store import Store
-from kd_core.store.versions import VERSION, expect_version
+from kd_core.store.scratch import scratch
+from kd_core.store.sealed import check_object, check_twice, read_parsed, seal, unseal
 
-__all__ = ["Artifact", "Payload", "Record", "find", "forget", "open_artifact", "publish", "read_bytes", "workspace"]
+__all__ = [
+    "Artifact",
+    "Payload",
+    "Record",
+    "check_bytes",
+    "check_file",
+    "check_sizes",
+    "find",
+    "forget",
+    "open_artifact",
+    "publish",
+    "read_bytes",
+    "record_keys",
+    "workspace",
+]
 
 _PACKAGES = ("knowledge-distillery", "torch", "transformers", "datasets", "accelerate", "pyarrow", "duckdb")
 
@@ -64,6 +79,11 @@ class Record:
         return files_digest(self.files)
 
     @property
+    def key(self) -> str:
+        """Object key of the record itself."""
+        return _record_key(self.stage, self.fingerprint)
+
+    @property
     def prefix(self) -> str:
         """Key prefix of the payload, without a trailing slash."""
         return f"{artifact_prefix(self.stage, self.fingerprint)}/{self.digest}"
@@ -94,31 +114,39 @@ def _record_key(stage: str, fp: str) -> str:
     return f"{artifact_prefix(stage, fp)}/record.json"
 
 
+def record_keys(store: Store, stage: str | None = None) -> list[str]:
+    """Keys of all records, or those of one stage, sorted."""
+    keys = (info.key for info in store.list("artifacts/" if stage is None else f"artifacts/{stage}/"))
+    return [key for key in keys if key.endswith("/record.json") and key.count("/") == 3]
+
+
 def find(store: Store, stage: str, fp: str) -> Record | None:
     """The record of a finished artifact, or None.
 
     Raises:
-        IntegrityError: the record is there and cannot be read as one, or its own checksum does not hold.
+        IntegrityError: the record is there and cannot be read as one, its own checksum does not hold, or it belongs elsewhere.
         VersionError: the record is of another version.
     """
     key = _record_key(stage, fp)
     if store.info(key) is None:
         return None
-    return _parse_record(store, key)
+    return _read_record(store, stage, fp)
 
 
-def _parse_record(store: Store, key: str) -> Record:
-    try:
-        raw = json.loads(store.get(key))
-        expect_version(raw["version"], f"{store.uri}/{key}: a record")
-        body = raw["record"]
-        if sha256_bytes(canonical_json(body)) != raw["sha256"]:
-            raise ValueError("its checksum does not hold")
-        return Record(**{**body, "files": tuple(Payload(**file) for file in body["files"])})
-    except (ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(
-            f"{store.uri}/{key}: not a valid record ({error}); delete this object to have the stage computed again"
-        ) from error
+def _read_record(store: Store, stage: str, fp: str) -> Record:
+    return read_parsed(store, _record_key(stage, fp), partial(_parse_record, stage, fp), what="record", advice=_advice(store))
+
+
+def _parse_record(stage: str, fp: str, data: bytes) -> Record:
+    body = unseal("record", data)
+    record = Record(**{**body, "files": tuple(Payload(**file) for file in body["files"])})
+    if (record.stage, record.fingerprint) != (stage, fp):
+        raise ValueError(f"it is the record of {record.stage} {record.fingerprint}")
+    return record
+
+
+def _advice(store: Store) -> str:
+    return f"kd cache repair --store {store.uri} --yes puts it aside, and the next run computes its stage again"
 
 
 def forget(store: Store, record: Record) -> None:
@@ -158,8 +186,8 @@ def expect_identity(record: Record, identity: Mapping[str, Any], upstream: Mappi
 @contextmanager
 def workspace() -> Iterator[Path]:
     """A temporary directory in which a stage builds its files."""
-    with tempfile.TemporaryDirectory(prefix="kd-") as name:
-        yield Path(name)
+    with scratch() as path:
+        yield path
 
 
 def provenance() -> dict[str, Any]:
@@ -197,18 +225,9 @@ def publish(
     for file in files:
         key = f"{record.prefix}/{file.name}"
         if not store.create(key, directory / file.name):
-            raise IntegrityError(f"{store.uri}/{key} holds other bytes than its address says; delete it and run again")
-    body = cast(dict[str, Any], json.loads(canonical_json(asdict(record))))
-    data = json.dumps({"version": VERSION, "record": body, "sha256": sha256_bytes(canonical_json(body))}, indent=1).encode()
+            raise IntegrityError(f"{store.uri}/{key} holds other bytes than its address says; move it elsewhere and run again")
     key = _record_key(stage, fp)
-    return record if store.create(key, data) else _parse_record(store, key)
-
-
-def _damaged(store: Store, record: Record, name: str) -> str:
-    return (
-        f"{store.uri}/{record.prefix}/{name}: sha256 differs from the record; "
-        f"delete it and {_record_key(record.stage, record.fingerprint)} to have the stage computed again"
-    )
+    return record if store.create(key, seal("record", asdict(record))) else _read_record(store, stage, fp)
 
 
 def read_bytes(store: Store, record: Record, name: str) -> bytes:
@@ -216,15 +235,18 @@ def read_bytes(store: Store, record: Record, name: str) -> bytes:
 
     Raises:
         ArtifactError: the record has no such file.
-        IntegrityError: size or checksum differ from the record.
+        IntegrityError: the stored bytes differ from the record.
+        StoreError: it is gone, or the reads failed.
     """
     file = next((file for file in record.files if file.name == name), None)
     if file is None:
         raise ArtifactError(f"{record.stage} {record.fingerprint} has no file {name!r}; it has {[f.name for f in record.files]}")
-    data = store.get(f"{record.prefix}/{name}")
-    if sha256_bytes(data) != file.sha256:
-        raise IntegrityError(_damaged(store, record, name))
-    return data
+    key = f"{record.prefix}/{name}"
+
+    def wrong(data: bytes) -> str | None:
+        return None if sha256_bytes(data) == file.sha256 else "its sha256 differs from the record"
+
+    return check_twice(lambda: store.get(key), wrong, where=f"{store.uri}/{key}", advice=_advice(store))
 
 
 def materialize(store: Store, record: Record, directory: Path) -> Path:
@@ -235,13 +257,37 @@ def materialize(store: Store, record: Record, directory: Path) -> Path:
     """
     target = directory / record.digest
     for file in record.files:
-        key = f"{record.prefix}/{file.name}"
-        path = store.local_path(key)
-        if path is None:
-            path = target / file.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            store.download(key, path)
-        if not path.is_file() or sha256_file(path) != file.sha256:
-            raise IntegrityError(_damaged(store, record, file.name))
+        check_file(store, record, file, download=target / file.name)
     local = store.local_path(record.prefix + "/x")
     return local.parent if local is not None else target
+
+
+def check_sizes(store: Store, record: Record) -> None:
+    """Check that every payload file is there with its size; one listing, no byte is read.
+
+    Raises:
+        IntegrityError: with the first that is not.
+    """
+    sizes = {info.key: info.size_bytes for info in store.list(f"{record.prefix}/")} if record.files else {}
+    for file in record.files:
+        key = f"{record.prefix}/{file.name}"
+        if key not in sizes:
+            raise IntegrityError(f"{store.uri}/{key}: gone, and its record names it; {_advice(store)}")
+        if sizes[key] != file.size_bytes:
+            raise IntegrityError(f"{store.uri}/{key}: {sizes[key]:,} bytes, and its record says {file.size_bytes:,}; {_advice(store)}")
+
+
+def check_bytes(store: Store, record: Record) -> None:
+    """Check every byte of the payload where it is.
+
+    Raises:
+        IntegrityError: a file is gone, or its stored bytes differ from the record.
+        StoreError: the reads failed.
+    """
+    for file in record.files:
+        check_file(store, record, file)
+
+
+def check_file(store: Store, record: Record, file: Payload, *, download: Path | None = None) -> None:
+    """Check one file where it is, or as it is downloaded; errors as ``check_bytes``."""
+    check_object(store, f"{record.prefix}/{file.name}", file.sha256, advice=_advice(store), download=download)

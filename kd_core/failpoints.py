@@ -1,8 +1,9 @@
 """Named points at which a test can break the program: ``KD_FAILPOINT=name:nth:action``.
 
 Owns fault injection for kill-and-resume tests. Without the environment variable a point costs one dictionary look-up.
-Actions: ``kill`` (SIGKILL to this process, as the machine would), ``error`` (an OSError) and ``hold=FOLDER``: leave a file named by the
-process id there and wait until somebody removes it, so that a test can act on a run that is certainly not over.
+Actions: ``kill`` (SIGKILL to this process, as the machine would), ``term`` (SIGTERM, as a scheduler would), ``error`` (an OSError) and
+``hold=FOLDER``: leave a file named by the process id there and wait until somebody removes it, so that a test can act on a run that is
+certainly not over.
 """
 
 import os
@@ -39,4 +40,6 @@ def reach(name: str) -> None:
         while held.exists():
             time.sleep(0.02)
         return
+    if action == "term":
+        return signal.raise_signal(signal.SIGTERM)
     raise OSError(f"fail point {wanted}")

@@ -4,20 +4,21 @@
 
 The newest entry names the champion; registry aliases follow it. An entry says which entry it replaces, and its number is
 one more, so that two promoters who saw the same champion compete for one key and the store lets one of them win.
-Nothing is rewritten: a rollback is a new entry.
+Nothing is rewritten: a rollback is a new entry. An entry that vanished would leave an older champion, or none, to be
+compared with: so the ledger is held against the publication records, which say which entry they saw.
 """
 
-import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache, partial
+from typing import Any, Literal, cast
 
-from kd_core.artifacts import Artifact
+from kd_core.artifacts import Artifact, find, record_keys
 from kd_core.errors import ArtifactError, IntegrityError
-from kd_core.fingerprint import canonical_json, sha256_bytes
 from kd_core.store import Store
-from kd_core.store.versions import VERSION, expect_version
+from kd_core.store.sealed import read_parsed, seal, unseal
 
-__all__ = ["Entry", "append", "champion_before", "current", "history"]
+__all__ = ["Entry", "append", "champion_before", "check_against_records", "current", "history", "lost_entry", "seen_in"]
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ def current(store: Store, model: str) -> Entry | None:
     return _read(store, model, number) if number else None
 
 
-def champion_before(store: Store, model: str, digest: str) -> Entry | None:
-    """The champion that an artifact has to be compared with.
+def champion_before(store: Store, model: str, digest: str | None) -> Entry | None:
+    """The champion that an artifact has to be compared with, once the ledger has been held against the publication records.
 
     It is the current one, unless that is this very artifact: then the newest earlier entry with other bytes, so that a
     second identical run meets the same opponent and decides the same.
@@ -106,9 +107,12 @@ def champion_before(store: Store, model: str, digest: str) -> Entry | None:
     Args:
         store: where the ledger is.
         model: registered model name.
-        digest: digest of the artifact to decide on.
+        digest: digest of the artifact to decide on; None while it is not made.
+
+    Raises:
+        IntegrityError: as ``check_against_records``.
     """
-    return next((entry for entry in reversed(history(store, model)) if entry.artifact.digest != digest), None)
+    return next((entry for entry in reversed(check_against_records(store, model)) if entry.artifact.digest != digest), None)
 
 
 def _key(model: str, number: int) -> str:
@@ -134,22 +138,69 @@ def _identity(entry: Entry) -> dict[str, Any]:
 
 def _encode(entry: Entry) -> bytes:
     body = {**_identity(entry), "number": entry.number, "reasons": list(entry.reasons), "unix_time": entry.unix_time}
-    return json.dumps({"version": VERSION, "entry": body, "sha256": sha256_bytes(canonical_json(body))}, indent=1).encode()
+    return seal("entry", body)
 
 
 def _read(store: Store, model: str, number: int) -> Entry:
-    key = _key(model, number)
-    try:
-        raw = json.loads(store.get(key))
-        expect_version(raw["version"], f"{store.uri}/{key}: a ledger entry")
-        body = raw["entry"]
-        if sha256_bytes(canonical_json(body)) != raw["sha256"]:
-            raise ValueError("its checksum does not hold")
-        if (body["model"], body.pop("number")) != (model, number):
-            raise ValueError("it is the entry of another place")
-        entry = Entry(**{**body, "artifact": Artifact(**body["artifact"]), "reasons": tuple(body["reasons"])})
-        if entry.number != number:
-            raise ValueError(f"it replaces entry {entry.previous}")
-        return entry
-    except (ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{store.uri}/{key}: not a valid ledger entry ({error}); restore it from a backup") from error
+    parse = partial(_parse, model, number)
+    return read_parsed(store, _key(model, number), parse, what="ledger entry", advice="restore it from a backup")
+
+
+def _parse(model: str, number: int, data: bytes) -> Entry:
+    body = unseal("entry", data)
+    if (body["model"], body.pop("number")) != (model, number):
+        raise ValueError("it is the entry of another place")
+    entry = Entry(**{**body, "artifact": Artifact(**body["artifact"]), "reasons": tuple(body["reasons"])})
+    if entry.number != number:
+        raise ValueError(f"it replaces entry {entry.previous}")
+    return entry
+
+
+# ---------------------------------------------------------------------------------------------- held against what others saw
+
+
+def seen_in(entry: Entry | None) -> dict[str, Any] | None:
+    """What a publication writes down about the newest entry it saw, for ``lost_entry``."""
+    return None if entry is None else {"number": entry.number, "digest": entry.artifact.digest}
+
+
+def lost_entry(entries: tuple[Entry, ...], number: int, digest: str) -> str | None:
+    """What is wrong with a ledger in which somebody saw this entry; None if it is there."""
+    if number > len(entries):
+        return f"it ends with entry {len(entries)}" if entries else "it has no entry"
+    if entries[number - 1].artifact.digest != digest:
+        return f"its entry {number} is of {entries[number - 1].artifact.digest}"
+    return None
+
+
+def check_against_records(store: Store, model: str) -> tuple[Entry, ...]:
+    """The whole history of a model, held against the publication records of the store.
+
+    Raises:
+        IntegrityError: a record saw an entry that the ledger does not have; or ledger or record are damaged.
+    """
+    keys = record_keys(store, "publish")  # before the ledger: an entry is written before the record that names it
+    entries = history(store, model)
+    with ThreadPoolExecutor(_READERS) as pool:
+        seen = list(pool.map(lambda key: _seen(cast(Any, store), key), keys))  # any store is hashable, by its identity
+    for key, found in zip(keys, seen, strict=True):
+        if found is None or found[0] != model:
+            continue
+        _, number, digest = found
+        if (reason := lost_entry(entries, number, digest)) is not None:
+            raise IntegrityError(
+                f"{store.uri}/{_key(model, number)}: {store.uri}/{key} saw entry {number} of the {model} ledger make {digest} champion, "
+                f"and the ledger disagrees: {reason}. Restore the ledger from a backup; if the step back is meant, delete that record"
+            )
+    return entries
+
+
+_READERS = 16
+
+
+@lru_cache(maxsize=4096)
+def _seen(store: Store, key: str) -> tuple[str, int, str] | None:
+    """(model, entry number, digest) in a publication record; None if it saw no entry. Records do not change, so each is read once."""
+    record = find(store, "publish", key.split("/")[2])
+    seen = None if record is None else record.summary.get("ledger")
+    return None if record is None or seen is None else (record.summary["model"], seen["number"], seen["digest"])

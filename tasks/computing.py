@@ -42,7 +42,7 @@ def compute_node(
         if listener is not None:
             listener.tick(name, found)
 
-    artifact = found_done(store, nodes[name])
+    artifact = found_done(recipe, store, nodes, name)
     if artifact is None and workers is not None:
         artifact = workers.run(nodes, name, begun=begun, tick=hear)
     elif artifact is None:

@@ -1,20 +1,22 @@
 """The publish stage: the ledger's entry, then MLflow's run, model version and aliases.
 
 The ledger in the store is the commit of a promotion; MLflow follows it. A kill at any point leaves the old champion or
-the new one, and running again converges.
+the new one, and running again converges. Before anything is pointed to, every byte of the student is read, and the ledger is
+held against what publication records and the registry know of it: a student is not promoted because an entry vanished.
 """
 
 import json
 import time
 from typing import Any
 
-from kd_core.artifacts import Artifact, Record, read_bytes
-from kd_core.errors import ArtifactError
-from kd_core.ledger import Entry, append, current
+from kd_core.artifacts import Artifact, Record, check_bytes, read_bytes
+from kd_core.errors import ArtifactError, IntegrityError
+from kd_core.ledger import Entry, append, check_against_records, current, lost_entry, seen_in
 from kd_core.recipe.addresses import redact_url
 from kd_core.stages.job import Job
 from kd_core.train.history import logged_metrics
-from tasks.tracking import DatasetInfo, ModelInfo, Publication, StageRun, default_tracking_uri, publish_run
+from tasks.publication import DatasetInfo, ModelInfo, Publication, StageRun
+from tasks.tracking import default_tracking_uri, promotions, publish_run
 
 __all__ = ["publish_stage"]
 
@@ -22,13 +24,14 @@ _REPORTS = ("report.html", "report.md", "report.json", "recipe.yaml")
 
 
 def publish_stage(job: Job) -> dict[str, Any]:
-    """No files. Summary: MLflow's run and version, and whether the champion moved."""
+    """No files. Summary: MLflow's run and version, whether the champion moved, and the newest ledger entry that was seen."""
     gate = job.inputs["gate"].summary
     student = job.inputs[f"student.{gate['student']['seed']}"]
-    if gate["promote"]:
-        _promote(job, gate, student)
     uri = default_tracking_uri(job.recipe.run.tracking)
-    published = publish_run(uri, _publication(job, gate, student))
+    check_bytes(job.store, student)
+    _check_ledger(job, uri)
+    entry = _promote(job, gate, student) if gate["promote"] else None
+    published = publish_run(uri, _publication(job, gate, student, entry))
     return {
         "tracking": redact_url(uri),
         "run_id": published.run_id,
@@ -37,14 +40,32 @@ def publish_stage(job: Job) -> dict[str, Any]:
         "version": published.version,
         "champion_version": published.champion_version,
         "promoted": gate["promote"],
+        "ledger": seen_in(current(job.store, job.recipe.publish)),
     }
 
 
-def _promote(job: Job, gate: Any, student: Record) -> None:
-    """Append to the ledger, unless the champion is no longer the one that the gate compared with."""
+def _check_ledger(job: Job, tracking_uri: str) -> None:
+    """Hold the ledger against the records of the store and the versions of the registry.
+
+    Raises:
+        IntegrityError: one of them saw an entry that is not there; with both sides.
+    """
+    model, store = job.recipe.publish, job.store
+    entries = check_against_records(store, model)
+    for seen in promotions(tracking_uri, model, store_uri=store.uri):
+        if (reason := lost_entry(entries, seen.number, seen.digest)) is not None:
+            raise IntegrityError(
+                f"{store.uri}/ledger/{model}: version {seen.version} of {model} at {redact_url(tracking_uri)} was promoted by entry "
+                f"{seen.number} ({seen.digest}), and the ledger disagrees: {reason}. Restore the ledger from a backup; if the step back is "
+                f"meant, delete the tag kd.ledger of that version"
+            )
+
+
+def _promote(job: Job, gate: Any, student: Record) -> Entry:
+    """Append to the ledger, unless the champion is no longer the one that the gate compared with; the student's entry."""
     holder = current(job.store, job.recipe.publish)
     if holder is not None and holder.artifact.digest == student.digest:
-        return
+        return holder
     expected = gate["champion"]["digest"] if gate["champion"] else None
     found = holder.artifact.digest if holder is not None else None
     if found != expected:
@@ -54,10 +75,11 @@ def _promote(job: Job, gate: Any, student: Record) -> None:
     artifact = Artifact(student.stage, student.fingerprint, student.digest)
     reasons = tuple(f"{reason['rule']}: {reason['detail']}" for reason in gate["reasons"])
     number = holder.number if holder is not None else None
-    append(job.store, job.recipe.publish, Entry(job.recipe.publish, "promote", artifact, reasons, number, int(time.time())))
+    entry = Entry(job.recipe.publish, "promote", artifact, reasons, number, int(time.time()))
+    return append(job.store, job.recipe.publish, entry)
 
 
-def _publication(job: Job, gate: Any, student: Record) -> Publication:
+def _publication(job: Job, gate: Any, student: Record, entry: Entry | None) -> Publication:
     report = json.loads(read_bytes(job.store, job.inputs["report"], "report.json"))
     metrics = {name: float(metric["value"]) for name, metric in report["models"]["student"]["metrics"].items()}
     prompts = job.inputs["prompts"]
@@ -85,6 +107,7 @@ def _publication(job: Job, gate: Any, student: Record) -> Publication:
             promote=gate["promote"],
             reasons=[f"{'holds' if r['holds'] else 'fails'}: {r['rule']}: {r['detail']}" for r in gate["reasons"]],
             metrics=metrics,
+            ledger_number=None if entry is None else entry.number,
         ),
     )
 

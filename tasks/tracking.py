@@ -17,7 +17,6 @@ import fcntl
 import json
 import logging
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,15 +29,29 @@ from urllib.parse import quote, urlsplit
 from kd_core.errors import KDError
 from kd_core.fingerprint import fingerprint, sha256_bytes
 from kd_core.recipe.addresses import hide_passwords, redact_url
+from kd_core.store.local import make_directory
+from kd_core.store.scratch import scratch
+from tasks.publication import DatasetInfo, ModelInfo, Publication, StageRun, fitted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, Run
     from mlflow.entities.model_registry import ModelVersion
 
-__all__ = ["DatasetInfo", "ModelInfo", "Publication", "Published", "StageRun", "default_tracking_uri", "publish_run"]
+__all__ = [
+    "DatasetInfo",
+    "ModelInfo",
+    "Promotion",
+    "Publication",
+    "Published",
+    "StageRun",
+    "default_tracking_uri",
+    "promotions",
+    "publish_run",
+]
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+_LEDGER = "kd.ledger"
 
 _SILENT = {
     "GIT_PYTHON_REFRESH": "quiet",
@@ -52,86 +65,6 @@ _PATIENT = {**_IMPATIENT, "MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQU
 
 
 @dataclass(frozen=True)
-class StageRun:
-    """One stage: a nested run.
-
-    Attributes:
-        name: of the stage, shown as the run's name.
-        step_key: its fingerprint; one nested run a key under one parent.
-        parameters: name -> value.
-        metrics: name -> final value, logged at step 0. No name may also be in ``series``.
-        series: name -> (step, value) pairs with rising steps.
-        seconds: how long it took.
-        status: how the result came about, for example computed or reused; the tag kd.status.
-    """
-
-    name: str
-    step_key: str
-    parameters: Mapping[str, str]
-    metrics: Mapping[str, float]
-    series: Mapping[str, Sequence[tuple[int, float]]]
-    seconds: float
-    status: str
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """A data set that the run used: name, digest (at most 36 characters), address, rows, and context (training ...)."""
-
-    name: str
-    digest: str
-    source: str
-    rows: int
-    context: str
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """The student as a model version.
-
-    Attributes:
-        name: registered model name.
-        source: address of the payload in the store: s3://... or an absolute path.
-        digests: tags that name the bytes.
-        promote: whether the alias champion moves to this version.
-        reasons: lines of the verdict.
-        metrics: headline metrics, logged to the parent run, which the version links to.
-    """
-
-    name: str
-    source: str
-    digests: Mapping[str, str]
-    promote: bool
-    reasons: Sequence[str]
-    metrics: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Publication:
-    """All that MLflow is told about one finished run.
-
-    Attributes:
-        name: experiment and name of the parent run (the recipe's name).
-        run_key: fingerprint; one parent run a key.
-        parameters: name -> value; what a fingerprint stands for, flat.
-        tags: name -> value; may change between calls.
-        stages: nested runs, in the order in which they ran.
-        datasets: inputs of the parent run.
-        artifacts: file name -> content, for example report.html.
-        model: the version to register.
-    """
-
-    name: str
-    run_key: str
-    parameters: Mapping[str, str]
-    tags: Mapping[str, str]
-    stages: tuple[StageRun, ...]
-    datasets: tuple[DatasetInfo, ...]
-    artifacts: Mapping[str, bytes | str]
-    model: ModelInfo
-
-
-@dataclass(frozen=True)
 class Published:
     """Where it went: the parent run, its page (None without a server), the version, and the champion's (None: no champion)."""
 
@@ -139,6 +72,15 @@ class Published:
     run_url: str | None
     version: int
     champion_version: int | None
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """A promotion that the registry was told of: the ledger's entry number, the digest of the bytes, and the version that has them."""
+
+    number: int
+    digest: str
+    version: int
 
 
 def default_tracking_uri(configured: str | None) -> str:
@@ -159,6 +101,7 @@ def publish_run(tracking_uri: str, publication: Publication) -> Published:
     Raises:
         KDError: MLflow cannot be reached (within about 30 s) or refuses something. Calling again goes on from there.
     """
+    publication = fitted(publication)
     with _quiet(), _explained(tracking_uri), _alone(tracking_uri):
         from mlflow import MlflowClient
 
@@ -175,6 +118,31 @@ def publish_run(tracking_uri: str, publication: Publication) -> Published:
             _finish(client, run, sum(stage.seconds for stage in publication.stages))
     url = f"{redact_url(tracking_uri).rstrip('/')}/#/experiments/{experiment.experiment_id}/runs/{run.info.run_id}"
     return Published(run.info.run_id, url if _is_server(tracking_uri) else None, version, champion)
+
+
+def promotions(tracking_uri: str, model: str, *, store_uri: str) -> list[Promotion]:
+    """What the registry knows of a model's promotions out of one store, by ledger number: a second witness of the ledger.
+
+    Args:
+        tracking_uri: as for ``publish_run``.
+        model: registered model name.
+        store_uri: versions whose bytes are elsewhere follow another ledger.
+
+    Raises:
+        KDError: MLflow cannot be reached.
+    """
+    with _quiet(), _explained(tracking_uri), _alone(tracking_uri):
+        from mlflow import MlflowClient
+
+        with _environment(_IMPATIENT):
+            _reach_database(tracking_uri)
+            versions = _versions(MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri), model)
+    found = [
+        Promotion(int(version.tags[_LEDGER]), version.tags["kd.digest"], int(version.version))
+        for version in versions
+        if _LEDGER in version.tags and version.tags["kd.source"].startswith(f"{store_uri}/")
+    ]
+    return sorted(found, key=lambda promotion: promotion.number)
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -284,12 +252,12 @@ def _publish_artifacts(client: "MlflowClient", run: "Run", artifacts: Mapping[st
     digest = fingerprint({name: sha256_bytes(data) for name, data in files.items()})
     if not files or run.data.tags.get("kd.artifacts") == digest:
         return
-    with tempfile.TemporaryDirectory(prefix="kd-") as directory:
+    with scratch() as directory:
         for name, data in files.items():
-            path = Path(directory, name)
+            path = directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-        client.log_artifacts(run.info.run_id, directory)
+        client.log_artifacts(run.info.run_id, str(directory))
     client.set_tag(run.info.run_id, "kd.artifacts", digest)
 
 
@@ -316,6 +284,7 @@ def _publish_version(client: "MlflowClient", tracking_uri: str, run_id: str, mod
         "kd.source": model.source,
         "kd.verdict": "promote" if model.promote else "keep",
         "kd.reasons": "\n".join(model.reasons),
+        **({} if model.ledger_number is None else {_LEDGER: str(model.ledger_number)}),
     }
     version = _find_version(client, model.name, model.source)
     if version is None:
@@ -329,13 +298,19 @@ def _publish_version(client: "MlflowClient", tracking_uri: str, run_id: str, mod
 
 def _find_version(client: "MlflowClient", name: str, source: str) -> "ModelVersion | None":
     """The first version with this kd.source, or None. Compared here: MLflow's filter language has no escape for quotes."""
+    found = [version for version in _versions(client, name) if version.tags.get("kd.source") == source]
+    return min(found, key=lambda version: int(version.version), default=None)
+
+
+def _versions(client: "MlflowClient", name: str) -> "list[ModelVersion]":
+    """All versions of a model; none where it is not registered."""
     token, found = None, []
     while True:
         page = client.search_model_versions(f"name = '{name}'", max_results=1000, page_token=token)
-        found += [version for version in page if version.tags.get("kd.source") == source]
+        found += list(page)
         token = page.token
         if not token:
-            return min(found, key=lambda version: int(version.version), default=None)
+            return found
 
 
 def _accepted_source(tracking_uri: str, source: str) -> str:
@@ -399,7 +374,7 @@ def _alone(uri: str) -> Iterator[None]:
     if database is None:
         yield
         return
-    database.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(database.parent)
     with database.with_name(f"{database.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, or by a kill
         yield

@@ -48,13 +48,15 @@ Home = Annotated[Path, typer.Option("--home", help="Folder that holds all state 
 
 _HOME = Path(".kd/stack")
 _INTERRUPTED = 130
+_TELLERS = ("kd_core.stages.run", "kd_core.stages.answers", "kd_core.teacher.server", "kd_core.store.sealed", "kd_core.train.checkpoints")
+"""Loggers whose warnings are shown: what was healed, passed over or left out."""
 
 
 def main() -> None:
     """Entry point: errors become one line and an exit code, never a traceback."""
     _settle_environment()
     logging.getLogger("kd_core").addHandler(logging.NullHandler())  # a try that failed shows only in the error that ends them all
-    for name in ("kd_core.stages.run", "kd_core.stages.answers", "kd_core.teacher.server"):  # but what was healed or left out is told
+    for name in _TELLERS:
         logging.getLogger(name).handlers = [_Warnings(logging.WARNING)]
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -109,8 +111,10 @@ def _unexpected(error: Exception) -> NoReturn:
     """A defect of ours, or of the machine: one line, with the traceback in a file."""
     import traceback
 
+    from kd_core.store.local import make_directory
+
     log = Path(".kd/last-error.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(log.parent)
     log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     _fail(f"{type(error).__name__}: {error}\nThis is a defect or a broken machine, not your recipe; the traceback is in {log}", 1)
 

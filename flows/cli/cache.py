@@ -241,9 +241,12 @@ def verify(
 
         if found.damage:
             show(damage_table(found, store.uri))
-        what = f"{found.shards:,} of {found.commits:,} shards ({found.rows:,} rows) and {found.records:,} records were read"
+        what = (
+            f"{found.shards:,} of {found.commits:,} shards ({found.rows:,} rows), {found.artifacts:,} of {found.records:,} artifacts, "
+            f"{found.entries:,} ledger entries and {found.checkpoints:,} checkpoints were read"
+        )
         say(
-            f"{what}; {len(found.damage)} damaged. Put it aside with: kd cache repair --yes"
+            f"{what}; {len(found.damage)} damaged or gone. Put aside what is damaged with: kd cache repair --yes; then run the recipe again"
             if found.damage
             else f"{what}; all is as committed."
         )

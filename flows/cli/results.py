@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from flows.cli.console import human_bytes, human_seconds
-from kd_core.artifacts import Artifact, Record, find, read_bytes
+from kd_core.artifacts import Artifact, Record, check_sizes, find, read_bytes
 from kd_core.errors import ArtifactError
 from kd_core.evaluate.statistics import METRICS
 from kd_core.recipe import Recipe
 from kd_core.stages.graph import build_graph
 from kd_core.store import Store
+from kd_core.train.checkpoints import Checkpoints
 
 __all__ = ["outcome", "outcome_text", "report_files", "status_rows"]
 
@@ -105,16 +106,19 @@ def _shown(model: Mapping[str, Any], suite: str, report: Mapping[str, Any]) -> s
 
 
 def status_rows(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
-    """One entry a node: name, fingerprint, status ('done', 'started', 'missing'), seconds, and the checkpoint step it would resume from."""
-    checkpoints: dict[str, int] = {}
-    for info in store.list("checkpoints/"):
-        parts = info.key.split("/")
-        if parts[-1] == "record.json":
-            checkpoints[parts[1]] = max(checkpoints.get(parts[1], 0), int(parts[2]))
+    """One entry a node: name, fingerprint, status ('done', 'started', 'missing'), seconds, and the checkpoint step it would resume from.
+
+    Raises:
+        IntegrityError: a record is not readable as one or is another's, a file of a done node is gone or has another size, or the
+            ledger has lost an entry.
+    """
+    begun = {info.key.split("/")[1] for info in store.list("checkpoints/")}
     rows = []
     for node in build_graph(recipe, store).values():
         record = find(store, node.stage, node.fingerprint)
-        step = None if record is not None else checkpoints.get(node.fingerprint)
+        if record is not None:
+            check_sizes(store, record)
+        step = Checkpoints(store, node.fingerprint).newest_whole() if record is None and node.fingerprint in begun else None
         state = "done" if record is not None else "started" if step is not None else "missing"
         seconds = float(record.summary["seconds"]) if record is not None else None
         rows.append({"name": node.name, "fingerprint": node.fingerprint, "status": state, "seconds": seconds, "resumes_at_step": step})

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from decimal import Decimal
 from itertools import islice
 from typing import Any, Literal
 
@@ -20,7 +21,16 @@ _SHOWN_ROWS = 100
 
 
 def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: Literal["table", "json", "csv"]) -> None:
-    """Print rows as they come: CSV and JSON to their end, a table of the first ones."""
+    """Print rows as they come: CSV and JSON to their end, a table of the first ones.
+
+    Raises:
+        ValueError: two columns of one name, of which a JSON object would hold one.
+    """
+    if form == "json" and len(set(columns)) < len(columns):
+        twice = ", ".join(sorted({name for name in columns if columns.count(name) > 1}))
+        raise ValueError(
+            f"a JSON object holds one value a name, and these name several columns: {twice}; rename them with AS, or use --csv"
+        )
     try:
         {"csv": _print_csv, "json": _print_json, "table": _print_table}[form](columns, iter(rows))
         sys.stdout.flush()
@@ -53,13 +63,15 @@ def _print_table(columns: Sequence[str], rows: Iterator[Sequence[Any]]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON and CSV have it: bytes as hex, times as ISO 8601, no NaN."""
+    """A value as JSON and CSV have it: bytes as hex, times as ISO 8601, decimals as numbers, no NaN."""
     if isinstance(value, bytes):
         return value.hex()
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

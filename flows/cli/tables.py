@@ -148,6 +148,7 @@ def stack_text(info: "StackInfo") -> str:
         [
             *lines,
             f"\nLet this shell use them:   set -a; . {info.env_file}; set +a",
+            f"Prefect's pages ask for:   PREFECT_API_AUTH_STRING, which is in {info.env_file}",
             f"Run from here:             kd run recipes/quickstart.yaml --set {store}",
             f"Run as the UI would:       prefect deployment run distill/on-demand --watch --param 'overrides=[\"{store}\"]'",
             "Stop:                      kd down",

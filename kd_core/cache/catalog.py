@@ -15,6 +15,7 @@ from kd_core.fingerprint import sha256_bytes
 from kd_core.rows.parquet import parse_shard
 from kd_core.rows.table import Commit, RowCache, Snapshot
 from kd_core.store import Store
+from kd_core.store.sealed import check_twice
 
 __all__ = ["Namespace", "about", "find_namespace", "losing_rows", "namespaces", "read_shard", "row_caches"]
 
@@ -96,16 +97,12 @@ def about(cache: RowCache) -> tuple[str | None, str | None]:
         IntegrityError: it is not readable as a description.
         VersionError: it is of another version.
     """
-    try:
-        if (said := cache.description()) is None:
-            return None, None
-        made = next(said[name] for name in ("policy", "sampling", "hidden_states") if name in said)
-        return _teacher_name(said["teacher"]), _words(made)
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise IntegrityError(
-            f"{cache.store.uri}/{cache.prefix}/about.json: not a description ({type(error).__name__}: {error}); "
-            "kd cache repair moves it aside"
-        ) from error
+    if (said := cache.description()) is None:
+        return None, None
+    made = next((said[name] for name in ("policy", "sampling", "hidden_states") if name in said), None)
+    if made is None:
+        raise IntegrityError(f"{cache.store.uri}/{cache.about_key}: it names no policy; kd cache repair puts it aside")
+    return _teacher_name(said["teacher"]), _words(made)
 
 
 def read_shard(cache: RowCache, commit: Commit) -> pa.Table:
@@ -115,12 +112,13 @@ def read_shard(cache: RowCache, commit: Commit) -> pa.Table:
         StoreError: it is gone.
         IntegrityError: its bytes differ from its commit.
     """
-    data = cache.store.get(cache.shard_key(commit))
-    if sha256_bytes(data) != commit.sha256:
-        raise IntegrityError(
-            f"{cache.store.uri}/{cache.shard_key(commit)}: its sha256 differs from its name; kd cache repair moves it aside"
-        )
-    return parse_shard(data)
+    key = cache.shard_key(commit)
+
+    def wrong(data: bytes) -> str | None:
+        return None if sha256_bytes(data) == commit.sha256 else "its sha256 differs from its name"
+
+    advice = f"kd cache repair --store {cache.store.uri} --yes puts it aside"
+    return parse_shard(check_twice(lambda: cache.store.get(key), wrong, where=f"{cache.store.uri}/{key}", advice=advice))
 
 
 def _teacher_name(teacher: Mapping[str, Any]) -> str:

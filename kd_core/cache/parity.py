@@ -6,8 +6,6 @@ Catches what no checksum sees: labels made in train mode, with an adapter on, qu
 
 import random
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import torch
@@ -25,6 +23,7 @@ from kd_core.stages.graph import build_graph, open_node
 from kd_core.stages.job import Job
 from kd_core.stages.teacher import load_teacher
 from kd_core.store import Store
+from kd_core.store.scratch import scratch
 from kd_core.tokens.batches import TokenRow
 
 __all__ = ["Bounds", "Parity", "RowParity", "compare", "live_parity"]
@@ -127,8 +126,8 @@ def live_parity(recipe: Recipe, store: Store, *, num_rows: int, tick: Ticker = s
         for key, place in zip(keys, map(snapshot.place, cache.lines(snapshot, keys)), strict=True)
     }
     wanted = [(key, TokenRow(tuple(row["ids"][0].as_py()), row["first_supervised"][0].as_py())) for key, row in rows.items()]
-    with TemporaryDirectory(prefix="kd-") as directory:
-        teacher = load_teacher(Job(recipe, node, store, {"teacher": record}, Path(directory), silent))
+    with scratch() as directory:
+        teacher = load_teacher(Job(recipe, node, store, {"teacher": record}, directory, silent))
     live = score_rows(teacher, wanted, policy=policy, micro_batch_tokens=recipe.run.micro_batch_tokens)
     tick(Tick(len(keys), len(keys), "rows"))
     bounds = _BOUNDS.get(teacher.model.dtype, _BOUNDS_16_BIT)

@@ -1,14 +1,15 @@
-"""Move what ``verify`` found damaged out of the way, so that the next run computes those rows again.
+"""Move what ``verify`` found damaged out of the way, so that the next run computes it again.
 
-Nothing is thrown away: an object is copied to ``quarantine/<its key>`` before it is deleted. Records that froze a lost
-shard go first, then its commit, then the shard: a repair that is killed half-way leaves work to do, never a false record.
+Nothing is thrown away: an object is copied to ``quarantine/<its key>`` before it is deleted. Records go first (those that are
+damaged, whose files are, or that froze a lost shard), then commits, then the rest: a repair that is killed half-way leaves work
+to do, never a false record. The ledger is not touched: without an entry another student would be champion.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kd_core.artifacts import Record
-from kd_core.cache.verify import Damage, frozen_records
+from kd_core.cache.verify import Damage, readable_records
 from kd_core.errors import StoreError
 from kd_core.fingerprint import sha256_bytes
 from kd_core.progress import Tick, Ticker, silent
@@ -28,17 +29,16 @@ class Move:
 def plan_repair(store: Store, damage: Sequence[Damage]) -> tuple[Move, ...]:
     """List what has to be put aside, in the order in which it is done. Changes nothing."""
     lost = {found.shard: found for found in damage if found.shard is not None}
-    records: dict[str, str] = {}
-    for key, record in frozen_records(store):
-        frozen = sorted(lost.keys() & set(record.summary["commits"])) if isinstance(record, Record) else []
-        if frozen:
-            records[key] = f"it froze the lost shard {frozen[0][:12]}"
-    commits = {key: f"commit of the lost shard {str(found.shard)[:12]}" for found in damage for key in found.also}
-    own = {found.key: found.reason for found in damage}
-    steps = [*(key for key in own if key.startswith("artifacts/")), *records, *commits, *own]
-    reasons = {**commits, **records, **own}
-    there = (key for key in dict.fromkeys(steps) if store.info(key) is not None)
-    return tuple(Move(key, reasons[key]) for key in there)
+    frozen: dict[str, str] = {}
+    for key, record in readable_records(store):
+        shards = sorted(lost.keys() & set(record.summary.get("commits", ()))) if isinstance(record, Record) else []
+        if shards:
+            frozen[key] = f"it froze the lost shard {shards[0][:12]}"
+    also = {key: f"nothing without {found.key.rpartition('/')[2][:24]}" for found in damage for key in found.also}
+    own = {found.key: found.reason for found in damage if not found.key.startswith("ledger/")}
+    reasons = {**also, **frozen, **own}
+    steps = sorted(reasons, key=lambda key: (not key.endswith("/record.json"), key not in also, key))
+    return tuple(Move(key, reasons[key]) for key in steps if store.info(key) is not None)
 
 
 def repair(store: Store, moves: Sequence[Move], *, tick: Ticker = silent) -> None:

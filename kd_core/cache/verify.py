@@ -1,36 +1,41 @@
-"""Check that every row in the store is what was committed. Reads all, or a random sample of shards; changes nothing.
+"""Check that everything in the store is what was committed. Reads all, or a random sample of the large objects; changes nothing.
 
 For each row table: its description and commits are readable; each shard is there with the bytes of its commit, range by
 range; its rows are the commit's rows; each row of soft labels (or hidden states) has the key that its tokens give, decodes, has as many
-positions as its tokens say, and ids inside the vocabulary. For each record that froze rows: it is readable, its files are
-as recorded, and every row it names is in a commit. What is found is named with the objects that must go with it, so that
-``repair`` needs no second look. What is of another version is no damage: a VersionError ends the check.
+positions as its tokens say, and ids inside the vocabulary. For each artifact of any stage: its record is readable and in its place,
+its files are as recorded, what it was made from is there, and every row it names is in a commit. The ledger has every entry that
+a publication saw, and its champion is there. Each checkpoint is whole. What is found is named with the objects that must go with
+it, so that ``repair`` needs no second look. What is of another version is no damage: a VersionError ends the check.
 """
 
 import io
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kd_core.artifacts import Record, find, read_bytes
+from kd_core.artifacts import Record, check_file, find, open_artifact, read_bytes, record_keys
 from kd_core.cache.catalog import about, row_caches
 from kd_core.cache.explode import decode_rows_of, entries, gold_labels
 from kd_core.errors import IntegrityError, KDError, SoftLabelError, StoreError, VersionError
 from kd_core.fingerprint import sha256_bytes
+from kd_core.ledger import check_against_records
 from kd_core.progress import Tick, Ticker, silent
 from kd_core.rows.keys import soft_label_key
 from kd_core.rows.parquet import parse_shard
 from kd_core.rows.table import Commit, RowCache
 from kd_core.softlabels.hidden import decode_states
 from kd_core.store import Store
+from kd_core.train.checkpoints import Checkpoints
 
-__all__ = ["Damage", "Verified", "frozen_records", "verify"]
+__all__ = ["Damage", "Verified", "readable_records", "verify"]
 
 FREEZING_STAGES = ("answers", "soft_labels", "hidden_states")
 """Stages whose records name rows; their tables have the same names."""
+_REWRITE = "put the record of that artifact aside and run the recipe again: it is written, and no row is computed again"
 _ROWS = 16
 """Rows decoded together."""
 
@@ -60,7 +65,10 @@ class Verified:
         commits: commits read.
         shards: of their shards, how many were read whole.
         rows: rows in those shards.
-        records: records that name rows.
+        records: artifacts whose record was read.
+        artifacts: of those, how many were read whole, file by file.
+        entries: entries of all ledgers.
+        checkpoints: checkpoints read whole.
         damage: sorted by key.
     """
 
@@ -68,53 +76,87 @@ class Verified:
     shards: int
     rows: int
     records: int
+    artifacts: int
+    entries: int
+    checkpoints: int
     damage: tuple[Damage, ...]
 
 
 def verify(store: Store, *, sample: float = 1.0, tick: Ticker = silent) -> Verified:
-    """Check the row tables of a store and the records that name their rows.
+    """Check the row tables, the artifacts, the ledgers and the checkpoints of a store.
 
     Args:
         store: where.
-        sample: share of the shards that are read, in (0, 1]; drawn anew each time, at least one of each table. Commits and
-            records are always read.
-        tick: progress, in shards.
+        sample: share of the shards and of the artifacts whose bytes are read, in (0, 1]; drawn anew each time, at least one of each
+            table and stage. Commits, descriptions, records, ledgers and checkpoints are always read.
+        tick: progress, in shards and artifacts.
 
     Raises:
         VersionError: something is of another version.
     """
     damage: list[Damage] = []
-    picked: list[tuple[RowCache, Commit]] = []
+    shards: list[tuple[RowCache, Commit]] = []
     held: dict[tuple[str, str], set[str]] = {}
     num_commits = 0
     for cache in row_caches(store):
-        damage += _description(cache)
         commits, broken = _commits(cache)
-        damage += broken
+        damage += _description(cache, commits) + broken
         num_commits += len(commits)
         held[cache.table, cache.namespace] = {key for commit in commits for key in commit.keys}
-        count = min(len(commits), max(1, round(sample * len(commits))))
-        picked += [(cache, commit) for commit in sorted(random.sample(commits, count), key=lambda commit: commit.sha256)]
-    for done, (cache, commit) in enumerate(picked, 1):
+        shards += [(cache, commit) for commit in _sampled(commits, sample, lambda commit: commit.sha256)]
+    records, broken = _records(store)
+    damage += broken
+    stages = sorted({record.stage for record in records})
+    artifacts = [
+        record
+        for stage in stages
+        for record in _sampled([record for record in records if record.stage == stage], sample, lambda record: record.fingerprint)
+    ]
+    total = len(shards) + len(artifacts)
+    for done, (cache, commit) in enumerate(shards, 1):
         damage += _shard(cache, commit)
-        tick(Tick(done, len(picked), "shards"))
-    records, broken = _records(store, held)
-    rows = sum(len(commit.keys) for _, commit in picked)
-    return Verified(num_commits, len(picked), rows, records, tuple(sorted(damage + broken, key=lambda found: found.key)))
+        tick(Tick(done, total, "objects"))
+    for done, record in enumerate(artifacts, len(shards) + 1):
+        damage += _files(store, record) or _frozen_rows(store, record, held)
+        tick(Tick(done, total, "objects"))
+    damage += _sources(store, records)
+    num_entries, broken = _ledgers(store, records)
+    damage += broken
+    num_checkpoints, broken = _checkpoints(store)
+    damage += broken
+    return Verified(
+        commits=num_commits,
+        shards=len(shards),
+        rows=sum(len(commit.keys) for _, commit in shards),
+        records=len(records),
+        artifacts=len(artifacts),
+        entries=num_entries,
+        checkpoints=num_checkpoints,
+        damage=tuple(sorted({found.key: found for found in reversed(damage)}.values(), key=lambda found: found.key)),
+    )
 
 
-def _description(cache: RowCache) -> list[Damage]:
+T = TypeVar("T")
+
+
+def _sampled(items: Sequence[T], sample: float, order: Callable[[T], str]) -> list[T]:
+    count = min(len(items), max(1, round(sample * len(items))))
+    return sorted(random.sample(items, count), key=order)
+
+
+def _description(cache: RowCache, commits: Sequence[Commit]) -> list[Damage]:
     try:
-        about(cache)
+        if about(cache) == (None, None) and commits:
+            return [Damage(cache.about_key, f"gone, and its table has commits; {_REWRITE}")]
     except IntegrityError as error:
-        return [Damage(f"{cache.prefix}/about.json", _reason(error))]
+        return [Damage(cache.about_key, _reason(error))]
     return []
 
 
 def _reason(error: Exception) -> str:
     """Cut the leading URI off a message: the key stands beside it."""
     line = " ".join(str(error).split())
-    return line.partition(": ")[2] if "://" in line.split(" ")[0] or line.startswith("/") else line
+    return (line.partition(": ")[2] or line) if "://" in line.split(" ")[0] or line.startswith("/") else line
 
 
 def _commits(cache: RowCache) -> tuple[list[Commit], list[Damage]]:
@@ -204,43 +246,107 @@ def _check_hidden_states(rows: pa.Table) -> None:
             raise IntegrityError(f"row {key}: states of {found} positions, and it has {num} supervised tokens")
 
 
-# ---------------------------------------------------------------------------------------------- records
+# ---------------------------------------------------------------------------------------------- artifacts
 
 
-def frozen_records(store: Store) -> Iterator[tuple[str, Record | IntegrityError]]:
-    """Read (key, record) of every record that names rows; the error in its place where it is not readable as one."""
-    for stage in FREEZING_STAGES:
-        for info in store.list(f"artifacts/{stage}/"):
-            parts = info.key.split("/")
-            if len(parts) == 4 and parts[3] == "record.json":
-                try:
-                    record = find(store, stage, parts[2])
-                except IntegrityError as error:
-                    yield info.key, error
-                    continue
-                if record is not None:
-                    yield info.key, record
-
-
-def _records(store: Store, held: dict[tuple[str, str], set[str]]) -> tuple[int, list[Damage]]:
-    damage, count = [], 0
-    for key, record in frozen_records(store):
-        count += 1
-        if isinstance(record, IntegrityError):
-            damage.append(Damage(key, _reason(record)))
+def readable_records(store: Store) -> Iterator[tuple[str, Record | IntegrityError]]:
+    """(key, record) of every artifact; the error in its place where it is not readable as one."""
+    for key in record_keys(store):
+        _, stage, fp, _ = key.split("/")
+        try:
+            record = find(store, stage, fp)
+        except IntegrityError as error:
+            yield key, error
             continue
-        damage += _record(store, key, record, held.get((record.stage, record.summary["namespace"]), set()))
+        if record is not None:
+            yield key, record
+
+
+def _records(store: Store) -> tuple[list[Record], list[Damage]]:
+    found = list(readable_records(store))
+    records = [record for _, record in found if isinstance(record, Record)]
+    return records, [Damage(key, _reason(error)) for key, error in found if isinstance(error, IntegrityError)]
+
+
+def _files(store: Store, record: Record) -> list[Damage]:
+    """Every file of an artifact, each with its own damage."""
+    damage = []
+    for file in record.files:
+        try:
+            check_file(store, record, file)
+        except IntegrityError as error:
+            damage.append(Damage(f"{record.prefix}/{file.name}", _reason(error), also=(record.key,)))
+    return damage
+
+
+def _frozen_rows(store: Store, record: Record, held: dict[tuple[str, str], set[str]]) -> list[Damage]:
+    """Whether the rows that a whole artifact names are committed."""
+    if record.stage not in FREEZING_STAGES:
+        return []
+    try:
+        wanted = pq.read_table(io.BytesIO(read_bytes(store, record, "keys.parquet")))["key"].to_pylist()
+    except (KDError, pa.ArrowException, KeyError) as error:
+        return [Damage(record.key, f"it names no rows: {error}")]
+    there = held.get((record.stage, record.summary["namespace"]), set())
+    missing = [row for row in wanted if row not in there]
+    if missing:
+        return [Damage(record.key, f"{len(missing)} of {len(wanted)} rows it names are in no commit, first {missing[0]}")]
+    return []
+
+
+def _sources(store: Store, records: Sequence[Record]) -> list[Damage]:
+    """What records say they were made from and is not there."""
+    there = {record.fingerprint for record in records} | {key.split("/")[2] for key in record_keys(store)}
+    lost = {fp: (role, record) for record in records for role, fp in record.upstream.items() if fp not in there}
+    stages = {info.key.split("/")[2]: info.key.split("/")[1] for info in store.list("artifacts/")} if lost else {}
+    return [
+        Damage(
+            f"artifacts/{stages.get(fp, role.partition('.')[0])}/{fp}/record.json",
+            f"gone, and {record.stage} {record.fingerprint} was made from it ({role}); run the recipe again to make it",
+        )
+        for fp, (role, record) in lost.items()
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- ledgers and checkpoints
+
+
+def _ledgers(store: Store, records: Sequence[Record]) -> tuple[int, list[Damage]]:
+    count, damage = 0, []
+    published = {record.summary["model"] for record in records if record.stage == "publish"}
+    for model in sorted(published | {info.key.split("/")[1] for info in store.list("ledger/")}):
+        try:
+            entries = check_against_records(store, model)
+        except IntegrityError as error:
+            damage.append(Damage(_key_in(store, error) or f"ledger/{model}", _reason(error)))
+            continue
+        count += len(entries)
+        if entries:
+            artifact = entries[-1].artifact
+            try:
+                open_artifact(store, artifact)
+            except KDError as error:
+                key = f"artifacts/{artifact.stage}/{artifact.fingerprint}/record.json"
+                damage.append(Damage(key, f"champion of {model}: {_reason(error)}"))
     return count, damage
 
 
-def _record(store: Store, key: str, record: Record, held: set[str]) -> list[Damage]:
-    try:
-        for file in record.files:
-            read_bytes(store, record, file.name)
-        wanted = pq.read_table(io.BytesIO(read_bytes(store, record, "keys.parquet")))["key"].to_pylist()
-    except (StoreError, pa.ArrowException, KeyError) as error:
-        return [Damage(key, f"its files are not as recorded: {error}")]
-    missing = [row for row in wanted if row not in held]
-    if missing:
-        return [Damage(key, f"{len(missing)} of {len(wanted)} rows it names are in no commit, first {missing[0]}")]
-    return []
+def _checkpoints(store: Store) -> tuple[int, list[Damage]]:
+    count, damage = 0, []
+    for fp in sorted({info.key.split("/")[1] for info in store.list("checkpoints/")}):
+        checkpoints = Checkpoints(store, fp)
+        for step in checkpoints.steps():
+            count += 1
+            try:
+                checkpoints.check(step)
+            except IntegrityError as error:
+                record = checkpoints.record_key(step)
+                key = _key_in(store, error) or record
+                damage.append(Damage(key, _reason(error), also=() if key == record else (record,)))
+    return count, damage
+
+
+def _key_in(store: Store, error: Exception) -> str | None:
+    """The object key at the head of a message."""
+    text = str(error)
+    return text.removeprefix(f"{store.uri}/").partition(": ")[0] if text.startswith(f"{store.uri}/") else None

@@ -33,6 +33,7 @@ from kd_core.export.quantized import QUANTIZED_BOUNDS, QUANTIZED_PACKAGES, Quant
 from kd_core.fingerprint import sha256_file
 from kd_core.recipe import Recipe
 from kd_core.store import Store
+from kd_core.store.scratch import scratch
 from kd_core.teacher.models import LoadedModel, load_directory, load_tokenizer
 
 __all__ = ["Exported", "export_student", "generation_config"]
@@ -115,10 +116,10 @@ def _renamed_to(out: Path) -> Iterator[Path]:
     target = out.absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-")
+        made = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-")
     except OSError as error:
         raise RecipeError(f"--out {out}: nothing can be written there ({error.strerror}); name another directory") from error
-    with scratch as name:
+    with made as name:
         directory = Path(name) / "export"
         directory.mkdir()
         yield directory
@@ -130,8 +131,8 @@ def _renamed_to(out: Path) -> Iterator[Path]:
 
 def _copy_model(store: Store, student: Record, directory: Path) -> None:
     """The student's model files, verified, as they were recorded."""
-    with tempfile.TemporaryDirectory(prefix="kd-") as name:
-        shutil.copytree(materialize(store, student, Path(name)) / "model", directory, dirs_exist_ok=True)
+    with scratch() as path:
+        shutil.copytree(materialize(store, student, path) / "model", directory, dirs_exist_ok=True)
 
 
 def generation_config(recipe: Recipe, loaded: LoadedModel) -> GenerationConfig:

@@ -70,23 +70,36 @@ def _find_local(path: str) -> list[SourceFile]:
 
 
 def _find_in_bucket(address: str, s3: S3Options) -> list[SourceFile]:
-    from kd_core.store import open_store
+    from kd_core.store import open_bucket
 
     bucket, _, key = address.removeprefix("s3://").partition("/")
     if not bucket or not key:
         return []
-    store = open_store(f"s3://{bucket}", s3)
+    store = open_bucket(bucket, s3)
     first_wildcard = min((i for i, character in enumerate(key) if character in _WILDCARDS), default=None)
     if first_wildcard is None:
         keys = [key] if store.info(key) is not None else []
     else:
-        keys = [info.key for info in store.list(key[:first_wildcard]) if _matches(info.key, key)]
+        listed = [info.key for info in store.list(key[:first_wildcard])]
+        keys = [key] if key in listed else [found for found in listed if _matches(found.split("/"), key.split("/"))]
     return [SourceFile(f"s3://{bucket}/{k}", PurePosixPath(k).name, partial(_open_object, store, k)) for k in keys]
 
 
-def _matches(key: str, pattern: str) -> bool:
-    parts, patterns = key.split("/"), pattern.split("/")
-    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))  # as locally, '*' stays within one part
+def _matches(parts: list[str], patterns: list[str]) -> bool:
+    """Whether a key fits a pattern, part by part, as glob does for local files.
+
+    '*' stays within one part, '**' is any number of parts, and names that begin with a dot are for patterns that do.
+    """
+    if not patterns:
+        return not parts
+    first, rest = patterns[0], patterns[1:]
+    if first == "**" and not rest:
+        return bool(parts) and not any(part.startswith(".") for part in parts)
+    if first == "**":
+        return _matches(parts, rest) or (bool(parts) and not parts[0].startswith(".") and _matches(parts[1:], patterns))
+    if not parts or (parts[0].startswith(".") and not first.startswith(".")):
+        return False
+    return fnmatch.fnmatchcase(parts[0], first) and _matches(parts[1:], rest)
 
 
 def _open_path(path: Path) -> io.BufferedReader:

@@ -16,6 +16,7 @@ from kd_core.errors import StoreError
 from kd_core.fingerprint import sha256_bytes
 from kd_core.rows.parquet import ByteRange
 from kd_core.store import Store
+from kd_core.store.local import make_directory
 
 __all__ = ["RangeCache", "request_windows"]
 
@@ -116,7 +117,7 @@ class RangeCache:
 
     def _keep(self, path: Path, data: bytes) -> None:
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self._directory)
             handle, name = tempfile.mkstemp(prefix=path.name, dir=self._directory)
             with os.fdopen(handle, "wb") as file:
                 file.write(data)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import pyarrow as pa
@@ -28,6 +28,7 @@ from kd_core.failpoints import reach
 from kd_core.fingerprint import canonical_json, sha256_bytes
 from kd_core.rows.parquet import ByteRange, parse_shard, read_footer, read_group, write_shard
 from kd_core.store import Store
+from kd_core.store.sealed import read_parsed, seal, unseal
 from kd_core.store.versions import VERSION, expect_version
 
 __all__ = ["Commit", "Place", "RowCache", "Shard", "Snapshot"]
@@ -143,6 +144,11 @@ class RowCache:
         """Key prefix of all shards and commits."""
         return f"rows/{self.table}/{self.namespace}"
 
+    @property
+    def about_key(self) -> str:
+        """Object key of the description."""
+        return f"{self.prefix}/about.json"
+
     def shard_key(self, commit: Commit) -> str:
         """Object key of a commit's shard."""
         return f"{self.prefix}/shards/{commit.sha256}.parquet"
@@ -160,23 +166,31 @@ class RowCache:
             VersionError: there is one of another version.
             IntegrityError: there is one that says something else.
         """
-        if not self.store.create(f"{self.prefix}/about.json", canonical_json({"version": VERSION, "table": self.table, **about})):
-            with suppress(ValueError, KeyError, TypeError):
+        place = {"table": self.table, "namespace": self.namespace}
+        if not self.store.create(self.about_key, seal("about", {**place, **about})):
+            with suppress(IntegrityError):
                 self.description()
-            raise IntegrityError(f"{self.store.uri}/{self.prefix}/about.json holds another description; delete it and run again")
+            raise IntegrityError(
+                f"{self.store.uri}/{self.about_key} holds another description; if it is damaged, "
+                f"kd cache repair --store {self.store.uri} --yes puts it aside; run again then"
+            )
 
     def description(self) -> dict[str, Any] | None:
         """Read what ``describe`` wrote; None where nothing was.
 
         Raises:
             VersionError: it is of another version.
-            ValueError: its bytes are no description; or KeyError, or TypeError.
+            IntegrityError: its bytes are no description of this namespace.
         """
-        key = f"{self.prefix}/about.json"
-        if self.store.info(key) is None:
+        if self.store.info(self.about_key) is None:
             return None
-        said: dict[str, Any] = json.loads(self.store.get(key))
-        expect_version(said["version"], f"{self.store.uri}/{key}: a row table")
+        advice = f"kd cache repair --store {self.store.uri} --yes puts it aside, and the next run writes it again"
+        return read_parsed(self.store, self.about_key, self._parse_about, what="description", advice=advice)
+
+    def _parse_about(self, data: bytes) -> dict[str, Any]:
+        said = unseal("about", data)
+        if (said["table"], said["namespace"]) != (self.table, self.namespace):
+            raise ValueError(f"it describes {said['namespace']} of {said['table']}")
         return said
 
     def commit(self, rows: pa.Table, *, num_tokens: int, metadata: Mapping[bytes, bytes] | None = None) -> Commit:
@@ -200,7 +214,7 @@ class RowCache:
             "keys": list(keys),
         }
         content = canonical_json(fields)
-        commit = self._parse_commit(sha256_bytes(content), content)
+        commit = _parse_commit(sha256_bytes(content), content)
         for kind, key, body in (("shard", self.shard_key(commit), data), ("commit", self.commit_key(commit), content)):
             if not self.store.create(key, body):
                 raise IntegrityError(f"{self.store.uri}/{key} holds other bytes than its name says; run kd cache repair, then run again")
@@ -240,22 +254,9 @@ class RowCache:
             IntegrityError: its bytes are not a commit of this name.
             VersionError: it is of another version.
         """
-        key = f"{self.prefix}/commits/{name}.json"
-        try:
-            return self._parse_commit(name, self.store.get(key))
-        except (ValueError, KeyError, TypeError) as error:
-            raise IntegrityError(
-                f"{self.store.uri}/{key}: not a valid commit ({error}); kd cache repair moves it aside, and its rows are computed again"
-            ) from error
-
-    def _parse_commit(self, name: str, data: bytes) -> Commit:
-        """Raises ValueError, KeyError or TypeError where the bytes are not a commit of this name."""
-        if sha256_bytes(data) != name:
-            raise ValueError("its content does not match its name")
-        raw = json.loads(data)
-        expect_version(raw["version"], f"{self.store.uri}/{self.prefix}/commits/{name}.json: a commit")
-        ranges = tuple(ByteRange(*part) for part in raw["ranges"])
-        return Commit(name, raw["sha256"], raw["size_bytes"], tuple(raw["keys"]), raw["num_tokens"], ranges)
+        advice = f"kd cache repair --store {self.store.uri} --yes puts it aside, and its rows are computed again"
+        parse = partial(_parse_commit, name)
+        return read_parsed(self.store, f"{self.prefix}/commits/{name}.json", parse, what="commit", advice=advice)
 
     def lines(self, snapshot: Snapshot, keys: Sequence[str]) -> list[int]:
         """Find the lines (``Snapshot.lines``) of rows, in the order asked for.
@@ -385,3 +386,13 @@ def _fetch(cache: RowCache, commit: Commit, fetch: Fetch, part: ByteRange) -> by
     if data is None:
         raise cache.quarantine(commit, f"bytes {part.start} to {part.start + part.length} differ from their checksum")
     return data
+
+
+def _parse_commit(name: str, data: bytes) -> Commit:
+    """A commit of this name. Raises ValueError, KeyError or TypeError where the bytes are none, and VersionError."""
+    if sha256_bytes(data) != name:
+        raise ValueError("its content does not match its name")
+    raw = json.loads(data)
+    expect_version(raw["version"], "a commit")
+    ranges = tuple(ByteRange(*part) for part in raw["ranges"])
+    return Commit(name, raw["sha256"], raw["size_bytes"], tuple(raw["keys"]), raw["num_tokens"], ranges)

@@ -18,7 +18,7 @@ from kd_core import artifacts
 from kd_core.curate.verifier import GRADER_VERSION
 from kd_core.errors import ArtifactError
 from kd_core.fingerprint import fingerprint
-from kd_core.ledger import Entry, champion_before, current
+from kd_core.ledger import Entry, champion_before
 from kd_core.prompts.sources import source_identity
 from kd_core.recipe import (
     Arm,
@@ -277,4 +277,4 @@ def open_node(store: Store, node: Node) -> artifacts.Record:
 def champion(recipe: Recipe, store: Store, nodes: Graph) -> Entry | None:
     """The champion that this recipe's student must face: the current one, or its predecessor if the student is it."""
     student = selected_student(recipe, store, nodes)
-    return current(store, recipe.publish) if student is None else champion_before(store, recipe.publish, student.digest)
+    return champion_before(store, recipe.publish, None if student is None else student.digest)

@@ -1,7 +1,6 @@
 """What a stage function gets, and tables in and out of artifacts."""
 
 import io
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from kd_core.progress import Ticker
 from kd_core.recipe import Recipe
 from kd_core.stages.graph import Node
 from kd_core.store import Store
+from kd_core.store.scratch import scratch
 
 __all__ = ["Job"]
 
@@ -54,8 +54,8 @@ class Job:
     @contextmanager
     def files(self, record: Record) -> Iterator[Path]:
         """The files of an artifact as local files, verified, for the time of the context."""
-        with tempfile.TemporaryDirectory(prefix="kd-") as name:
-            yield materialize(self.store, record, Path(name))
+        with scratch() as path:
+            yield materialize(self.store, record, path)
 
     def champion(self) -> Entry | None:
         """The ledger's entry of the champion that this node was drawn for; None where there was none."""

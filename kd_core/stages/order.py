@@ -35,8 +35,8 @@ Submit = Callable[[Graph, Node, Sequence[Pending]], Pending]
 def when_all_done(recipe: Recipe, store: Store, nodes: Graph) -> dict[str, Artifact] | None:
     """Node name -> artifact where every node is done; None where one is not. Looks into the store, starts nothing."""
     done: dict[str, Artifact] = {}
-    for name, node in nodes.items():
-        if (artifact := found_done(store, node)) is None:
+    for name in nodes:
+        if (artifact := found_done(recipe, store, nodes, name)) is None:
             return None
         done[name] = artifact
     return done

@@ -1,7 +1,8 @@
 """One unit of work on several processes of this machine, its ranks: they are started, watched and ended here.
 
 Ranks meet through a store of this process, so no port is guessed. Rank 0's progress and result are the unit's. The first rank that
-fails ends all: nothing waits for a rank that is gone. An interrupt here ends them, and so does the end of this process, however it comes.
+fails ends all: nothing waits for a rank that is gone. An interrupt here ends them, and so does the end of this process, however it comes;
+SIGTERM is handed to them, so that training leaves a checkpoint first.
 """
 
 import multiprocessing
@@ -29,6 +30,7 @@ from kd_core.stages.job import Job
 from kd_core.stages.processes import end_with_parent, how_it_ended
 from kd_core.store import open_store
 from kd_core.teacher.models import pick_device
+from kd_core.train.stopping import Stop, sigterm_waits
 
 __all__ = ["RankFunction", "on_ranks"]
 
@@ -64,18 +66,24 @@ def on_ranks(job: Job, function: RankFunction) -> dict[str, Any]:
             mouth.close()
             processes.append(process)
             voices[voice] = rank
-        return _listen(job, processes, voices)
+        with sigterm_waits() as stop:
+            return _listen(job, processes, voices, stop)
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def _listen(job: Job, processes: list[BaseProcess], voices: dict[Connection, int]) -> dict[str, Any]:
+def _listen(job: Job, processes: list[BaseProcess], voices: dict[Connection, int], stop: Stop) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     failures: dict[int, Exception] = {}
     until = float("inf")
+    told = False
     while voices and time.monotonic() < until:
+        if stop.requested and not told:  # they end at the end of a step, after a checkpoint
+            told = True
+            for process in processes:
+                process.terminate()
         for voice in wait(list(voices), timeout=0.5):
             assert isinstance(voice, Connection)
             rank = voices[voice]

@@ -11,7 +11,7 @@ from kd_core.store.s3 import S3Store
 if TYPE_CHECKING:
     from kd_core.recipe import S3Options
 
-__all__ = ["LocalStore", "ObjectInfo", "S3Store", "Store", "check_key", "open_store"]
+__all__ = ["LocalStore", "ObjectInfo", "S3Store", "Store", "check_key", "open_bucket", "open_store"]
 
 
 def open_store(uri: str, options: "S3Options") -> Store:
@@ -31,3 +31,12 @@ def open_store(uri: str, options: "S3Options") -> Store:
     if scheme != "s3" or not bucket:
         raise StoreError(f"store {uri!r} is not understood; use s3://bucket/prefix or a local directory")
     return S3Store(bucket, prefix.strip("/"), options=options)
+
+
+def open_bucket(bucket: str, options: "S3Options") -> Store:
+    """Open somebody's bucket, whose objects are read under whatever they are called.
+
+    Raises:
+        StoreError: it cannot be reached.
+    """
+    return S3Store(bucket, "", options=options, any_key=True)

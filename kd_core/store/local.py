@@ -18,7 +18,7 @@ from kd_core.errors import StoreError
 from kd_core.fingerprint import sha256_bytes, sha256_file
 from kd_core.store.base import ObjectInfo, check_key
 
-__all__ = ["LocalStore", "replacing"]
+__all__ = ["LocalStore", "make_directory", "replacing"]
 
 _COPY_BYTES = 4 << 20
 _ADVICE = {
@@ -37,7 +37,7 @@ def _temporary(directory: Path) -> Path:
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Write a local file all or nothing: through a temporary file beside it that takes its name at a clean exit."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     temporary = _temporary(path.parent)
     try:
         with temporary.open("xb") as file:
@@ -55,12 +55,12 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _make_directory(directory: Path) -> None:
-    """Make a directory and its parents, so that the names survive a power cut."""
+def make_directory(directory: Path) -> None:
+    """Make a directory and its parents, so that the names survive a power cut; a ``.kd`` is for this user's eyes only."""
     if directory.is_dir():
         return
-    _make_directory(directory.parent)
-    directory.mkdir(exist_ok=True)
+    make_directory(directory.parent)
+    directory.mkdir(exist_ok=True, mode=0o700 if directory.name == ".kd" else 0o777)
     _sync_directory(directory.parent)
 
 
@@ -113,7 +113,7 @@ class LocalStore:
         path = self._path(key)
         size = data.stat().st_size if isinstance(data, Path) else len(data)
         with self._errors(f"write {size:,} bytes", key):
-            _make_directory(path.parent)
+            make_directory(path.parent)
             temporary = _temporary(path.parent)
             try:
                 _write(temporary, data)

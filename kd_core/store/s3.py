@@ -70,7 +70,13 @@ def _is_transient(error: Exception) -> bool:
     if isinstance(error, boto.SSLError):
         return False
     broken = (boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError, boto.FlexibleChecksumError)
-    return isinstance(error, broken) or _status(error) in (408, 429) or _status(error) >= 500
+    return isinstance(error, broken) or _status(error) in (408, 429) or (_status(error) >= 500 and _status(error) not in _NEVER)
+
+
+_NEVER = (501, 505)
+"""The server does not know what it was asked for: asking again changes nothing."""
+_OF_CHECKSUMS = (400, 411, 501)
+"""Answers of servers that do not know the checksums that are sent with a request, or the chunks that carry them."""
 
 
 def _time(value: Any) -> datetime:
@@ -101,7 +107,9 @@ def _pieces(data: bytes | Path, length: int) -> Iterator[bytes]:
 class S3Store:
     """Objects below one prefix of one bucket. Safe to use from many threads; close it when done."""
 
-    def __init__(self, bucket: str, prefix: str, *, options: "S3Options", multipart_bytes: int = MULTIPART_BYTES) -> None:
+    def __init__(
+        self, bucket: str, prefix: str, *, options: "S3Options", multipart_bytes: int = MULTIPART_BYTES, any_key: bool = False
+    ) -> None:
         """Reach the bucket, or say why not.
 
         Args:
@@ -109,6 +117,7 @@ class S3Store:
             prefix: key prefix, without slashes at its ends; '' is the whole bucket.
             options: endpoint, region, checksums. Credentials come from the environment or a role.
             multipart_bytes: larger objects are sent in parts.
+            any_key: read and list objects of other people, whatever their keys are; ours are strict.
 
         Raises:
             RecipeError: the endpoint's address is refused.
@@ -124,6 +133,8 @@ class S3Store:
         self._bucket, self._prefix, self._multipart_bytes = bucket, prefix, multipart_bytes
         if options.endpoint is not None:
             check_address(options.endpoint, field="run.s3.endpoint", instead="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        self._checksums, self._any_key = options.checksums, any_key
+        self._proven: set[bool] = set()
         config = Config(
             retries={"total_max_attempts": 1},
             connect_timeout=5,
@@ -163,10 +174,30 @@ class S3Store:
     # ------------------------------------------------------------------------------------------ requests and errors
 
     def _name(self, key: str) -> str:
+        """The name in the bucket of a key of ours."""
         return f"{self._prefix}/{check_key(key)}" if self._prefix else check_key(key)
 
-    def _call(self, key: str, call: Callable[[], T], *, none_if: tuple[int, ...] = ()) -> T | None:
-        """Run one idempotent request until it succeeds; None when the server answers with a status in ``none_if``."""
+    def _read_name(self, key: str) -> str:
+        """The name in the bucket of a key to read: of any, where other people's are meant.
+
+        Raises:
+            StoreError: for names that an address cannot hold: HTTP folds '.' and '..' away.
+        """
+        if not self._any_key:
+            return self._name(key)
+        if not key or len(key.encode()) > 1024 or "\0" in key or any(part in (".", "..") for part in key.split("/")):
+            raise StoreError(f"{self.uri}: object key {key!r} is refused: no address reaches it; copy it to a plain name")
+        return f"{self._prefix}/{key}" if self._prefix else key
+
+    def _call(self, key: str, call: Callable[[], T], *, none_if: tuple[int, ...] = (), sends: bool = False) -> T | None:
+        """Run one idempotent request until it succeeds; None when the server answers with a status in ``none_if``.
+
+        Args:
+            key: what it is about, for messages.
+            call: the request.
+            none_if: see above.
+            sends: whether it carries an object's bytes, and so their checksum.
+        """
         from botocore.exceptions import BotoCoreError, ClientError
 
         for attempt in _attempts():
@@ -176,14 +207,14 @@ class S3Store:
                 if _status(error) in none_if:
                     return None
                 if attempt == ATTEMPTS or not _is_transient(error):
-                    raise StoreError(f"{self._where(key)}: {self._explain(error, attempt)}") from error
+                    raise StoreError(f"{self._where(key)}: {self._explain(error, attempt, sends)}") from error
                 _log.warning("%s: try %d of %d failed: %s", self._where(key), attempt, ATTEMPTS, error)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _where(self, key: str) -> str:
         return f"{self.uri}/{key}".rstrip("/")
 
-    def _explain(self, error: Exception, attempts: int) -> str:
+    def _explain(self, error: Exception, attempts: int, sends: bool) -> str:
         from botocore import exceptions as boto
 
         if isinstance(error, (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError)):
@@ -201,7 +232,10 @@ class S3Store:
             return f"{self._endpoint} refused the credentials ({code}); check AWS_ACCESS_KEY_ID, its secret, and its rights to the bucket"
         if status in (301, 307):
             return f"bucket {self._bucket!r} is not in the region of {self._endpoint}; correct run.s3.region"
-        return f"{self._endpoint} answered {status} {code} to try {attempts} of {ATTEMPTS}: {text}"
+        advice = ""
+        if sends and status in _OF_CHECKSUMS and self._checksums == "when_supported":
+            advice = "; a server that refuses checksums it does not know answers so: try --set run.s3.checksums=when_required"
+        return f"{self._endpoint} answered {status} {code} to try {attempts} of {ATTEMPTS}: {text}{advice}"
 
     # ------------------------------------------------------------------------------------------ writing
 
@@ -212,17 +246,41 @@ class S3Store:
             return same
         for _ in _attempts():
             if self._put_parts(key, data) if large else self._put(key, data):
+                self._prove(key, data, large)
                 return True
             if (same := self._same(key, data)) is not None:
                 return same
         raise StoreError(f"{self._where(key)}: {ATTEMPTS} conditional writes were refused and no object is there; is another writer stuck?")
+
+    def _prove(self, key: str, data: bytes | Path, large: bool) -> None:
+        """Read the first object of each way of writing back: a server that does not know checksums in chunks stores them as content.
+
+        Raises:
+            StoreError: other bytes are stored than were sent; they are removed.
+        """
+        if large in self._proven:
+            return
+        if self._same(key, data) is False:
+            info = self.info(key)
+            stored = "none" if info is None else f"{info.size_bytes:,}"
+            then = "which were removed"
+            try:
+                self.delete(key)
+            except StoreError as error:
+                then = f"which cannot be removed ({error}): delete that object"
+            raise StoreError(
+                f"{self._where(key)}: {_size(data):,} bytes were sent to {self._endpoint}, and it stored others ({stored} bytes), "
+                f"{then}; a server, or a proxy before it, that takes checksums for content does so: "
+                "try --set run.s3.checksums=when_required"
+            )
+        self._proven.add(large)
 
     def _put(self, key: str, data: bytes | Path) -> bool:
         """One conditional write; False when the server says that something is, or may be, there."""
         body = data.read_bytes() if isinstance(data, Path) else data
         name = self._name(key)
         put = self._call(
-            key, lambda: self._client.put_object(Bucket=self._bucket, Key=name, Body=body, IfNoneMatch="*"), none_if=(409, 412)
+            key, lambda: self._client.put_object(Bucket=self._bucket, Key=name, Body=body, IfNoneMatch="*"), none_if=(409, 412), sends=True
         )
         return put is not None
 
@@ -247,7 +305,7 @@ class S3Store:
         return False
 
     def _put_part(self, key: str, where: dict[str, str], number: int, piece: bytes) -> dict[str, object]:
-        reply = self._call(key, lambda: self._client.upload_part(**where, PartNumber=number, Body=piece))
+        reply = self._call(key, lambda: self._client.upload_part(**where, PartNumber=number, Body=piece), sends=True)
         assert reply is not None
         return {"PartNumber": number, "ETag": reply["ETag"]}
 
@@ -256,22 +314,26 @@ class S3Store:
             self._call(key, lambda: self._client.abort_multipart_upload(**where), none_if=(404,))
 
     def _same(self, key: str, data: bytes | Path) -> bool | None:
-        """Read an object back and compare size, then sha256; None if there is no object."""
+        """Read an object back and compare size, then sha256, twice before it is called another; None if there is no object."""
         info = self.info(key)
         if info is None:
             return None
         if info.size_bytes != _size(data):
             return False
+        wanted = sha256_file(data) if isinstance(data, Path) else sha256_bytes(data)
+        return self._sha256(key) == wanted or self._sha256(key) == wanted
+
+    def _sha256(self, key: str) -> str:
         digest = hashlib.sha256()
         for block in self._blocks(key):
             digest.update(block)
-        return digest.hexdigest() == (sha256_file(data) if isinstance(data, Path) else sha256_bytes(data))
+        return digest.hexdigest()
 
     # ------------------------------------------------------------------------------------------ reading
 
     def _read(self, key: str, byte_range: str | None) -> tuple[bytes, int]:
         """One GET: the bytes, and the object's whole size."""
-        parameters = {"Bucket": self._bucket, "Key": self._name(key)} | ({"Range": byte_range} if byte_range else {})
+        parameters = {"Bucket": self._bucket, "Key": self._read_name(key)} | ({"Range": byte_range} if byte_range else {})
         reply = self._client.get_object(**parameters)
         with closing(reply["Body"]) as body:
             data: bytes = body.read()  # raises when it is shorter than its Content-Length
@@ -324,13 +386,13 @@ class S3Store:
 
     def info(self, key: str) -> ObjectInfo | None:
         """Size and time of an object, or None if there is none."""
-        name = self._name(key)
+        name = self._read_name(key)
         head = self._call(key, lambda: self._client.head_object(Bucket=self._bucket, Key=name), none_if=(404,))
         return None if head is None else ObjectInfo(key, head["ContentLength"], head["LastModified"].timestamp())
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Every object whose key starts with ``prefix``, sorted by key (some servers list in another order)."""
-        if prefix:
+        if prefix and not self._any_key:
             check_key(prefix.removesuffix("/"))
         base = f"{self._prefix}/" if self._prefix else ""
         parameters, found = {"Bucket": self._bucket, "Prefix": base + prefix}, []

@@ -9,9 +9,7 @@ It refuses other kinds of tokenizer, in which a removed token leaves a hole that
 """
 
 import json
-import tempfile
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kd_core.errors import RecipeError, TeacherError
+from kd_core.store.scratch import scratch
 from kd_core.teacher.loaders import Place, read_tokenizer
 from kd_core.tokens.encoding import num_columns, tokenizer_identity
 from kd_core.tokens.token_map import TokenMap
@@ -154,18 +153,16 @@ def _renumber(processor: Any, place: dict[int, int]) -> None:
 
 def _rewritten(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer with another tokenizer.json, as plain transformers loads it: by that file alone, whatever its family."""
-    with tempfile.TemporaryDirectory(prefix="kd-") as name:
-        tokenizer.save_pretrained(name)
-        (Path(name) / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
-        about = json.loads((Path(name) / "tokenizer_config.json").read_text(encoding="utf-8"))
+    with scratch() as folder:
+        tokenizer.save_pretrained(folder)
+        (folder / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+        about = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         about = {key: value for key, value in about.items() if key not in ("added_tokens_decoder", "auto_map")}
-        (Path(name) / "tokenizer_config.json").write_text(
-            json.dumps(about | {"tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8"
-        )
-        for file in Path(name).iterdir():
+        (folder / "tokenizer_config.json").write_text(json.dumps(about | {"tokenizer_class": "PreTrainedTokenizerFast"}), encoding="utf-8")
+        for file in folder.iterdir():
             if not file.name.startswith(("tokenizer", "chat_template", "special_tokens")):
                 file.unlink()  # vocab.json, merges.txt and the like: of the full vocabulary
-        return read_tokenizer(Place.directory(Path(name), trust_remote_code=False))
+        return read_tokenizer(Place.directory(folder, trust_remote_code=False))
 
 
 def trim_model(model: PreTrainedModel, token_map: TokenMap) -> PreTrainedModel:

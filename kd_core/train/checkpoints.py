@@ -1,7 +1,7 @@
-"""Checkpoints: atomic, verified, the newest complete one wins.
+"""Checkpoints: atomic, verified, the newest whole one wins.
 
     checkpoints/<fingerprint>/<step>/<sha256>.pt   the state
-    checkpoints/<fingerprint>/<step>/record.json   written last, with the sha256 and the version of the state
+    checkpoints/<fingerprint>/<step>/record.json   written last, sealed: fingerprint, step, the state's sha256
 
 A state holds all that a run needs to go on bit for bit: ``model`` and ``optimiser`` (whole, whatever the number of ranks), ``history``
 (what was logged, the validations that learning rate, early stopping and the best step follow from), ``average`` (moving average of
@@ -9,24 +9,33 @@ the weights, or None), ``best`` (weights with the least validation loss so far, 
 ``feature_loss`` (their projections). The place in the data and random numbers are functions of the seed and the step, and need no
 saving. Because each state holds the best weights too, the newest ones are all that is kept; a finished run removes them.
 
-Only tensors and plain values are loaded (``weights_only``).
+A damaged checkpoint is named and passed over for an older whole one. Only tensors and plain values are loaded (``weights_only``).
 """
 
-import json
-import tempfile
+import logging
+import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from kd_core.errors import IntegrityError, StoreError
+from kd_core.errors import IntegrityError, StoreError, TrainingError
 from kd_core.failpoints import reach
 from kd_core.fingerprint import sha256_file
 from kd_core.store import Store
-from kd_core.store.versions import VERSION, expect_version
+from kd_core.store.scratch import scratch
+from kd_core.store.sealed import check_object, read_parsed, seal, unseal
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Checkpoints"]
+
+READ_BYTES = 256 << 20
+"""States up to this size are read whole only to say from which a run would go on (0.2 s on a local disk)."""
+_KEY = re.compile(r"checkpoints/[^/]+/(\d+)/record\.json")
+_ADVICE = "kd cache repair puts it aside"
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,52 +49,95 @@ class Checkpoints:
     def _prefix(self, step: int | None = None) -> str:
         return f"checkpoints/{self.fingerprint}/" + ("" if step is None else f"{step:08d}")
 
+    def record_key(self, step: int) -> str:
+        """Object key of a checkpoint's record."""
+        return f"{self._prefix(step)}/record.json"
+
     def steps(self) -> list[int]:
-        """List the steps of complete checkpoints, rising."""
-        return sorted(int(info.key.split("/")[-2]) for info in self.store.list(self._prefix()) if info.key.endswith("/record.json"))
+        """Steps of complete checkpoints, rising."""
+        return sorted(int(found[1]) for info in self.store.list(self._prefix()) if (found := _KEY.fullmatch(info.key)))
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state after ``step`` optimiser steps, then forget all but the newest."""
-        with tempfile.TemporaryDirectory(prefix="kd-") as name:
-            path = Path(name) / "state.pt"
-            torch.save(state, path)
-            sha256 = sha256_file(path)
-            self.store.create(f"{self._prefix(step)}/{sha256}.pt", path)
-        reach("checkpoint.state")
-        self.store.create(f"{self._prefix(step)}/record.json", json.dumps({"sha256": sha256, "version": VERSION}).encode())
-        reach("checkpoint.record")
-        for old in self.steps()[: -self.keep]:
-            self._remove(self._prefix(old))
-
-    def load_newest(self, device: torch.device) -> tuple[int, dict[str, Any]] | None:
-        """Load (step, state) of the newest complete checkpoint; None without one.
+        """Write the state after ``step`` optimiser steps, then forget the older ones but the newest.
 
         Raises:
-            IntegrityError: its bytes are not the recorded ones.
+            StoreError: there is no space for it, with path and bytes; older checkpoints stay.
+        """
+        import torch
+
+        with scratch() as folder:
+            path = folder / "state.pt"
+            torch.save(state, path)
+            sha256 = sha256_file(path)
+            self._write(f"{self._prefix(step)}/{sha256}.pt", path)
+        reach("checkpoint.state")
+        body = {"fingerprint": self.fingerprint, "step": step, "state": sha256}
+        self._write(self.record_key(step), seal("checkpoint", body))
+        reach("checkpoint.record")
+        for old in [other for other in self.steps() if other <= step][: -self.keep]:
+            self._remove(self._prefix(old))
+
+    def _write(self, key: str, data: bytes | Path) -> None:
+        """Write an object; other bytes under its name are a damaged checkpoint that was passed over, and make room."""
+        if not self.store.create(key, data):
+            self.store.delete(key)
+            if not self.store.create(key, data):
+                raise TrainingError(f"{self.store.uri}/{key}: another run writes other bytes here at the same time; end one, and run again")
+
+    def load_newest(self, device: "torch.device") -> tuple[int, dict[str, Any]] | None:
+        """(step, state) of the newest whole checkpoint, or None. A damaged one is told, and stays where it is.
+
+        Raises:
             VersionError: it is of another version.
+            StoreError: the store failed.
         """
         for step in reversed(self.steps()):
             try:
                 return step, self._load(step, device)
+            except IntegrityError as error:
+                if self.store.info(self.record_key(step)) is not None:
+                    _LOG.warning("%s; training goes on from an older checkpoint, or from the beginning", error)
             except StoreError:
-                if step in self.steps():
+                if self.store.info(self.record_key(step)) is not None:
                     raise
                 # else another worker of the same run has gone on, or finished, and removed it meanwhile
         return None
 
-    def _load(self, step: int, device: torch.device) -> dict[str, Any]:
-        record = json.loads(self.store.get(f"{self._prefix(step)}/record.json"))
-        where = f"{self.store.uri}/{self._prefix(step)}"
-        expect_version(record.get("version"), f"{where}: a checkpoint", otherwise="delete it to resume from an earlier one")
-        key = f"{self._prefix(step)}/{record['sha256']}.pt"
-        with tempfile.TemporaryDirectory(prefix="kd-") as name:
-            path = Path(name) / "state.pt"
-            self.store.download(key, path)
-            if sha256_file(path) != record["sha256"]:
-                raise IntegrityError(
-                    f"{self.store.uri}/{key}: sha256 differs from its record; delete {self._prefix(step)} to resume from an earlier one"
-                )
-            state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    def newest_whole(self) -> int | None:
+        """Step from which a run would go on; the bytes of states over ``READ_BYTES`` are not read for it."""
+        for step in reversed(self.steps()):
+            try:
+                self.check(step, at_most_bytes=READ_BYTES)
+            except IntegrityError:
+                continue
+            return step
+        return None
+
+    def check(self, step: int, *, at_most_bytes: int | None = None) -> None:
+        """Check a checkpoint where it is: its record, and the bytes of its state; of a larger state than said, that it is there.
+
+        Raises:
+            IntegrityError: its record or its state is damaged, or gone.
+            VersionError: it is of another version.
+        """
+        key, sha256 = self._read_record(step)
+        info = self.store.info(key)
+        if info is None or at_most_bytes is None or info.size_bytes <= at_most_bytes:
+            check_object(self.store, key, sha256, advice=_ADVICE)
+
+    def _read_record(self, step: int) -> tuple[str, str]:
+        parse = partial(_parse, self.fingerprint, step)
+        sha256 = read_parsed(self.store, self.record_key(step), parse, what="checkpoint record", advice=_ADVICE)
+        return f"{self._prefix(step)}/{sha256}.pt", sha256
+
+    def _load(self, step: int, device: "torch.device") -> dict[str, Any]:
+        import torch
+
+        key, sha256 = self._read_record(step)
+        with scratch() as folder:
+            path = folder / "state.pt"
+            check_object(self.store, key, sha256, advice=_ADVICE, download=path)
+            state: dict[str, Any] = torch.load(self.store.local_path(key) or path, map_location=device, weights_only=True)
             return state
 
     def clear(self) -> None:
@@ -95,3 +147,11 @@ class Checkpoints:
     def _remove(self, prefix: str) -> None:
         for info in sorted(self.store.list(prefix), key=lambda info: not info.key.endswith("/record.json")):
             self.store.delete(info.key)
+
+
+def _parse(fingerprint: str, step: int, data: bytes) -> str:
+    """The sha256 of the state."""
+    body = unseal("checkpoint", data)
+    if (body["fingerprint"], body["step"]) != (fingerprint, step):
+        raise ValueError(f"it is the record of step {body['step']} of {body['fingerprint']}")
+    return str(body["state"])

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from kd_core.errors import TrainingError
 from kd_core.failpoints import reach
 from kd_core.losses.objective import step_weights
 from kd_core.progress import Tick, Ticker
@@ -29,6 +30,7 @@ from kd_core.train.schedules import Validations, learning_rate, weight_decay, wi
 from kd_core.train.sharding import shall_shard
 from kd_core.train.speed import Meter
 from kd_core.train.state import TrainingState, as_trained, refuse_launcher_options, refuse_unsupported
+from kd_core.train.stopping import sigterm_waits
 
 __all__ = ["TrainingResult", "train"]
 
@@ -100,7 +102,8 @@ def train(
         features: what the objective's features need: block pairs and the teacher's side; None where it has none.
 
     Raises:
-        TrainingError: no rows, more non-finite gradients than allowed, or a model whose logits cannot be made here.
+        TrainingError: no rows, more non-finite gradients than allowed, a model whose logits cannot be made here, or SIGTERM: then there
+            is a checkpoint after the step that was at work.
         SoftLabelError: missing or invalid soft labels.
     """
     began = time.perf_counter()
@@ -128,7 +131,8 @@ def train(
     meter = Meter(model, num_columns=num_columns, device=accelerator.device, dtype=products)
     history, done = state.history, start
     tick(Tick(start, training.steps, "steps"))
-    with as_trained(state.model, packed=packed, run=run):
+    stopped = False
+    with sigterm_waits() as stop, as_trained(state.model, packed=packed, run=run):
         for step in range(start, training.steps):
             weights = step_weights(objective, step=step, steps=training.steps)
             rate, decay = learning_rate(training, step, history.validation), weight_decay(training, step)
@@ -148,11 +152,17 @@ def train(
                 tick(Tick(done, training.steps, "steps", f"loss {means['loss']:.4f}"))
             if last or done % max(_LOG_EVERY, training.steps // _SPEED_READINGS) == 0:
                 history.speed.append({"step": done, **meter.read()})
-            if not last and done % run.checkpoint_every_steps == 0:
+            saved = not last and done % run.checkpoint_every_steps == 0
+            if saved:
                 state.save(checkpoints, done)
             reach("train.step")
-            if last:
+            stopped = not last and state.any_rank(stop.requested)
+            if stopped and not saved:
+                state.save(checkpoints, done)
+            if last or stopped:
                 break
+    if stopped:  # whoever handles the signal has not ended this process
+        raise TrainingError(f"stopped by SIGTERM after step {done} of {training.steps}, with a checkpoint; run again to go on")
     kept_step, nll = state.keep(done)
     return TrainingResult(
         metrics=history.metrics,

@@ -319,6 +319,12 @@ class TrainingState:
         self._best = None if state["best"] is None else _slices(state["best"], weights)
         return step
 
+    def any_rank(self, said: bool) -> bool:
+        """Whether one of the ranks says so; all get the same answer."""
+        if self._accelerator.num_processes == 1:
+            return said
+        return bool(self._over_ranks(torch.tensor([float(said)], device=self._accelerator.device)).item())
+
     def _over_ranks(self, sums: Tensor) -> Tensor:
         return sums if self._accelerator.num_processes == 1 else self._accelerator.reduce(sums, reduction="sum")
 

@@ -167,7 +167,7 @@ def test_a_description_that_is_none_is_named(store: LocalStore, add_shard) -> No
     path = store.local_path(f"rows/soft_labels/{A}/about.json")
     for body in (b"{", json.dumps([1]).encode(), b'{"teacher": {}, "policy": {}}'):
         path.write_bytes(body)
-        with pytest.raises(IntegrityError, match=rf"{A}/about\.json: not a description"):
+        with pytest.raises(IntegrityError, match=rf"{A}/about\.json: not a valid description"):
             ask(store, "SELECT 1")
 
 

@@ -20,6 +20,7 @@ from kd_core.softlabels.hidden import RowStates, encode_states
 from kd_core.store import LocalStore
 
 A = "a" * 32
+TEACHER = {"engine": "server", "model": "big"}
 FP = "f" * 32
 
 
@@ -56,8 +57,8 @@ def test_a_sound_cache_has_nothing_to_report(store, add_shard, tmp_path) -> None
     freeze(store, tmp_path)
     before = objects(store)
     found = verify(store, tick=ticks.append)
-    assert (found.commits, found.shards, found.rows, found.records, found.damage) == (2, 2, 28, 1, ())
-    assert [(tick.done, tick.total) for tick in ticks] == [(1, 2), (2, 2)]
+    assert (found.commits, found.shards, found.rows, found.records, found.artifacts, found.damage) == (2, 2, 28, 1, 1, ())
+    assert [(tick.done, tick.total) for tick in ticks] == [(1, 3), (2, 3), (3, 3)]
     assert plan_repair(store, found.damage) == ()
     assert objects(store) == before
 
@@ -103,10 +104,11 @@ def test_a_lost_shard_a_lost_payload_and_a_missing_row_are_damage(store, add_sha
     store.delete(payload)
     store.delete(cache_of(store).shard_key(commit))
     found = {damage.key: damage.reason for damage in verify(store).damage}
-    assert found.keys() == {cache_of(store).shard_key(commit), wrong, short}
+    assert found.keys() == {cache_of(store).shard_key(commit), wrong, payload}
     assert found[cache_of(store).shard_key(commit)] == "gone, and a commit names it"
     assert found[wrong] == "1 of 6 rows it names are in no commit, first nowhere"
-    assert payload in found[short]
+    assert found[payload].startswith("gone, and its record names it")
+    assert short in [key for damage in verify(store).damage for key in damage.also]
     assert record not in found
 
 
@@ -183,6 +185,7 @@ def _states(num: int) -> bytes:
 )
 def test_hidden_states_are_verified_row_by_row(store, broken, said) -> None:
     cache, table = RowCache(store, "hidden_states", A), []
+    cache.describe({"teacher": TEACHER, "hidden_states": {"blocks": [0, 3]}})
     for first in (1, 2, 3):
         ids = [5, 6, 7, 8, 9]
         row = {"key": soft_label_key(A, ids, first), "ids": ids, "first_supervised": first, "num_supervised": 5 - first}

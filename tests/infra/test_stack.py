@@ -79,6 +79,14 @@ def test_a_busy_port_is_passed_over() -> None:
     assert moved["a"] > first["a"] + 1
 
 
+def _asks_for_credentials(address: str, *paths: str) -> None:
+    """Nothing is read, listed, written or deleted by who has none."""
+    for path in ("/", *paths, "".join(paths)):
+        for method in ("GET", "PUT", "POST", "DELETE"):
+            reply = httpx.request(method, address + path, headers={"Accept": "application/json"}, content=b"x" if method != "GET" else None)
+            assert reply.status_code in (400, 401, 403, 405), (method, address + path, reply.status_code)
+
+
 @pytest.mark.stack
 def test_an_object_store_keeps_its_data_when_its_ports_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in ("write", "read"):
@@ -91,6 +99,8 @@ def test_an_object_store_keeps_its_data_when_its_ports_move(tmp_path: Path, monk
             assert not store.create("kept", b"other")
             assert store.get("kept") == b"bytes"
             store.close()
+            for name in ("s3", "filer", "volume"):
+                _asks_for_credentials(f"http://127.0.0.1:{info.ports[name]}", f"/buckets/{info.bucket}", "/kept")
             with pytest.raises(KDError, match="a stack is running in"), object_store(tmp_path):
                 pass
         assert marked(tmp_path) == []
@@ -141,9 +151,17 @@ def test_the_whole_stack_comes_up_once_runs_a_flow_and_goes_down_whole(tmp_path:
         (project / "probe.py").write_text(textwrap.dedent(PROBE))
         (project / "prefect.yaml").write_text(PREFECT_YAML % project)
         assert deploy(info)
-        api = info.env["PREFECT_API_URL"]
-        deployment = httpx.get(f"{api}/deployments/name/probe/probe").json()["id"]
-        assert httpx.post(f"{api}/deployments/{deployment}/create_flow_run", json={}).status_code == 201
+        api, auth = info.env["PREFECT_API_URL"], httpx.BasicAuth(*info.env["PREFECT_API_AUTH_STRING"].split(":"))
+        assert httpx.get(f"{api}/deployments/name/probe/probe").status_code == 401
+        deployment = httpx.get(f"{api}/deployments/name/probe/probe", auth=auth).json()["id"]
+        start = f"{api}/deployments/{deployment}/create_flow_run"
+        for origin, allowed in (("http://evil.example", None), (info.urls["prefect"], info.urls["prefect"])):
+            asked = {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+            assert httpx.options(start, headers=asked).headers.get("access-control-allow-origin") == allowed
+        assert httpx.post(start, json={}, headers={"Origin": "http://evil.example"}).status_code == 401
+        assert (home / "env").stat().st_mode & 0o777 == 0o600
+        assert info.env["PREFECT_API_AUTH_STRING"] in (home / "env").read_text()
+        assert httpx.post(start, json={}, auth=auth).status_code == 201
         _until(lambda: (project / "probe.json").exists(), 90)
         seen = json.loads((project / "probe.json").read_text())
         assert seen["env"] == {name: info.env[name] for name in seen["env"]}

@@ -114,12 +114,12 @@ def test_a_name_with_wildcard_characters_is_first_a_name(tmp_path: Path) -> None
 def test_objects_of_a_bucket_are_read_like_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bucket = kd_core.store.LocalStore(tmp_path / "bucket")
     opened: list[str] = []
-    monkeypatch.setattr(kd_core.store, "open_store", lambda uri, s3: (opened.append(uri), bucket)[1])
+    monkeypatch.setattr(kd_core.store, "open_bucket", lambda name, s3: (opened.append(name), bucket)[1])
     for key in ("data/b.jsonl", "data/a.jsonl", "data/deep/c.jsonl", "data/readme.txt"):
         bucket.create(key, json.dumps({"q": key}).encode() + b"\n")
     assert [row.prompt for _, row in read(file_source("s3://corpus/data/a.jsonl"))] == ["data/a.jsonl"]
     assert [row.prompt for _, row in read(file_source("s3://corpus/data/*.jsonl"))] == ["data/a.jsonl", "data/b.jsonl"]
-    assert set(opened) == {"s3://corpus"}
+    assert set(opened) == {"corpus"}
     with pytest.raises(SourceError, match=r"no file at 's3://corpus/data/none\.jsonl'"):
         read(file_source("s3://corpus/data/none.jsonl"))
     with pytest.raises(SourceError, match="no file at 's3://corpus'"):

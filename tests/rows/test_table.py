@@ -339,7 +339,8 @@ def test_a_namespace_says_what_it_is_once(tmp_path: Path) -> None:
     cache = cache_at(tmp_path)
     cache.describe({"teacher": {"weights": "abc"}})
     cache.describe({"teacher": {"weights": "abc"}})
-    assert json.loads(cache.store.get(f"{cache.prefix}/about.json")) == {"version": 1, "table": "answers", "teacher": {"weights": "abc"}}
+    place = {"table": "answers", "namespace": cache.namespace}
+    assert json.loads(cache.store.get(cache.about_key))["about"] == {**place, "teacher": {"weights": "abc"}}
     with pytest.raises(IntegrityError, match="another description"):
         cache.describe({"teacher": {"weights": "abd"}})
 

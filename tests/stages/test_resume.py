@@ -1,5 +1,6 @@
 """Broken at any point and started again: finished work stays, the rest is done, the bytes are those of an unbroken run."""
 
+import itertools
 import json
 import re
 import shlex
@@ -202,10 +203,8 @@ def test_a_flipped_bit_is_named_and_following_the_advice_heals_it(copy, finished
     [line] = called.err.splitlines()
     assert line.startswith(f"kd: {damaged}: ")
     assert objects(copy.store, "artifacts/train") <= before, "nothing was trained on it"
-    advised = re.findall(r"delete it and (\S+)", line)
-    damaged.unlink()
-    for key in advised:
-        (copy.store / key).unlink()
+    command = re.search(r"kd (cache repair --store \S+ --yes)", line)[1]
+    assert kd(*command.split()).code == 0
     called = kd("run", "--local", "--json", copy.recipe_file)
     assert (called.code, called.err) == (0, "")
     nodes = {node["name"]: node["digest"] for node in json.loads(called.out)["nodes"]}
@@ -226,7 +225,7 @@ def test_a_flipped_bit_in_the_teachers_rows_is_told_and_heals_itself(copy, finis
     assert nodes == {node["name"]: node["digest"] for node in finished.said["nodes"]}
 
 
-def test_a_damaged_checkpoint_is_named_before_training_goes_on(copy, kd, monkeypatch):
+def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(copy, monkeypatch, caplog):
     recipe, store = load_recipe(copy.recipe_file), LocalStore(copy.store)
     unbroken = record(recipe, copy.store, "student.0")
     forget(copy.store, "artifacts/train")
@@ -236,10 +235,52 @@ def test_a_damaged_checkpoint_is_named_before_training_goes_on(copy, kd, monkeyp
         with pytest.raises(OSError, match="fail point"):
             run_node(recipe, build_graph(recipe, store), "student.0", store=store, tick=silent, extra={})
     damaged = flip(next(copy.store.glob("checkpoints/*/00000020/*.pt")))
-    called = kd("run", "--local", "--json", copy.recipe_file)
-    assert called.code == 1
-    [line] = called.err.splitlines()
-    assert line.startswith(f"kd: {damaged}: ")
-    shutil.rmtree(copy.store / re.search(r"delete (\S+)", line)[1])
+    caplog.clear()
     made = run_node(recipe, build_graph(recipe, store), "student.0", store=store, tick=silent, extra={})
     assert (made.digest, record(recipe, copy.store, "student.0").summary["resumed_from"]) == (unbroken.digest, 10)
+    [line] = [record.getMessage() for record in caplog.records if str(damaged) in record.getMessage()]
+    assert "training goes on from an older checkpoint" in line
+
+
+def test_sigterm_leaves_a_checkpoint_after_the_step_at_work(copy, finished, kd_process, monkeypatch):
+    """The signal comes in step 13, by a fail point; the next run goes on after it, to the bytes of an unbroken one."""
+    forget(copy.store, "artifacts/train")
+    command = ("run", "--local", "--json", copy.recipe_file)
+    process = kd_process(*command, KD_FAILPOINT="train.step:13:term", MLFLOW_TRACKING_URI=finished.tracking)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (130, "")
+    assert err.startswith("kd: stopped. Everything that was finished is kept")
+    assert sorted(path.parent.name for path in copy.store.glob("checkpoints/*/*/record.json")) == ["00000010", "00000013"]
+    recipe, store = load_recipe(copy.recipe_file), LocalStore(copy.store)
+    made = run_node(recipe, build_graph(recipe, store), "student.0", store=store, tick=silent, extra={})
+    assert record(recipe, copy.store, "student.0").summary["resumed_from"] == 13
+    assert made.digest == {node["name"]: node["digest"] for node in finished.said["nodes"]}["student.0"]
+
+
+def test_a_clock_that_jumps_changes_nothing(copy, finished, monkeypatch):
+    """Hours forth and back at every look: the same bytes, steps and checkpoints."""
+    recipe, store = load_recipe(copy.recipe_file), LocalStore(copy.store)
+    before = record(recipe, copy.store, "student.0")
+    forget(copy.store, "artifacts/train")
+    jumps = itertools.cycle((3600.0, -90_000.0, 0.0, 1e9))
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    made = run_node(recipe, build_graph(recipe, store), "student.0", store=store, tick=silent, extra={})
+    after = record(recipe, copy.store, "student.0")
+    assert made.digest == before.digest
+    assert (after.summary["steps"], after.summary["kept_step"]) == (before.summary["steps"], before.summary["kept_step"])
+    assert [line["step"] for line in after.summary["speed"]] == [line["step"] for line in before.summary["speed"]]
+    assert objects(copy.store, "") >= {after.key}
+    assert not (copy.store / "checkpoints").exists() or objects(copy.store, "checkpoints") == set()
+
+
+@pytest.mark.slow
+def test_sigterm_reaches_the_ranks_and_leaves_a_checkpoint(copy, finished, kd_process):
+    """Each rank has the signal in step 13; they agree where to end, and the next run goes on there."""
+    forget(copy.store, "artifacts/train")
+    command = ("run", "--local", "--json", copy.recipe_file, "--set", "run.num_processes=2")
+    process = kd_process(*command, KD_FAILPOINT="train.step:13:term", MLFLOW_TRACKING_URI=finished.tracking)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert "was killed by SIGTERM" in err
+    assert sorted(path.parent.name for path in copy.store.glob("checkpoints/*/*/record.json")) == ["00000010", "00000013"]

@@ -59,18 +59,56 @@ def test_a_checkpoint_counts_once_its_record_is_written(
     assert checkpoints.steps() == [5, 10]
 
 
-def test_a_flipped_byte_is_refused_by_name(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(LocalStore(tmp_path), "f" * 32)
-    checkpoints.save(7, state(7))
-    (file,) = tmp_path.rglob("*.pt")
+def _flip(file: Path) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(
-        IntegrityError,
-        match=r"00000007/[0-9a-f]{64}\.pt: sha256 differs from its record; delete checkpoints/f{32}/00000007 to resume from an earlier one",
-    ):
-        checkpoints.load_newest(CPU)
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def _empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def _swap(file: Path) -> None:
+    """With the same object of the other checkpoint."""
+    [other] = [path for path in file.parent.parent.rglob(f"*{file.suffix}") if path != file]
+    mine, theirs = file.read_bytes(), other.read_bytes()
+    file.write_bytes(theirs)
+    other.write_bytes(mine)
+
+
+@pytest.mark.parametrize("kind", ["record.json", "*.pt"])
+@pytest.mark.parametrize("damage", [_flip, _cut, _empty, Path.unlink, _swap], ids=lambda damage: damage.__name__.strip("_"))
+def test_a_damaged_checkpoint_is_told_once_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, damage) -> None:
+    """For the older whole one; where both are damaged, for the beginning. It is then written anew."""
+    checkpoints = Checkpoints(LocalStore(tmp_path), "f" * 32)
+    for step in (7, 14):
+        checkpoints.save(step, state(step))
+    [file] = tmp_path.glob(f"checkpoints/*/00000014/{kind}")
+    damage(file)
+    found = checkpoints.load_newest(CPU)
+    told = [record.getMessage() for record in caplog.records]
+    if damage is _swap:
+        assert found is None
+        assert [str(step) in line for step, line in zip(("00000014/", "00000007/"), told, strict=True)] == [True, True]
+    else:
+        assert found is not None
+        assert found[0] == 7
+        if (kind, damage) == ("record.json", Path.unlink):  # without a record there is no checkpoint
+            assert told == []
+        else:
+            [line] = told
+            assert str(file) in line
+            with pytest.raises(IntegrityError, match=file.name):
+                checkpoints.check(14)
+    checkpoints.save(14, state(14))
+    found = checkpoints.load_newest(CPU)
+    assert found is not None
+    assert (found[0], found[1]["tokens"]) == (14, 14)
 
 
 def test_what_is_not_tensors_and_plain_values_is_not_unpickled(tmp_path: Path) -> None:
@@ -104,7 +142,7 @@ def test_a_checkpoint_of_another_version_is_refused_by_name(tmp_path: Path) -> N
     (record,) = tmp_path.rglob("record.json")
     assert json.loads(record.read_text())["version"] == 1
     record.write_text(json.dumps({**json.loads(record.read_text()), "version": 7}))
-    said = "00000007: a checkpoint of version 7; this code reads version 1; update the package, or delete it to resume from an earlier one"
+    said = "00000007/record.json: a checkpoint of version 7; this code reads version 1; update the package"
     with pytest.raises(VersionError, match=said):
         checkpoints.load_newest(CPU)
 

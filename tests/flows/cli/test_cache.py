@@ -91,13 +91,23 @@ def test_sql_prints_odd_values_as_plain_ones(there):
         "SELECT 'nan'::FLOAT AS a, '\\x01\\xFF'::BLOB AS b, [1, 2] AS c, {'d': 1.5::DECIMAL(4, 1)} AS e, NULL AS f, DATE '2026-11-22' AS g"
     )
     [row] = json.loads(there("sql", query, "--json").out)
-    assert row == {"a": None, "b": "01ff", "c": [1, 2], "e": {"d": "1.5"}, "f": None, "g": "2026-11-22"}
+    assert row == {"a": None, "b": "01ff", "c": [1, 2], "e": {"d": 1.5}, "f": None, "g": "2026-11-22"}
     assert json.loads(there("sql", "SELECT 1 AS a WHERE false", "--json").out) == []
     assert there("sql", "SELECT 1 AS a WHERE false", "--csv").out == "a\n"
     many = there("sql", "SELECT range AS a FROM range(150)")
     assert len(many.out.splitlines()) == 102
     assert many.out.splitlines()[-1] == "... these are the first 100 rows; --csv or --json prints all"
     assert len(json.loads(there("sql", "SELECT range AS a FROM range(150)", "--json").out)) == 150
+
+
+def test_json_of_two_columns_of_one_name_is_refused_and_csv_keeps_both(there):
+    """A JSON object would hold one of them."""
+    called = there("sql", "SELECT 1 AS a, 2 AS a, 3 AS b", "--json")
+    assert (called.code, called.out) == (2, "")
+    assert "these name several columns: a; rename them with AS" in called.err
+    assert there("sql", "SELECT 1 AS a, 2 AS a, 3 AS b", "--csv").out == "a,a,b\n1,2,3\n"
+    [row] = json.loads(there("sql", "SELECT 1.50::DECIMAL(4, 2) AS d, 7::DECIMAL(18, 0) AS e, 9007199254740993 AS f", "--json").out)
+    assert row == {"d": 1.5, "e": 7, "f": 9007199254740993}
 
 
 def test_a_reader_that_stops_early_is_no_error(kd_process):
@@ -209,7 +219,9 @@ def test_damage_is_named_put_aside_and_computed_again(copy, kd):
     done = json.loads(kd("cache", "repair", "--yes", "--json").out)
     assert (done["done"], done["moves"]) == (True, planned["moves"])
     assert {f"quarantine/{key}" for key in broken} <= {info.key for info in store.list("quarantine/")}
-    assert kd("cache", "verify").code == 0
+    called = kd("cache", "verify", "--json")
+    assert called.code == 1, "what was made from the records that were put aside is there, and they are not"
+    assert all("gone, and" in damage["reason"] for damage in json.loads(called.out)["damage"])
 
     again = json.loads(kd("run", "--local", "--json", copy.recipe_file).out)
     computed = {node["name"] for node in again["nodes"] if node["status"] == "computed"}
