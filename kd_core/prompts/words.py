@@ -54,13 +54,13 @@ _PLAIN = tuple(
         (r"(?<![\w)])(\*\*?|__?)(?=\S)([^*_\n]+)(?<=\S)\1(?!\w)", r"\2"),  # Markdown's emphasis
         (r"(?<=\p{L})['\u2019\u02bc](?=\p{L})", ""),
         (r"(?<=\d)\{,\}(?=\d{3})", ","),
-        (r"(?<=(?<![\d.,])\d{1,3}(?:,\d{3})*),(?=\d{3}(?:,\d{3})*(?![\d,]))", ""),
         (r"[(\[]([^()\[\]\d+*/=<>^-]*)[)\]]", r" \1 "),
         (r"<=", "≤"),
         (r">=", "≥"),
         (r"!=", "≠"),
     )
 )
+_THOUSANDS = regex.compile(r"(?<!\d|\d[.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 _GROUPED = regex.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")
 _RAISED = regex.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _TOKEN = regex.compile(
@@ -98,7 +98,7 @@ def _plain(text: str) -> str:
             text = pattern.sub(plain, text)
     for pattern, plain in _PLAIN:
         text = pattern.sub(plain, text)
-    return text
+    return str(_THOUSANDS.sub(lambda found: found[0].replace(",", ""), text))
 
 
 def _joins(tokens: Sequence[str], i: int) -> bool:

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from kd_core.prompts import collect_prompts
 from kd_core.prompts.decontaminate import SuiteIndex, Wording, groups, index_suite, overlap, set_aside_common, wording
 from kd_core.prompts.words import figures_of, spelled, words_of
+from kd_core.recipe.files import load_recipe
 
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 WORDS = [f"word{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(60)]
 LONG = " ".join(WORDS)
 
@@ -25,7 +28,8 @@ def found(item: str, prompt: str) -> str | None:
     [
         ("How many apples?", "how many APPLES"),
         ("How many apples?", "How\u00a0many\u2009app\u200bles ?"),
-        ("It costs $1,000 now.", "It costs 1000 now"),
+        ("It costs $1,000, now.", "It costs 1000 now"),
+        ("The numbers:1,234,567 and 89.", "the numbers 1234567 and 89"),
         ("It costs \\$1{,}000 now.", "It costs 1\u202f000 now"),
         ("It costs $5.00, or 2.50 each", "It costs 5 or 2.5 each"),
         ("Five people don't eat", "5 people don\u2019t eat"),
@@ -54,6 +58,7 @@ def test_spelling_hides_no_copy(one: str, other: str) -> None:
         ("It is -3 now", "It is 3 now"),
         ("What is 5!?", "What is 5?"),
         ("f(1, 234)", "f(1234)"),
+        ("f(1,2,345)", "f(1,2345)"),
         ("x^2", "x2"),
         ("\u0915\u093f", "\u0915\u093e"),  # two words of Hindi that differ in a mark
         ("???", "!!!"),
@@ -64,6 +69,12 @@ def test_what_tells_two_problems_apart_stays(one: str, other: str) -> None:
     assert words_of(one) != words_of(other)
     assert spelled(words_of(one)) != spelled(words_of(other))
     assert found(one, other) is None
+
+
+def test_no_text_takes_long_to_compare() -> None:
+    """Each is 20,000 characters, of which no expression may try all pairs of places; the time-out of a test is the bound."""
+    for piece in ("111,", "(", "*a ", "**a ", "\\frac{", "\\frac{a}{", "-", "$", "'", "1.", "[a ", "_a", "a\u0300", "\u200b", "1"):
+        assert wording(piece * (20_000 // len(piece))).spelling
 
 
 def test_figures_are_numbers_operators_and_amounts() -> None:
@@ -190,6 +201,22 @@ def test_most_items_of_which_a_few_words_are_changed_are_found(
             missed += overlap(index, wording(" ".join(words))) is None
     assert tried > 500
     assert missed <= 0.05 * tried
+
+
+@real
+def test_a_question_and_itself_without_its_mark_are_on_one_side(tmp_path: Path) -> None:
+    questions = read("gsm8k/test")[:500]
+    path = tmp_path / "both.jsonl"
+    path.write_text("".join(json.dumps({"q": text}) + "\n" for text in [*questions, *(text.rstrip("?. ") for text in questions)]))
+    source = {"kind": "file", "path": str(path), "prompt": "{q}"}
+    recipe = load_recipe(QUICKSTART, [f"prompts.sources=[{json.dumps(source)}]", "prompts.split={validation: 0.1, test: 0.1}"])
+    table = collect_prompts(recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"suites": ()})})).table
+    sides: dict[str, set[str]] = {}
+    for row in table.to_pylist():
+        sides.setdefault(wording(row["prompt"]).spelling, set()).add(row["split"])
+    assert table.num_rows > 990
+    assert len(sides) == 500
+    assert all(len(side) == 1 for side in sides.values())
 
 
 @real

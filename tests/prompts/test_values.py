@@ -139,7 +139,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 def test_a_page_that_expands_beyond_text_is_refused_by_file_and_column(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"a": ["x" * 2**20] * 65}), path, compression="zstd", use_dictionary=False)
-    with pytest.raises(SourceError, match=r"a\.parquet: [\d,]+ bytes of column 'a' become 67,[\d,]+, which is no text"):
+    with pytest.raises(SourceError, match=r"a\.parquet: [\d,]+ bytes of column 'a' become 68,[\d,]+, which is no text"):
         references(path)
 
 
