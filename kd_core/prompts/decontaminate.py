@@ -5,8 +5,8 @@ of the shorter, as with other numbers it is another problem, and `NEAR_SHARE` of
 words, all of them; under 13 words prompts can only be the same. Runs that many prompts share, such as an instruction before
 each, are set aside first and count as no words.
 
-Every pair that shares a run is compared in full: a join over sorted hashes finds all that a sketch (MinHash) would, without
-its chance of a miss, in time and memory linear in the number of words (16 bytes each).
+Candidates come from a join over the sorted hashes of all runs and are compared in full, so unlike with a sketch (MinHash) no copy
+is missed by chance; time and memory are linear in the number of words (some 80 bytes each).
 """
 
 import hashlib
@@ -28,6 +28,7 @@ _RUN_WORDS = 5
 _LEAST_RUNS = 13 - _RUN_WORDS + 1
 _LONG_RUNS = 20 - _RUN_WORDS + 1
 _COMMON_PROMPTS, _COMMON_SHARE = 10, 0.01
+_WINDOW = 16
 _FACTORS = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F], np.uint64)
 
 Hashes = NDArray[np.uint64]
@@ -109,9 +110,10 @@ def groups(wordings: Sequence[Wording]) -> list[int]:
 
 
 def _neighbours(wordings: Sequence[Wording]) -> Iterable[tuple[int, int]]:
-    """Pairs with the same figures that follow each other in the list of all prompts with some run: linear, where all pairs are not.
+    """Pairs with the same figures, and a run of both, that stand near each other in the list of all prompts with that run.
 
-    Of three prompts with a run in common the first and the last are compared through the one between, or through runs that it lacks.
+    Linear, where all pairs are not: of a hundred prompts with a run in common the first and the last are connected through those
+    between, or through a run that fewer have.
     """
     long = [i for i, w in enumerate(wordings) if len(w.runs) >= _LEAST_RUNS]
     if len(long) < 2:
@@ -120,8 +122,12 @@ def _neighbours(wordings: Sequence[Wording]) -> Iterable[tuple[int, int]]:
     owners = np.repeat(np.array(long, np.uint64), [len(wordings[i].runs) for i in long])
     order = np.argsort(keys, kind="stable")
     keys, owners = keys[order], owners[order]
-    adjacent = keys[1:] == keys[:-1]
-    pairs = np.unique((owners[:-1][adjacent] << np.uint64(32)) | owners[1:][adjacent])
+    pairs = np.zeros(0, np.uint64)
+    for apart in range(1, _WINDOW + 1):
+        equal = np.flatnonzero(keys[apart:] == keys[:-apart])
+        if not len(equal):
+            break
+        pairs = np.union1d(pairs, (owners[equal] << np.uint64(32)) | owners[equal + apart])
     return [(int(pair) >> 32, int(pair) & 0xFFFFFFFF) for pair in pairs]
 
 

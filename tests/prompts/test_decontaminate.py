@@ -147,6 +147,27 @@ def test_copies_of_copies_are_one_group_whatever_the_order() -> None:
     assert groups([]) == []
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_are_those_of_comparing_all_pairs(seed: int) -> None:
+    """Twelve originals and 228 copies of copies, each with one to six words changed."""
+    rng = random.Random(seed)
+    texts = [rng.choices(WORDS, k=rng.randint(15, 50)) for _ in range(12)]
+    while len(texts) < 240:
+        copy = list(rng.choice(texts))
+        for _ in range(rng.randint(1, 6)):
+            copy[rng.randrange(len(copy))] = rng.choice(WORDS)
+        texts.append(copy)
+    wordings = [wording(" ".join(text)) for text in texts]
+    expected = list(range(240))
+    for i, one in enumerate(wordings):
+        for j in range(i):
+            if expected[i] != expected[j] and overlap(index_suite([wordings[j]]), one):
+                low, high = sorted((expected[i], expected[j]))
+                expected = [low if group == high else group for group in expected]
+    assert groups(wordings) == expected
+    assert 12 < len(set(expected)) < 200
+
+
 # ------------------------------------------------------------------------------------------- real data
 
 real = pytest.mark.skipif("KD_TEST_DATA" not in os.environ, reason="KD_TEST_DATA names no directory of real data")
