@@ -41,7 +41,13 @@ app.command()(export)
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, for example recipes/quickstart.yaml.")]
 Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="PATH=VALUE", help="Change a field: --set training.steps=300. May be repeated.")
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Change a field: --set training.steps=300. May be repeated. VALUE is one YAML 1.2 value: a number, true, null (or "
+        "nothing), a list [1, 2], a mapping {kind: dense}, or text, whole with every # and ':'; quote text that looks like another.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output and nothing else.")]
 Home = Annotated[Path, typer.Option("--home", help="Folder that holds all state of the local servers.")]

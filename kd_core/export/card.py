@@ -19,6 +19,7 @@ from kd_core.evaluate.statistics import metric_of
 from kd_core.export.lineage import Lineage
 from kd_core.export.parity import Parity
 from kd_core.recipe import DatasetSource, PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, SourceSuite, TrainedTeacher
+from kd_core.recipe.core_yaml import write_yaml
 
 __all__ = ["Card", "recipe_text", "render_card"]
 
@@ -50,7 +51,7 @@ class Card:
 
 def recipe_text(recipe: Recipe) -> str:
     """The resolved recipe as YAML, without ``run``: what was computed, and not where."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude={"run"}), sort_keys=False, allow_unicode=True, width=120)
+    return write_yaml(recipe.model_dump(mode="json", exclude={"run"}))
 
 
 def render_card(card: Card) -> str:

@@ -1,7 +1,7 @@
-"""What a prompt's text is, when two prompts are the same, and on which side of the split a prompt falls.
+"""What a prompt's text is, which identity it has, and on which side of the split a text falls.
 
 All three are pure functions of the text: no row order, no seed, no source takes part. So the same prompt has the same
-identity and stays on the same side in every recipe with the same shares.
+identity and stays on the same side in every recipe with the same shares, near copies aside (`kd_core.prompts.collect`).
 """
 
 import hashlib
@@ -39,12 +39,12 @@ def prompt_id(normalised: str) -> str:
     return hashlib.sha256(normalised.encode()).hexdigest()[:FINGERPRINT_HEX]
 
 
-def side_of(normalised: str, split: Split) -> Side:
-    """The side of the split, from u in [0, 1) by another hash of the text: test below `test`, validation from 1 - `validation`.
+def side_of(spelling: str, split: Split) -> Side:
+    """The side of the split, from u in [0, 1) by a hash of a prompt's words (`words.spelled`): test below `test`, validation from the top.
 
     Test grows from the bottom and validation from the top, so a larger share keeps what a smaller one held out.
     """
-    u = int.from_bytes(hashlib.sha256(b"split:" + normalised.encode()).digest()[:6], "big") / 2**48
+    u = int.from_bytes(hashlib.sha256(b"split:" + spelling.encode()).digest()[:6], "big") / 2**48
     if u < split.test:
         return "test"
     return "validation" if u >= 1.0 - split.validation else "train"

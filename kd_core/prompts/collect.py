@@ -1,24 +1,31 @@
-"""From sources to the prompts of a recipe: clean, remove doubles, split by hash, take out what overlaps with a benchmark.
+"""From sources to the prompts of a recipe: clean, remove duplicates, split by hash, take out copies of what is held out.
 
 Everything that is dropped is counted, and the counts add up: read = empty + too_long + duplicate + overlap.* + train +
 validation + test. It refuses to end with nothing to train on or an empty suite.
+
+The side of a prompt is that of its words, and copies stay together: of a group of near copies the one with the smallest id
+decides. So a new row moves others only if it is a near copy of them and its id is the smallest of the group.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import pyarrow as pa
 
 from kd_core.curate import final_answer
 from kd_core.errors import SourceError
-from kd_core.prompts.cleaning import clean, normalise, prompt_id, side_of
-from kd_core.prompts.decontaminate import SuiteIndex, index_suite, overlaps
+from kd_core.prompts.cleaning import Side, clean, normalise, prompt_id, side_of
+from kd_core.prompts.decontaminate import Wording, groups, index_suite, overlap, set_aside_common, wording
 from kd_core.prompts.rows import PromptRow, RawRow, to_table
 from kd_core.prompts.sources import read_source
 from kd_core.recipe import HeldOutSuite, Recipe, S3Options, Source, SourceSuite, Split, Suite, Task
 
-__all__ = ["PromptSet", "collect_gold", "collect_prompts"]
+__all__ = ["CLEANING_VERSION", "PromptSet", "collect_gold", "collect_prompts"]
+
+CLEANING_VERSION = 1
+"""Raised when the same sources give other prompts: it is part of the prompts' identity, so no old split is taken for one of today."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +35,10 @@ class PromptSet:
     Attributes:
         table: PROMPT_SCHEMA, sorted by prompt_id, all three sides of the split.
         suites: suite name -> its items, PROMPT_SCHEMA, sorted by prompt_id.
-        counts: read, empty, too_long, duplicate, train, validation, test; overlap.<suite> removed rows; suite.<suite>
-            items, and empty.<suite>, duplicate.<suite>, no_answer.<suite> dropped ones.
+        counts: read, empty, too_long, duplicate, train, validation, test; overlap.<suite> removed rows, of which
+            near.<suite> are near copies and the others have an item's very words (suites 'test_side' and 'validation_side' are
+            the recipe's own); regrouped rows, which are on the side of a near copy; suite.<suite> items, and empty.<suite>,
+            duplicate.<suite>, no_answer.<suite> dropped ones.
     """
 
     table: pa.Table
@@ -49,18 +58,16 @@ def collect_prompts(recipe: Recipe) -> PromptSet:
     prompts, task, s3 = recipe.prompts, recipe.task, recipe.run.s3
     counts: Counter[str] = Counter(dict.fromkeys(("read", "empty", "too_long", "duplicate", "train", "validation", "test"), 0))
     reader = _read_sources(prompts.sources, where="prompts.sources", task=task, s3=s3)
-    rows = _clean_rows(reader, counts, split=prompts.split, max_characters=prompts.max_characters)
+    rows = _clean_rows(reader, counts, max_characters=prompts.max_characters)
     benchmarks = _read_suites(recipe.evaluation.suites, counts, task=task, s3=s3)
-    held_out = {key: row for key, row in rows.items() if row.split == "test"}
-    learnt = {key: row for key, row in rows.items() if row.split != "test"}
-    _remove_overlaps(learnt, _indices(benchmarks), counts)
-    kept = [*learnt.values(), *held_out.values()]
+    kept = _held_apart(rows.values(), benchmarks, counts, split=prompts.split)
     counts.update(row.split for row in kept)
     if not counts["train"]:
         raise SourceError(f"prompts: no training prompt is left: {_listed(counts)}; check prompts.sources, prompts.split and the suites")
     suites = {}
     for i, suite in enumerate(recipe.evaluation.suites):
-        items = held_out.values() if isinstance(suite, HeldOutSuite) else benchmarks[suite.name].values()
+        own = [row for row in kept if row.split == "test"]
+        items = own if isinstance(suite, HeldOutSuite) else benchmarks[suite.name].values()
         suites[suite.name] = _suite_table(suite, items, counts, where=f"evaluation.suites.{i}")
     return PromptSet(to_table(kept), suites, dict(counts))
 
@@ -78,6 +85,8 @@ def collect_gold(
         max_characters: longest prompt, characters.
         s3: how to reach s3:// files.
 
+    A near copy of a prompt in `prompts.sources` that is held out there is not seen here: only its very words are, by their hash.
+
     Returns:
         A PROMPT_SCHEMA table sorted by prompt_id, and the counts: read = empty + too_long + no_gold + duplicate + held_out +
         overlap.* + train.
@@ -87,16 +96,16 @@ def collect_gold(
     """
     counts: Counter[str] = Counter(dict.fromkeys(("read", "empty", "too_long", "no_gold", "duplicate", "held_out", "train"), 0))
     reader = _read_sources(sources, where="teacher.sources", task=task, s3=s3)
-    rows = _clean_rows(reader, counts, split=split, max_characters=max_characters, gold_only=True)
-    learnt = {key: row for key, row in rows.items() if row.split == "train"}
-    counts["held_out"] = len(rows) - len(learnt)
-    _remove_overlaps(learnt, _indices(_read_suites(suites, Counter(), task=task, s3=s3)), counts)
+    rows = _clean_rows(reader, counts, max_characters=max_characters, gold_only=True)
+    kept = _held_apart(rows.values(), _read_suites(suites, Counter(), task=task, s3=s3), counts, split=split)
+    learnt = [row for row in kept if row.split == "train"]
+    counts["held_out"] = len(kept) - len(learnt)
     counts["train"] = len(learnt)
     if not learnt:
         raise SourceError(
             f"teacher.sources: no gold row is left to train the teacher on: {_listed(counts)}; check the sources' gold templates"
         )
-    return to_table(learnt.values()), dict(counts)
+    return to_table(learnt), dict(counts)
 
 
 def _read_sources(sources: Iterable[Source], *, where: str, task: Task, s3: S3Options) -> Iterator[tuple[str, RawRow]]:
@@ -127,11 +136,10 @@ def _clean_rows(
     rows: Iterable[tuple[str, RawRow]],
     counts: Counter[str],
     *,
-    split: Split | None,
     max_characters: int | None,
     gold_only: bool = False,
 ) -> _Rows:
-    """Clean rows and drop doubles; `split` None puts every row on the test side."""
+    """Clean rows and drop duplicates; all are on the test side until they are split."""
     kept: _Rows = {}
     for source, raw in rows:
         counts["read"] += 1
@@ -145,8 +153,7 @@ def _clean_rows(
         elif (key := normalise(prompt)) in kept:
             counts["duplicate"] += 1
         else:
-            side = "test" if split is None else side_of(key, split)
-            kept[key] = PromptRow(prompt_id(key), prompt, gold, reference, side, source)
+            kept[key] = PromptRow(prompt_id(key), prompt, gold, reference, "test", source)
     return kept
 
 
@@ -168,22 +175,46 @@ def _read_suites(suites: Sequence[Suite], counts: Counter[str], *, task: Task, s
             where = f"evaluation.suites.{i}.source"
             reader = _with_references(read_source(suite.source, where=where, s3=s3), task, where=where)
             own: Counter[str] = Counter()
-            found[suite.name] = _clean_rows(reader, own, split=None, max_characters=None)
+            found[suite.name] = _clean_rows(reader, own, max_characters=None)
             counts.update({f"{reason}.{suite.name}": own[reason] for reason in ("empty", "duplicate")})
     return found
 
 
-def _indices(benchmarks: Mapping[str, _Rows]) -> list[SuiteIndex]:
-    return [index_suite(name, rows) for name, rows in benchmarks.items()]
+def _held_apart(rows: Iterable[PromptRow], benchmarks: Mapping[str, _Rows], counts: Counter[str], *, split: Split) -> list[PromptRow]:
+    """Split rows, near copies on one side, and keep them off every suite, the recipe's own sides included."""
+    everything = list(rows)
+    items = [item for suite in benchmarks.values() for item in suite.values()]
+    wordings = set_aside_common([wording(row.prompt) for row in [*everything, *items]])
+    prompts, rest = wordings[: len(everything)], iter(wordings[len(everything) :])
+    pairs = list(zip(_split(everything, prompts, counts, split), prompts, strict=True))
+    for name, suite in benchmarks.items():
+        pairs = _without_copies(pairs, name, list(islice(rest, len(suite))), ("train", "validation"), counts)
+    for held_out in ("test", "validation"):
+        own = [words for row, words in pairs if row.split == held_out]
+        others: tuple[Side, ...] = ("train", "validation") if held_out == "test" else ("train",)
+        pairs = _without_copies(pairs, f"{held_out}_side", own, others, counts)
+    return [row for row, _ in pairs]
 
 
-def _remove_overlaps(rows: _Rows, indices: Sequence[SuiteIndex], counts: Counter[str]) -> None:
-    """Remove rows that overlap with a suite, counted for the first such suite."""
-    for index in indices:
-        overlapping = [key for key in rows if overlaps(index, key)]
-        counts[f"overlap.{index.name}"] = len(overlapping)
-        for key in overlapping:
-            del rows[key]
+def _split(rows: Sequence[PromptRow], wordings: Sequence[Wording], counts: Counter[str], split: Split) -> list[PromptRow]:
+    sides = [side_of(one.spelling, split) for one in wordings]
+    group_of = groups(wordings)
+    deciding: dict[int, int] = {}
+    for i, group in enumerate(group_of):
+        deciding[group] = min(deciding.get(group, i), i, key=lambda j: rows[j].prompt_id)
+    counts["regrouped"] = sum(side != sides[deciding[group]] for side, group in zip(sides, group_of, strict=True))
+    return [replace(row, split=sides[deciding[group]]) for row, group in zip(rows, group_of, strict=True)]
+
+
+def _without_copies(
+    pairs: list[tuple[PromptRow, Wording]], name: str, items: Sequence[Wording], sides: Collection[Side], counts: Counter[str]
+) -> list[tuple[PromptRow, Wording]]:
+    """Without the rows of these sides that are copies of an item, counted for this suite."""
+    index = index_suite(items)
+    found = [overlap(index, words) if row.split in sides else None for row, words in pairs]
+    counts[f"overlap.{name}"] = sum(how is not None for how in found)
+    counts[f"near.{name}"] = found.count("near")
+    return [pair for pair, how in zip(pairs, found, strict=True) if how is None]
 
 
 def _suite_table(suite: Suite, items: Iterable[PromptRow], counts: Counter[str], *, where: str) -> pa.Table:

@@ -15,6 +15,7 @@ from kd_core.prompts.files import file_rows, file_sha256, find_source_files
 from kd_core.prompts.generated import generate_rows
 from kd_core.prompts.rows import RawRow
 from kd_core.prompts.templates import Template, compile_template, fill
+from kd_core.prompts.values import batch_rows
 from kd_core.recipe import DatasetSource, FileSource, ReasoningGymSource, S3Options, Source
 
 __all__ = ["estimate_rows", "read_source", "source_identity"]
@@ -95,7 +96,8 @@ def _dataset_rows(source: DatasetSource, where: str) -> Iterator[RawRow]:
     columns = {column for template in (prompt, gold, reference) if template for column in template.columns}
     if columns <= set(rows.column_names):
         rows = rows.select_columns(sorted(columns))  # images and audio of other columns are not decoded
-    for number, row in enumerate(rows):
+    tables = rows.with_format("arrow").iter(batch_size=1000)
+    for number, row in enumerate(row for table in tables for batch in table.to_batches() for row in batch_rows(batch)):
         at = f"{source.id} {source.split} row {number}"
         yield RawRow(at, fill(prompt, row, at=at), fill(gold, row, at=at), fill(reference, row, at=at))
 

@@ -10,7 +10,10 @@ from string import Formatter
 
 from kd_core.errors import SourceError
 
-__all__ = ["Template", "compile_template", "fill"]
+__all__ = ["MAX_CHARACTERS", "Template", "compile_template", "fill"]
+
+
+MAX_CHARACTERS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,10 @@ def compile_template(text: str, *, where: str) -> Template:
                 )
             parts.append((literal, column))
     except ValueError as error:
-        raise SourceError(f"{where}: template {text!r}: {error}; write column names in braces, such as '{{question}}'") from error
+        raise SourceError(
+            f"{where}: template {text!r}: {error}; write column names in braces, such as '{{question}}'; "
+            "a turn of a chat must be a column of its own"
+        ) from error
     template = Template(where, tuple(parts))
     if not template.columns:
         raise SourceError(
@@ -62,11 +68,11 @@ def fill(template: Template | None, row: Mapping[str, object], *, at: str) -> st
 
     Args:
         template: a compiled template, or None.
-        row: column name -> value; text, numbers, dates.
+        row: column name -> text as the file has it, or None; anything else is refused.
         at: file and line, or data set and row, for messages.
 
     Raises:
-        SourceError: a column is missing, or holds a list, a mapping or bytes.
+        SourceError: a column is missing, is longer than `MAX_CHARACTERS`, or holds a list, a mapping or bytes.
     """
     if template is None:
         return None
@@ -80,10 +86,18 @@ def fill(template: Template | None, row: Mapping[str, object], *, at: str) -> st
         value = row[column]
         if value is None:
             return None
-        if isinstance(value, (list, tuple, dict, set, bytes)):
+        if not isinstance(value, str):
             raise SourceError(
-                f"{at}: column {column!r}, which {template.where} needs, holds a {type(value).__name__}; "
+                f"{at}: column {column!r}, which {template.where} needs, holds {_kind(value)}; "
                 "templates take text and numbers, so prepare a column of text"
             )
-        pieces.append(str(value))
+        if len(value) > MAX_CHARACTERS:
+            raise SourceError(f"{at}: column {column!r} holds {len(value):,} characters; at most {MAX_CHARACTERS:,} are read")
+        pieces.append(value)
     return "".join(pieces)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict) and {"role", "content"} <= set(value[0]):
+        return "a list of chat turns, of which one must be chosen, such as the last user's for the prompt"
+    return f"a {type(value).__name__}"

@@ -1,6 +1,6 @@
 """Recipes from YAML, overrides, and errors as one clear line with the path in the YAML.
 
-Owns everything between a file's bytes and a valid ``Recipe``. It refuses unknown keys, doubled YAML keys, and says
+Owns everything between a file's bytes and a valid ``Recipe``; `core_yaml` reads the YAML. It refuses unknown keys and says
 where: ``student.architecture.num_heads: ... (recipes/quickstart.yaml)``.
 """
 
@@ -9,40 +9,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from kd_core.errors import RecipeError
 from kd_core.recipe import Recipe
+from kd_core.recipe.core_yaml import read_value, read_yaml, write_yaml
 
 __all__ = ["dump_recipe", "load_recipe", "parse_recipe"]
 
 _MAX_PROBLEMS = 5
+_MAX_SHOWN = 200
 _WORDS = (("tuple", "list"), ("Tuple", "List"), (" after validation", ""), ("dictionary or object to extract fields from", "mapping"))
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice (plain PyYAML keeps the last one silently)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is no text; put it in quotes", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _load_yaml(text: str, origin: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{origin}:{mark.line + 1}:{mark.column + 1}" if mark else origin
-        raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -50,7 +27,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Args:
         path: a YAML file.
-        overrides: each 'dotted.path=YAML value'; list items by number ('prompts.sources.0.num=4400').
+        overrides: each 'dotted.path=value'; list items by number ('prompts.sources.0.num=4400'). A value is one YAML 1.2 scalar,
+            whole, with any # in it, or a list or a mapping in brackets; nothing is null.
 
     Raises:
         RecipeError: no such file, not YAML, a bad override, or not a valid recipe.
@@ -61,7 +39,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(f"{file}: cannot be read ({reason}); pass the path of a recipe such as recipes/quickstart.yaml") from None
-    data = _load_yaml(text, str(file))
+    data = read_yaml(text, str(file))
     if not isinstance(data, dict):
         raise RecipeError(f"{file}: expected a mapping of recipe fields, found {type(data).__name__}")
     for override in overrides:
@@ -73,7 +51,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not all(path.strip().split(".")):
         raise RecipeError(f"--set {override!r}: expected path=value, for example --set training.steps=300")
-    value = _load_yaml(text, f"--set {path}") if text.strip() else None
+    value = read_value(text, f"--set {path}")
     *parents, last = path.strip().split(".")
     here: Any = data
     for i, part in enumerate(parents):
@@ -90,7 +68,7 @@ def _descend(here: Any, part: str, path: str, override: str) -> Any:
     if here.get(part) is None:
         here[part] = {}
     if not isinstance(here[part], (dict, list)):
-        raise RecipeError(f"--set {override}: {path} is the value {here[part]!r} and has no fields below it")
+        raise RecipeError(f"--set {override}: {path} is the value {_shown(here[part])} and has no fields below it")
     return here[part]
 
 
@@ -136,15 +114,20 @@ def _problem_line(problem: Any, data: Mapping[str, Any]) -> str:
     if kind == "missing":
         return f"{path}: this field is required and is not there"
     if kind == "union_tag_invalid":
-        return f"{path}.kind: found {context['tag']!r}; allowed: {context['expected_tags']}"
+        return f"{path}.kind: found {_shown(context['tag'])}; allowed: {context['expected_tags']}"
     if kind == "union_tag_not_found":
-        return f"{path}: expected fields with a 'kind', found {problem['input']!r}; allowed kinds: {_tags_at(problem['loc'])}"
+        return f"{path}: expected fields with a 'kind', found {_shown(problem['input'])}; allowed kinds: {_tags_at(problem['loc'])}"
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{path}: {message}" if path else message
     for jargon, plain in _WORDS:
         message = message.replace(jargon, plain)
-    return f"{path}: {message[0].lower()}{message[1:]}, found {problem['input']!r}"
+    return f"{path}: {message[0].lower()}{message[1:]}, found {_shown(problem['input'])}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text):,} characters)"
 
 
 def _yaml_path(loc: tuple[str | int, ...], data: Any) -> str:
@@ -199,4 +182,4 @@ def _tags_at(loc: tuple[str | int, ...]) -> str:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every field written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return write_yaml(recipe.model_dump(mode="json"))

@@ -27,11 +27,11 @@ class Task(Frozen):
 
 
 class FileSource(Frozen):
-    """Rows of JSONL, JSON or Parquet files, local or s3://."""
+    """Rows of JSONL, JSON, CSV, TSV or Parquet files, local or s3://."""
 
     kind: Literal["file"]
     path: str
-    """A path, a glob, or s3://bucket/key; .jsonl, .json or .parquet."""
+    """A path, a glob ('**' is any folders), or s3://bucket/key; .jsonl, .json, .csv or .tsv, also with gzip, or .parquet."""
     prompt: str
     """The prompt, as a template over columns: '{question}' or '{Body} {Question}'."""
     gold: str | None = None
@@ -84,7 +84,8 @@ Source = Annotated[FileSource | DatasetSource | ReasoningGymSource, Field(discri
 
 
 class Split(Frozen):
-    """Shares of prompts held out, by a hash of the prompt's text: the same prompt is on the same side in every source and run."""
+    """Shares of prompts held out, by a hash of the prompt's words: the same words are on the same side in every source and run, and
+    near copies are on the side of one of them."""
 
     validation: Fraction
     """Share used for choosing between students."""

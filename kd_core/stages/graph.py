@@ -19,6 +19,7 @@ from kd_core.curate.verifier import GRADER_VERSION
 from kd_core.errors import ArtifactError
 from kd_core.fingerprint import fingerprint
 from kd_core.ledger import Entry, champion_before
+from kd_core.prompts.collect import CLEANING_VERSION
 from kd_core.prompts.sources import source_identity
 from kd_core.recipe import (
     Arm,
@@ -102,6 +103,7 @@ def build_graph(recipe: Recipe, store: Store) -> Graph:
         "max_characters": recipe.prompts.max_characters,
         "benchmarks": benchmarks,
         "answer_marker": task["answer_marker"],
+        "cleaning": CLEANING_VERSION,
     }
     build.add("prompts", "prompts", prompts, {})
     build.add("teacher", "teacher", _teacher_identity(recipe, benchmarks), {})
@@ -222,7 +224,15 @@ def _teacher_identity(recipe: Recipe, benchmarks: list[dict[str, Any]]) -> dict[
         sources = [source_identity(s, s3=recipe.run.s3, where=f"teacher.sources.{i}") for i, s in enumerate(teacher.sources)]
         kept = recipe.prompts.model_dump(mode="json", include={"split", "max_characters"})
         task = recipe.task.model_dump(mode="json", exclude={"verifier"})
-        return {**own, "sources": sources, **kept, "benchmarks": benchmarks, "task": task, "seed": recipe.seeds[0]}
+        return {
+            **own,
+            "sources": sources,
+            **kept,
+            "benchmarks": benchmarks,
+            "task": task,
+            "seed": recipe.seeds[0],
+            "cleaning": CLEANING_VERSION,
+        }
     return teacher.model_dump(mode="json", exclude={"price_per_million_tokens"})
 
 

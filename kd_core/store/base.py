@@ -19,11 +19,12 @@ _PART = re.compile(r"[A-Za-z0-9_=+,.-]{1,200}")
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """One stored object: its key, its size, and when it was written (seconds since the epoch)."""
+    """One stored object: its key, its size, when it was written (seconds since the epoch), and S3's ETag ('' elsewhere)."""
 
     key: str
     size_bytes: int
     modified_seconds: float
+    etag: str = ""
 
 
 def check_key(key: str) -> str:

@@ -6,11 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd_core.prompts.cleaning import clean, normalise, prompt_id, side_of
-from kd_core.prompts.decontaminate import NGRAM_WORDS, index_suite, overlaps
 from kd_core.recipe import Split
 
 TEXTS = [str(i) for i in range(4000)]
-WORDS = [f"word{i}" for i in range(40)]
 
 
 def test_clean_is_nfc_with_plain_line_ends() -> None:
@@ -48,26 +46,3 @@ def test_the_side_is_not_the_identity_and_never_moves() -> None:
     low_ids = [side_of(text, split) for text in TEXTS if prompt_id(text) < "8"]
     assert low_ids.count("test") / len(low_ids) == pytest.approx(0.5, abs=0.05)
     assert [side_of(text, split) for text in ("0", "1", "2", "3", "7+5=")] == ["test", "train", "test", "test", "train"]
-
-
-def test_thirteen_shared_words_overlap_and_twelve_do_not() -> None:
-    index = index_suite("bench", [" ".join(WORDS)])
-    inside = " ".join(["other", *WORDS[5 : 5 + NGRAM_WORDS], "words"])
-    assert overlaps(index, inside)
-    assert overlaps(index, inside.replace("word7 ", "word7, "))
-    assert not overlaps(index, " ".join(["other", *WORDS[5 : 4 + NGRAM_WORDS], "words"]))
-
-
-def test_short_prompts_overlap_only_when_equal() -> None:
-    index = index_suite("bench", ["7+5=", " ".join(WORDS)])
-    assert overlaps(index, "7+5=")
-    assert not overlaps(index, "7-5=")
-    assert not overlaps(index, " ".join(WORDS[:12]))
-
-
-def test_an_instruction_shared_by_the_suite_identifies_no_item() -> None:
-    instruction = " ".join(WORDS[:20])
-    index = index_suite("bench", [f"{instruction} item {i} {i} and its tail" for i in range(11)])
-    assert not overlaps(index, f"{instruction} another question")
-    assert overlaps(index, f"{instruction} item 3 3 and its tail")
-    assert overlaps(index_suite("bench", [f"{instruction} item {i}" for i in range(10)]), f"{instruction} another question")

@@ -1,4 +1,5 @@
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +99,17 @@ def test_the_held_out_suite_is_the_test_side_in_order_and_cut(tmp_path: Path) ->
 def test_planted_benchmark_items_are_removed_and_counted_for_the_first_suite(tmp_path: Path) -> None:
     bench = write(tmp_path / "bench.jsonl", [{"q": LONG.format(n=7), "a": "#7"}, {"q": "5+5=", "a": "#10"}, {"q": "5+5= ", "a": "#10"}])
     other = write(tmp_path / "other.jsonl", [{"q": "6+6=", "a": "#12"}, {"q": "5+5=", "a": "#10"}, {"q": "unasked", "a": None}])
-    planted = [{"q": "Once more: " + LONG.format(n=7).upper(), "a": "#7"}, {"q": "Hidden, " + LONG.format(n=8), "a": "#8"}]
-    train = write(tmp_path / "train.jsonl", [*rows_of(300), *planted])
+    planted = [{"q": "Once more: " + LONG.format(n=7).upper(), "a": "#7"}, {"q": LONG.format(n=7).replace("dark", "white"), "a": "#7"}]
+    other_numbers = {"q": LONG.format(n=8), "a": "#8"}
+    train = write(tmp_path / "train.jsonl", [*rows_of(300), *planted, other_numbers])
     suites = [{"kind": "source", "name": "bench", "source": bench, "limit": 1}, {"kind": "source", "name": "other", "source": other}]
     split = {"validation": 0.1, "test": 0.0}
     found = collect_prompts(recipe([train], suites, split=split))
     kept = set(found.table["prompt"].to_pylist())
-    gone = {row["q"] for row in [*rows_of(300), *planted]} - kept
+    gone = {row["q"] for row in [*rows_of(300), *planted, other_numbers]} - kept
     assert gone == {"5+5=", "6+6=", planted[0]["q"], planted[1]["q"]}
     assert (found.counts["overlap.bench"], found.counts["overlap.other"]) == (3, 1)
+    assert (found.counts["near.bench"], found.counts["near.other"]) == (2, 0)
     assert found.counts["read"] == dropped(found) + found.counts["train"] + found.counts["validation"]
     assert found.suites["bench"].num_rows == 1
     assert found.suites["other"]["prompt"].to_pylist() == sorted(["6+6=", "5+5="], key=prompt_id)
@@ -119,6 +122,36 @@ def test_the_same_prompt_stays_on_its_side_in_another_source_and_order(tmp_path:
     two = collect_prompts(recipe([write(tmp_path / "b.jsonl", rows_of(200, start=-50)[::-1])], [HELD_OUT])).table
     sides = dict(zip(two["prompt_id"].to_pylist(), two["split"].to_pylist(), strict=True))
     assert [sides[key] for key in one["prompt_id"].to_pylist()] == one["split"].to_pylist()
+
+
+def test_near_copies_are_on_one_side_and_a_new_row_moves_only_its_own_copies(tmp_path: Path) -> None:
+    texts = [LONG.format(n=n).replace("bakers", f"{trade} bakers") for n in range(200) for trade in ("", "tired", "happy")]
+    before = collect_prompts(recipe([write(tmp_path / "a.jsonl", [{"q": text, "a": "#1"} for text in texts])], [HELD_OUT]))
+    sides = {row["prompt"]: row["split"] for row in before.table.to_pylist()}
+    assert len(sides) == 600 == sum(before.counts[side] for side in ("train", "validation", "test"))
+    assert all(len({sides[text] for text in texts[i : i + 3]}) == 1 for i in range(0, 600, 3))
+    assert before.counts["regrouped"] > 100
+    assert 0.1 < before.counts["test"] / 600 < 0.3
+    copy = LONG.format(n=50).replace("bakers", "busy bakers")
+    after = collect_prompts(recipe([write(tmp_path / "b.jsonl", [{"q": text, "a": "#1"} for text in [copy, *texts]])], [HELD_OUT]))
+    moved = {row["prompt"] for row in after.table.to_pylist() if sides.get(row["prompt"], row["split"]) != row["split"]}
+    assert moved in (set(), set(texts[150:153]))
+
+
+def test_a_held_out_item_inside_a_training_prompt_is_taken_out(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    rows = [
+        {"q": " ".join(f"word{rng.choice('bcdfg')}{rng.choice('aeiou')}{rng.choice('klmn')}" for _ in range(30)), "a": "#1"}
+        for _ in range(60)
+    ]
+    shots = [{"q": f"Example {n}: {row['q']} Answer {n}. Now for {n + 1000}?", "a": "#1"} for n, row in enumerate(rows)]
+    found = collect_prompts(recipe([write(tmp_path / "b.jsonl", [*rows, *shots])], [HELD_OUT]))
+    side = {row["prompt"]: row["split"] for row in found.table.to_pylist()}
+    pairs = [(side.get(row["q"]), side.get(shot["q"])) for row, shot in zip(rows, shots, strict=True)]
+    assert all(None in pair or pair[0] == pair[1] for pair in pairs)
+    assert found.counts["overlap.test_side"] == found.counts["near.test_side"] > 5
+    assert found.counts["overlap.validation_side"] > 0
+    assert found.counts["read"] == dropped(found) + found.table.num_rows
 
 
 def test_a_stated_reference_wins_and_stays_text(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
 def test_a_missing_column_names_file_row_column_and_what_there_is(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"train.{suffix}", ROWS)
-    place = f"{path}:1" if suffix == "jsonl" else f"{path} row 1"
+    place = {"jsonl": f"{path}:1", "json": f"{path} row 1 (line 1)", "parquet": f"{path} row 1"}[suffix]
     with pytest.raises(SourceError) as caught:
         read(file_source(path, prompt="{question}"))
     assert str(caught.value) == f"{place}: no column 'question', which prompts.sources.0.prompt needs; there are: 'q', 'a', 'hint'"
@@ -68,10 +69,10 @@ def test_a_column_that_vanishes_later_names_its_own_line(tmp_path: Path) -> None
 def test_bad_json_names_file_and_line_and_blank_lines_count(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"q": "a"}\n\n{"q": oops}\n')
-    with pytest.raises(SourceError, match=r"x\.jsonl:3: not valid JSON in UTF-8"):
+    with pytest.raises(SourceError, match=r"x\.jsonl:3: not valid JSON: Expecting value"):
         read(file_source(path))
     path.write_bytes(b'{"q": "a"}\n{"q": "\xff"}\n')
-    with pytest.raises(SourceError, match=r"x\.jsonl:2: not valid JSON in UTF-8"):
+    with pytest.raises(SourceError, match=r"x\.jsonl:2: not valid UTF-8: .*0xff"):
         read(file_source(path))
 
 
@@ -80,9 +81,23 @@ def test_bad_json_names_file_and_line_and_blank_lines_count(tmp_path: Path) -> N
     [
         ("x.jsonl", b"[1]\n", r"x\.jsonl:1: expected a JSON object"),
         ("x.json", b'{"q": 1}', r"x\.json: expected a JSON list of objects, found a dict"),
-        ("x.json", b"[1]", r"x\.json row 1: expected a JSON object"),
+        ("x.json", b"[1]", r"x\.json row 1 \(line 1\): expected a JSON object"),
         ("x.parquet", b"PAR1 no", r"x\.parquet: not a readable Parquet file"),
-        ("x.csv", b"q\n1\n", r"x\.csv ends in none of \.jsonl, \.json, \.parquet"),
+        ("x.json", b"[1] 2", r"x\.json row 1"),
+        ("x.json", b'[{"q": 1}\n{"q": 2}]', r"x\.json: not valid JSON after row 1: found '\{\"q\": 2\}\]'"),
+        ("x.json", b'[{"q": 1},\n]', r"x\.json row 2 \(line 2\): not valid JSON: Expecting value: line 2 column 1"),
+        ("x.json", b'[{"q": 1}] x', r"x\.json: not valid JSON after row 1: found '\] x'"),
+        ("x.jsonl", b'{"q": 1} 2\n', r"x\.jsonl:1: not valid JSON: something follows the value: '2"),
+        ("x.jsonl", b'{"a": ' + b"[" * 100_000 + b"\n", r"x\.jsonl:1: not valid JSON: it is nested too deeply"),
+        ("x.jsonl", b'{"q": 1}\n{"q": 1, "a": {"b": 1, "b": 2}}', r"x\.jsonl:2: not valid JSON: the key 'b' stands twice in one object"),
+        ("x.json", b'[{"q": 1},\n\n{"q": 1, "q": 2}]', r"x\.json row 2 \(line 3\): not valid JSON: the key 'q' stands twice"),
+        ("x.csv", b"q,q\n1,2\n", r"x\.csv:1: a column's name stands twice in the first line: 'q', 'q'"),
+        ("x.csv", b'q,a\n"1\n1",2\n3\n', r"x\.csv:4: 1 fields, and the first line names 2 columns"),
+        ("x.csv", b'q,a\n1,"2\n', r"x\.csv:2: not valid CSV: unexpected end of data"),
+        ("x.txt", b"q\n1\n", r"x\.txt ends in none of \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
+        ("x.jsonl", b"\x28\xb5\x2f\xfd...", r"x\.jsonl: it is compressed by zstd; decompress it"),
+        ("x.jsonl", gzip.compress(b'{"q": 1}\n' * 9)[:-9], r"x\.jsonl:\d+: damaged gzip: .*; copy the file again"),
+        ("x.json", gzip.compress(b'[{"q": 1}]')[:-9], r"x\.json: damaged gzip: .*; copy the file again"),
     ],
 )
 def test_another_form_than_stated_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -119,6 +134,10 @@ def test_objects_of_a_bucket_are_read_like_files(tmp_path: Path, monkeypatch: py
         bucket.create(key, json.dumps({"q": key}).encode() + b"\n")
     assert [row.prompt for _, row in read(file_source("s3://corpus/data/a.jsonl"))] == ["data/a.jsonl"]
     assert [row.prompt for _, row in read(file_source("s3://corpus/data/*.jsonl"))] == ["data/a.jsonl", "data/b.jsonl"]
+    for path in ("data/**/*.jsonl", "**/*.jsonl", "**/**/?.jsonl"):
+        found = [row.prompt for _, row in read(file_source(f"s3://corpus/{path}"))]
+        assert found == ["data/a.jsonl", "data/b.jsonl", "data/deep/c.jsonl"]
+    assert [row.prompt for _, row in read(file_source("s3://corpus/**/deep/*.jsonl"))] == ["data/deep/c.jsonl"]
     assert set(opened) == {"corpus"}
     with pytest.raises(SourceError, match=r"no file at 's3://corpus/data/none\.jsonl'"):
         read(file_source("s3://corpus/data/none.jsonl"))
@@ -134,10 +153,14 @@ def test_a_template_is_column_names_and_nothing_else(text: str) -> None:
 
 def test_templates_fill_text_numbers_and_braces() -> None:
     template = compile_template("{{{Body}}} {Question}", where="here")
-    assert fill(template, {"Body": "b", "Question": 51.0}, at="x:1") == "{b} 51.0"
+    assert fill(template, {"Body": "b", "Question": "51.0"}, at="x:1") == "{b} 51.0"
     assert fill(template, {"Body": "b", "Question": None}, at="x:1") is None
     with pytest.raises(SourceError, match=r"x:1: column 'Body', which here needs, holds a list"):
-        fill(template, {"Body": ["b"], "Question": 1}, at="x:1")
+        fill(template, {"Body": ["b"], "Question": "1"}, at="x:1")
+    with pytest.raises(SourceError, match=r"x:1: column 'Body', which here needs, holds a list of chat turns"):
+        fill(template, {"Body": [{"role": "user", "content": "b"}], "Question": "1"}, at="x:1")
+    with pytest.raises(SourceError, match=r"x:1: column 'Body' holds 10,000,001 characters; at most 10,000,000 are read"):
+        fill(template, {"Body": "b" * 10_000_001, "Question": "1"}, at="x:1")
 
 
 def test_file_identity_is_content_and_name_never_the_path(tmp_path: Path) -> None:

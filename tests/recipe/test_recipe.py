@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from kd_core.errors import RecipeError
 from kd_core.recipe import ARMS, Dense, Recipe, schedule_values
+from kd_core.recipe.core_yaml import read_yaml
 from kd_core.recipe.files import dump_recipe, load_recipe, parse_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -35,7 +36,8 @@ def refusal(*overrides: str) -> str:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_shipped_recipes_load_and_survive_a_round_trip(path: Path) -> None:
     recipe = load_recipe(path)
-    assert parse_recipe(yaml.safe_load(dump_recipe(recipe)), origin="dump") == recipe
+    assert parse_recipe(read_yaml(dump_recipe(recipe), "dump"), origin="dump") == recipe
+    assert parse_recipe(yaml.safe_load(dump_recipe(recipe)), origin="dump") == recipe, "whatever version of YAML a reader knows"
     assert recipe.name == path.stem
 
 
@@ -261,7 +263,7 @@ def test_several_mistakes_are_a_line_each_and_counted() -> None:
         ("a: 1\nb: {c: 1, c: 2}", "x.yaml:2:11: not valid YAML: key 'c' stands twice"),
         ("a: [", "x.yaml:1:5: not valid YAML: expected the node content"),
         ("1: 2", "x.yaml:1:1: not valid YAML: key 1 is no text; put it in quotes"),
-        ("on: 2", "x.yaml:1:1: not valid YAML: key True is no text; put it in quotes"),
+        ("true: 2", "x.yaml:1:1: not valid YAML: key True is no text; put it in quotes"),
         ("? [1]\n: 2", "key [1] is no text"),
         ("a: !!python/object/apply:os.system [x]", "x.yaml:1:4: not valid YAML: could not determine a constructor"),
     ],
@@ -308,6 +310,20 @@ def test_overrides_reach_every_place() -> None:
     )
     assert (recipe.training.steps, recipe.prompts.sources[0].num, recipe.run.s3.region) == (7, 11, "eu")
     assert (recipe.answers, recipe.run.tracking) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "text", ["####", "#", "# the answer", "Use # for the total", "a: b", "- a", "|", "*", "&x", "!!int 3", "no", "1:30"]
+)
+def test_an_override_s_text_is_taken_whole(text: str) -> None:
+    recipe = load(f"task.answer_marker={text}", f"task.system= {text} ", f"description='{text}'")
+    assert (recipe.task.answer_marker, recipe.task.system, recipe.description) == (text, text, text)
+
+
+def test_a_long_value_is_cut_where_it_is_shown() -> None:
+    message = refusal(f"training.steps={'x' * 5000}")
+    assert len(message) < 600
+    assert message.endswith("... (5,002 characters)")
 
 
 SCALARS = st.none() | st.booleans() | st.integers(-2, 3) | st.floats(allow_nan=False) | st.sampled_from(["", "x", "soft", "sampled", "é"])

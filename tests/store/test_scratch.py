@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kd_core.store import scratch as module
 from kd_core.errors import StoreError
 from kd_core.store import LocalStore
+from kd_core.store import scratch as module
 from kd_core.store.scratch import scratch
 
 HOLD = "from kd_core.store.scratch import scratch\nwith scratch() as p:\n (p/'big').write_bytes(b'x'); print(p, flush=True); input()"
