@@ -19,7 +19,7 @@ TOP = TopK(kind="topk", k=4, temperatures=GRID)
 def targets_of(logits_NV: torch.Tensor, policy: SoftLabels) -> Targets:
     num = len(logits_NV)
     uniform_N = torch.full((num,), 0.5, dtype=torch.float64)
-    return make_targets(logits_NV, torch.zeros(num, dtype=torch.int64), policy, uniform_N=uniform_N)
+    return make_targets(logits_NV, torch.zeros(num, dtype=torch.int64, device=logits_NV.device), policy, uniform_N=uniform_N)
 
 
 def pair(device: torch.device | str = "cpu", *, num: int = 6, columns: int = 30) -> tuple[torch.Tensor, torch.Tensor]:
