@@ -52,8 +52,9 @@ class Projection:
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Logits over the valid columns, float32: the readable definition."""
-        bias_V = None if self.bias_V is None else self.bias_V[: self.num_columns]
-        logits_NV = torch.nn.functional.linear(hidden_NH, self.weight_VH[: self.num_columns], bias_V).float() * self.scale
+        dtype = hidden_NH.dtype
+        bias_V = None if self.bias_V is None else self.bias_V[: self.num_columns].to(dtype)
+        logits_NV = torch.nn.functional.linear(hidden_NH, self.weight_VH[: self.num_columns].to(dtype), bias_V).float() * self.scale
         return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
 
 

@@ -8,21 +8,22 @@ torch learns of a device once a process, for good, and before the first backward
 So ``register`` belongs to a pytest session of its own: ``pytest --pretended``, which ``test_pretended.py`` starts.
 """
 
-import traceback
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "pretended"
-_ROOT = Path(__file__).parents[2]
+_ROOT = f"{Path(__file__).parents[2]}/"
+_OURS = (f"{_ROOT}kd_core/", f"{_ROOT}tests/")
 _aten = torch.ops.aten
 _COPIES = {_aten.copy_.default, _aten._to_copy.default}
 _INDEXED = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default}
@@ -38,9 +39,10 @@ class Waits(Counter[str]):
 
     def add(self, operator: str) -> None:
         """Count one, at the innermost line of this project."""
-        frames = [frame for frame in reversed(traceback.extract_stack()) if Path(frame.filename).is_relative_to(_ROOT)]
-        own = [frame for frame in frames if "site-packages" not in frame.filename and frame.filename != __file__]
-        place = f"{Path(own[0].filename).relative_to(_ROOT)}:{own[0].lineno}" if own else "elsewhere"
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and not (frame.f_code.co_filename.startswith(_OURS) and frame.f_code.co_filename != __file__):
+            frame = frame.f_back
+        place = "elsewhere" if frame is None else f"{frame.f_code.co_filename.removeprefix(_ROOT)}:{frame.f_lineno}"
         self[f"{operator} at {place}"] += 1
 
 
@@ -80,6 +82,32 @@ class _OnDevice(Tensor):
         """As CUDA's: refused."""
         raise TypeError(f"a tensor on {NAME} has no numpy(); copy it to the CPU first")
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """What tells tied weights from others."""
+        return self.held.untyped_storage()
+
+    def data_ptr(self) -> int:
+        """Likewise."""
+        return self.held.data_ptr()
+
+    @property
+    def data(self) -> Tensor:
+        """Without autograd."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: "_OnDevice") -> None:
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.held = value.held
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """A parameter's copy is a parameter."""
+        copied: Tensor = _OnDevice(self.held.detach().clone())
+        if isinstance(self, torch.nn.Parameter):
+            copied = torch.nn.Parameter(copied, self.requires_grad)
+        memo[id(self)] = copied
+        return copied
+
     def __repr__(self) -> str:
         return f"{self.held!r} on {NAME}"
 
@@ -95,56 +123,64 @@ class _Dispatch(TorchDispatchMode):
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Compute on what is wrapped."""
-    flat, spec = tree_flatten((args, kwargs))
-    tensors = [value for value in flat if isinstance(value, Tensor)]
+    tensors: list[Tensor] = []
+    held_args, held_kwargs = _held(args, tensors), {name: _held(value, tensors) for name, value in kwargs.items()}
     mine = [tensor for tensor in tensors if isinstance(tensor, _OnDevice)]
     wanted = kwargs.get("device")
     target = (NAME if mine else "cpu") if wanted is None else torch.device(wanted).type
-    if func not in _COPIES:
+    if mine and func not in _COPIES:
         _refuse_mixes(func, args, tensors, mine)
-    if _waits_for_device(func, flat, mine, target, kwargs) or (func is _aten.copy_.default and _copy_waits(*args)):
+    if _waits_for_device(func, args, tensors, mine, target, kwargs):
         _waits.add(func._schema.name.removeprefix("aten::"))
-    held = [value.held if isinstance(value, _OnDevice) else value for value in flat]
-    held_args, held_kwargs = tree_unflatten(held, spec)
     if wanted is not None:
         held_kwargs["device"] = torch.device("cpu" if target == NAME else target)
     out = func(*held_args, **held_kwargs)
-    if target != NAME or func is _aten._local_scalar_dense.default:
+    if target != NAME:
         return out
-    given = {id(tensor.held): tensor for tensor in mine}  # what works in place, or with out=, gives back what it was given
-    return tree_map(lambda value: given[id(value)] if id(value) in given else _wrapped(value), out)
+    return _wrapped(out, {id(tensor.held): tensor for tensor in mine})
 
 
-def _wrapped(value: Any) -> Any:
-    return _OnDevice(value) if isinstance(value, Tensor) else value
+def _held(value: Any, seen: list[Tensor]) -> Any:
+    """What is wrapped, in lists too; every tensor met on the way goes to ``seen``."""
+    if isinstance(value, list | tuple):
+        return type(value)(_held(one, seen) for one in value)
+    if isinstance(value, Tensor):
+        seen.append(value)
+    return value.held if isinstance(value, _OnDevice) else value
+
+
+def _wrapped(value: Any, given: dict[int, _OnDevice]) -> Any:
+    """Results on the device; an operator that works in place, or has an out=, gives back the tensor that it was given."""
+    if isinstance(value, list | tuple):
+        return type(value)(_wrapped(one, given) for one in value)
+    return given.get(id(value)) if id(value) in given else _OnDevice(value) if isinstance(value, Tensor) else value
 
 
 def _refuse_mixes(func: Any, args: Any, tensors: Sequence[Tensor], mine: Sequence[Tensor]) -> None:
     """What CUDA refuses: a tensor of another device, but for a number and for what indexes a tensor of the device."""
     if func in _INDEXED:
-        tensors = [args[0], *([args[2]] if len(args) > 2 else []), *(mine if not isinstance(args[0], _OnDevice) else [])]
+        into = args[0]
+        tensors = [into, *args[2:3]] if isinstance(into, _OnDevice) else [into, *mine]
     numbers_too = func in (_aten.cat.default, _aten.stack.default)
-    others = [tensor for tensor in tensors if not isinstance(tensor, _OnDevice) and (tensor.dim() > 0 or numbers_too)]
-    if mine and others:
-        raise RuntimeError(f"{func}: a tensor of shape {tuple(others[0].shape)} is on {others[0].device}, and another one on {NAME}")
+    for other in tensors:
+        if isinstance(other, Tensor) and not isinstance(other, _OnDevice) and (other.dim() > 0 or numbers_too):
+            raise RuntimeError(f"{func}: a tensor of shape {tuple(other.shape)} is on {other.device}, and another one on {NAME}")
 
 
-def _waits_for_device(func: Any, flat: Sequence[Any], mine: Sequence[Tensor], target: str, kwargs: dict[str, Any]) -> bool:
+def _waits_for_device(
+    func: Any, args: Any, tensors: Sequence[Tensor], mine: Sequence[Tensor], target: str, kwargs: dict[str, Any]
+) -> bool:
     if func is _aten._to_copy.default:
-        crosses = bool(mine) != (target == NAME)
-        return crosses and not (target == NAME and kwargs.get("non_blocking", False))
+        return bool(mine) != (target == NAME) and not (target == NAME and kwargs.get("non_blocking", False))
     if not mine:
         return False
+    if func is _aten.copy_.default:
+        return len(mine) == 1 and not (isinstance(args[0], _OnDevice) and (*args, False)[2])
     if func in _INDEXED:  # a mask's size is on the device; an index on the CPU is copied to it
-        return any(isinstance(v, Tensor) and (v.dtype == torch.bool or (not isinstance(v, _OnDevice) and v.dim() > 0)) for v in flat[1:])
+        return any(index.dtype == torch.bool or (not isinstance(index, _OnDevice) and index.dim() > 0) for index in tensors[1:])
     if func._schema.name == "aten::repeat_interleave":
         return kwargs.get("output_size") is None
     return func._schema.name.removeprefix("aten::") in _WAITING
-
-
-def _copy_waits(into: Tensor, source: Tensor, non_blocking: bool = False) -> bool:
-    crosses = isinstance(into, _OnDevice) != isinstance(source, _OnDevice)
-    return crosses and not (isinstance(into, _OnDevice) and non_blocking)
 
 
 def _tensor(data: Any, *args: Any, device: Any = None, **others: Any) -> Tensor:

@@ -1,13 +1,12 @@
 """Training on a device gives what training on the CPU gives; nothing of a batch, a checkpoint or a teacher stays behind on the CPU."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from kd_core.progress import silent
 from kd_core.recipe import (
@@ -57,24 +56,13 @@ Fit = Callable[..., tuple[TrainingResult, dict[str, torch.Tensor]]]
 
 
 @pytest.fixture
-def on_the_device(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """Settings of a run on the device. accelerate holds on to the first device it meets in a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    if device.type not in ("cpu", "cuda"):
-        monkeypatch.setattr("kd_core.train.loop.pick_device", lambda wanted: device if wanted == "auto" else torch.device(wanted))
-        monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", str(device))
-    yield Run(device=device.type if device.type in ("cpu", "cuda") else "auto", micro_batch_tokens=64)
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
 def fit(tiny_model, tmp_path: Path) -> Fit:
     """Trains one and the same student; what was logged, and its weights on the CPU."""
     student = tiny_model(seed=7, vocab_size=20).model.requires_grad_(True)
 
-    def run(settings: Run, data: TrainingData, *, at: str = "", **changes: Any) -> tuple[TrainingResult, dict[str, torch.Tensor]]:
+    def run(settings: Run, data: TrainingData, *, at: str, **changes: Any) -> tuple[TrainingResult, dict[str, torch.Tensor]]:
         model = copy.deepcopy(student)
-        store = LocalStore(tmp_path / (at or settings.device))
+        store = LocalStore(tmp_path / at)
         given = {"training": TRAINING, "objective": SOFT, "seed": 0, "num_columns": 17, "tick": silent} | changes
         result = train(model, data, run=settings, checkpoints=Checkpoints(store, "f" * 32), **given)
         return result, {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
@@ -95,32 +83,26 @@ def soft(teacher: LoadedModel, policy: SoftLabels) -> TrainingData:
     return TrainingData(MemoryRows(ROWS, lambda number: scored[number].targets), ROWS[:2])
 
 
-ON_CPU = Run(device="cpu", micro_batch_tokens=64)
-
-
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.kind)
 def test_training_is_what_it_is_on_the_cpu(
-    tiny_model, fit: Fit, device: torch.device, on_the_device: Run, monkeypatch: pytest.MonkeyPatch, policy: SoftLabels, packed: bool
+    tiny_model, fit: Fit, runs_on: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch, policy: SoftLabels, packed: bool
 ) -> None:
     """With validations, an average of the weights, the best of them kept, and a checkpoint every other step."""
     if not packed:
         monkeypatch.setattr("kd_core.train.loop.unpackable", lambda model: "for this test")
     data = soft(tiny_model(), policy)
     training = TRAINING.model_copy(update={"validate_every_steps": 2, "keep": "best", "ema_decay": 0.8})
-    found = fit(on_the_device.model_copy(update={"checkpoint_every_steps": 2}), data, at="found", training=training)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    alike(found, fit(ON_CPU, data, training=training))
+    found = fit(runs_on("device").model_copy(update={"checkpoint_every_steps": 2}), data, at="device", training=training)
+    alike(found, fit(runs_on("cpu"), data, at="cpu", training=training))
     assert found[0].packed == packed
 
 
 @pytest.mark.parametrize("policy", POLICIES[1:], ids=lambda policy: policy.kind)
-def test_other_divergences_and_bfloat16_run(tiny_model, fit: Fit, device: torch.device, on_the_device: Run, policy: SoftLabels) -> None:
+def test_bfloat16_products_and_another_divergence(tiny_model, fit: Fit, runs_on: Callable[[str], Run], policy: SoftLabels) -> None:
     objective = SOFT.model_copy(update={"divergence": TotalVariation(kind="total_variation")})
     data, training = soft(tiny_model(), policy), TRAINING.model_copy(update={"dtype": "bfloat16"})
-    found, _ = fit(on_the_device, data, at="found", training=training, objective=objective)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    expected, _ = fit(ON_CPU, data, training=training, objective=objective)
+    found, expected = (fit(runs_on(where), data, at=where, training=training, objective=objective)[0] for where in ("device", "cpu"))
     assert found.metrics[-1]["loss"] == pytest.approx(expected.metrics[-1]["loss"], rel=0.03)
 
 
@@ -142,12 +124,11 @@ class States:
 
 
 @pytest.mark.parametrize("source", ["live", "cached", "relations"])
-def test_features_are_what_they_are_on_the_cpu(tiny_model, fit: Fit, device: torch.device, on_the_device: Run, source: str) -> None:
+def test_features_are_what_they_are_on_the_cpu(tiny_model, fit: Fit, runs_on: Callable[[str], Run], source: str) -> None:
     """The live teacher is loaded on the CPU and moves to where the student is."""
     features = RelationFeatures(kind="relations", num_heads=4, weight=0.5) if source == "relations" else HIDDEN
     results = []
-    for settings in (on_the_device, ON_CPU):
-        AcceleratorState._reset_state(reset_partial_state=True)
+    for where in ("device", "cpu"):
         teacher = tiny_model(num_layers=3)
         if source == "cached":
             captured = capture_hidden(teacher, KEYED, wanted=HiddenStates(blocks=(1, 2)), micro_batch_tokens=64).captured
@@ -156,26 +137,27 @@ def test_features_are_what_they_are_on_the_cpu(tiny_model, fit: Fit, device: tor
             found = LiveTeacher(teacher, features, PAIRS)
         objective, task = SOFT.model_copy(update={"features": features}), FeatureTask(features, PAIRS, found)
         data = soft(tiny_model(num_layers=3), POLICIES[0])
-        results.append(fit(settings, data, at=f"{len(results)}", objective=objective, features=task))
+        results.append(fit(runs_on(where), data, at=where, objective=objective, features=task))
     alike(*results)
     assert results[0][0].metrics[-1]["feature"] > 0.0
 
 
 def test_a_checkpoint_goes_to_the_device_and_back(
-    tiny_model, fit: Fit, device: torch.device, on_the_device: Run, monkeypatch: pytest.MonkeyPatch
+    tiny_model, fit: Fit, runs_on: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Begun on either device and finished on the other one: the run of the CPU, with the average and the best weights so far."""
     training = TRAINING.model_copy(update={"validate_every_steps": 1, "keep": "best", "ema_decay": 0.8})
-    data, every = soft(tiny_model(), POLICIES[0]), {"checkpoint_every_steps": 2}
-    here, there = ON_CPU.model_copy(update=every), on_the_device.model_copy(update=every)
-    expected = fit(here, data, training=training)
-    for number, (begins, ends) in enumerate([(here, there), (there, here), (there, there)]):
+    data = soft(tiny_model(), POLICIES[0])
+
+    def run(where: str, at: str) -> tuple[TrainingResult, dict[str, torch.Tensor]]:
+        return fit(runs_on(where).model_copy(update={"checkpoint_every_steps": 2}), data, at=at, training=training)
+
+    expected = run("cpu", "unbroken")
+    for begins, ends in [("cpu", "device"), ("device", "cpu"), ("device", "device")]:
         with monkeypatch.context() as patch, pytest.raises(OSError, match="fail point"):
             patch.setattr("kd_core.failpoints._reached", {"train.step": 0})
             patch.setenv("KD_FAILPOINT", "train.step:5:error")
-            AcceleratorState._reset_state(reset_partial_state=True)
-            fit(begins, data, at=f"store{number}", training=training)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        found = fit(ends, data, at=f"store{number}", training=training)
+            run(begins, f"{begins} to {ends}")
+        found = run(ends, f"{begins} to {ends}")
         assert found[0].resumed_from == 4
         alike(found, expected)
