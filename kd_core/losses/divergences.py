@@ -130,7 +130,8 @@ def _mixture(log_p_NB: Tensor, log_q_NB: Tensor, share: float) -> Tensor:
 def _forward_kl_sampled(log_q_NV: Tensor, targets: SampledTargets, divergence: Divergence, temperature: float) -> Tensor:
     """-H(p) - sum_v (count_v / draws) log q_v: unbiased, as E[count_v / draws] = p_v."""
     check_sampled(targets, divergence, temperature)
-    rows_E = torch.repeat_interleave(torch.arange(len(log_q_NV), device=log_q_NV.device), targets.offsets_N1.diff())
+    rows_N = torch.arange(len(log_q_NV), device=log_q_NV.device)
+    rows_E = torch.repeat_interleave(rows_N, targets.offsets_N1.diff(), output_size=len(targets.ids_E))
     terms_E = targets.counts_E * log_q_NV[rows_E, targets.ids_E]
     cross_N = torch.zeros_like(log_q_NV[:, 0]).index_add(0, rows_E, terms_E) / targets.num_draws
     return -targets.cross_entropy_offset_N - cross_N

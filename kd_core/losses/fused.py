@@ -118,7 +118,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, bias_V = ctx.saved_tensors
         for gradient in (hidden_NH, weight_VH, bias_V):
-            if gradient is not None and float(grad) != 1.0:
+            if gradient is not None:
                 gradient.mul_(grad.to(gradient.dtype))
         return hidden_NH, weight_VH, bias_V, None, None, None, None, None
 
@@ -269,7 +269,9 @@ class _KeptDraws:
         self._starts = targets.offsets_N1.tolist()
         self._share_E = targets.counts_E / targets.num_draws
         lengths_N = targets.offsets_N1.diff()
-        self._row_E = torch.repeat_interleave(torch.arange(len(lengths_N), device=lengths_N.device), lengths_N)
+        self._row_E = torch.repeat_interleave(
+            torch.arange(len(lengths_N), device=lengths_N.device), lengths_N, output_size=len(targets.ids_E)
+        )
         counted_N = torch.zeros_like(lengths_N).index_add_(0, self._row_E, targets.counts_E)
         self._share_N1 = (counted_N / targets.num_draws)[:, None]
 

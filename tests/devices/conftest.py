@@ -1,6 +1,7 @@
-"""Runs on the device of a test."""
+"""Runs on the device of a test, and the waits of the pretended one."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -8,6 +9,14 @@ import torch
 from accelerate.state import AcceleratorState
 
 from kd_core.recipe import Run
+
+
+@pytest.fixture
+def waits(device: torch.device) -> Counter[str]:
+    """How often the host waits for the pretended device in this test, by 'operator at file:line'."""
+    assert device.type == "pretended", "no other one counts"
+    counted: Counter[str] = sys.modules["pretended_device"].waits
+    return counted
 
 
 @pytest.fixture

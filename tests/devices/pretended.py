@@ -1,4 +1,4 @@
-"""A device that is not the CPU, pretended on the CPU: what meets across devices raises, as on CUDA, and what waits for the device is counted.
+"""A device that is not the CPU, pretended on the CPU: what meets across devices raises, as on CUDA, and what waits for it is counted.
 
 A tensor "on" it wraps a CPU tensor; every operator is dispatched to ``_run``, which refuses a CPU tensor beside one of the device,
 computes on the wrapped ones and wraps the result. Numbers and gradients are real. What it is not: autocast does nothing, there
@@ -46,7 +46,7 @@ class Waits(Counter[str]):
         self[f"{operator} at {place}"] += 1
 
 
-_waits = Waits()
+waits = Waits()
 
 
 class _OnDevice(Tensor):
@@ -75,7 +75,7 @@ class _OnDevice(Tensor):
 
     def tolist(self) -> Any:
         """As CUDA's: one wait."""
-        _waits.add("tolist")
+        waits.add("tolist")
         return self.held.tolist()
 
     def numpy(self, *_: Any, **__: Any) -> Any:
@@ -131,7 +131,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if mine and func not in _COPIES:
         _refuse_mixes(func, args, tensors, mine)
     if _waits_for_device(func, args, tensors, mine, target, kwargs):
-        _waits.add(func._schema.name.removeprefix("aten::"))
+        waits.add(func._schema.name.removeprefix("aten::"))
     if wanted is not None:
         held_kwargs["device"] = torch.device("cpu" if target == NAME else target)
     out = func(*held_args, **held_kwargs)
@@ -167,9 +167,7 @@ def _refuse_mixes(func: Any, args: Any, tensors: Sequence[Tensor], mine: Sequenc
             raise RuntimeError(f"{func}: a tensor of shape {tuple(other.shape)} is on {other.device}, and another one on {NAME}")
 
 
-def _waits_for_device(
-    func: Any, args: Any, tensors: Sequence[Tensor], mine: Sequence[Tensor], target: str, kwargs: dict[str, Any]
-) -> bool:
+def _waits_for_device(func: Any, args: Any, tensors: Sequence[Tensor], mine: Sequence[Tensor], target: str, kwargs: dict[str, Any]) -> bool:
     if func is _aten._to_copy.default:
         return bool(mine) != (target == NAME) and not (target == NAME and kwargs.get("non_blocking", False))
     if not mine:
@@ -203,12 +201,12 @@ def register() -> None:
 
 
 @contextmanager
-def pretending() -> Iterator[Waits]:
-    """Within: tensors can be made on the device. Gives the waits, from none."""
-    _waits.clear()
+def pretending() -> Iterator[None]:
+    """Within: tensors can be made on the device, and ``waits`` are counted from none."""
+    waits.clear()
     torch.tensor = _tensor  # type: ignore[assignment]
     try:
         with _Dispatch():
-            yield _waits
+            yield
     finally:
         torch.tensor = _unregistered_tensor

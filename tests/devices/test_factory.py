@@ -18,6 +18,10 @@ from kd_core.stages.run import run_node
 from kd_core.store import LocalStore
 from kd_core.teacher.models import LoadedModel, save_model
 
+OTHERS = [pytest.param("pretended", marks=pytest.mark.pretended), pytest.param("cuda", marks=pytest.mark.gpu)]
+"""Than the CPU, which the other tests are about."""
+pytestmark = pytest.mark.parametrize("device", OTHERS, indirect=True)
+
 FEW = (
     "prompts.sources.0.num=60",
     "teacher.sources.0.num=60",
@@ -61,7 +65,8 @@ def test_a_student_of_fewer_tokens_runs_beside_its_live_teacher(
     overrides = (
         f"teacher={{kind: pretrained, model: {tmp_path / 'model'}}}",
         "student={kind: from_teacher, vocabulary: {keep: data, least_kept_mass: 0}}",
-        "objective={supervision: soft, hard_weight: 0.5, soft_weight: 0.5, temperature: 2, features: {kind: relations, num_heads: 2, weight: 0.1}}",
+        "objective={supervision: soft, hard_weight: 0.5, soft_weight: 0.5, temperature: 2,"
+        " features: {kind: relations, num_heads: 2, weight: 0.1}}",
     )
     everything(load_recipe(small_recipe, [*FEW[:1], *FEW[3:], *overrides]), LocalStore(tmp_path), runs_on)
 

@@ -1,12 +1,8 @@
-"""The pretended device itself: it refuses and counts what CUDA would; and every test of devices passes on it."""
+"""The pretended device itself: it refuses and counts what CUDA would."""
 
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,35 +15,11 @@ from kd_core.tokens.batches import TokenRow
 from kd_core.train.batches import Layout
 from kd_core.train.objective_model import ObjectiveModel
 
-_ROOT = Path(__file__).parents[2]
-
-
-def test_all_tests_of_devices_pass_on_the_pretended_device() -> None:
-    """In a process of its own, because torch learns of a device for good and before its first backward pass."""
-    command = [sys.executable, "-m", "pytest", "--pretended", "--tb=short", "-p", "no:cacheprovider", "tests"]
-    done = subprocess.run(command, cwd=_ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
-    counts = {what: int(number) for number, what in re.findall(r"(\d+) (\w+)", done.stdout.splitlines()[-1])}
-    assert counts["passed"] >= 110
-    assert counts.keys() <= {"passed", "deselected"}, "nothing is skipped there"
-
-
-# ---------------------------------------------------------------------------------------------- the device itself
-
-
-@pytest.fixture
-def waits() -> Iterator[Any]:
-    """Within the pretended device: the waits that it counts."""
-    with sys.modules["pretended_device"].pretending() as counted:
-        yield counted
-
-
-pretended = pytest.mark.pretended
 DEVICE = "pretended"
+pytestmark = [pytest.mark.pretended, pytest.mark.parametrize("device", [DEVICE], indirect=True)]
 
 
-@pretended
-def test_tensors_compute_and_learn_on_it(waits: Any) -> None:
+def test_tensors_compute_and_learn_on_it(waits: Counter[str]) -> None:
     weight = torch.nn.Linear(3, 2).to(DEVICE)
     assert weight.weight.device.type == DEVICE
     weight(torch.ones(4, 3, device=DEVICE)).square().sum().backward()
@@ -55,15 +27,13 @@ def test_tensors_compute_and_learn_on_it(waits: Any) -> None:
     assert weight.weight.grad.cpu().abs().sum() > 0.0
 
 
-@pretended
-def test_a_tied_weight_stays_tied(waits: Any) -> None:
+def test_a_tied_weight_stays_tied(waits: Counter[str]) -> None:
     one, other = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     other.weight = one.weight
     moved = torch.nn.Sequential(one, other).to(DEVICE)
     assert moved[0].weight is moved[1].weight
 
 
-@pretended
 @pytest.mark.parametrize(
     "mix",
     [
@@ -81,14 +51,13 @@ def test_a_tied_weight_stays_tied(waits: Any) -> None:
         lambda here, there: np.asarray(here),
     ],
 )
-def test_what_meets_across_devices_raises(waits: Any, mix: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
+def test_what_meets_across_devices_raises(waits: Counter[str], mix: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
     here, there = torch.eye(2, device=DEVICE), torch.eye(2)
     with pytest.raises((RuntimeError, TypeError), match=DEVICE):
         mix(here, there)
 
 
-@pretended
-def test_what_cuda_allows_does_not_raise(waits: Any) -> None:
+def test_what_cuda_allows_does_not_raise(waits: Counter[str]) -> None:
     here = torch.arange(4.0, device=DEVICE)
     assert (here * torch.tensor(2.0)).tolist() == [0.0, 2.0, 4.0, 6.0]
     assert here[torch.tensor([3, 0])].cpu().tolist() == [3.0, 0.0]
@@ -97,7 +66,6 @@ def test_what_cuda_allows_does_not_raise(waits: Any) -> None:
     assert here.tolist() == [1.0, 7.0, 1.0, 1.0]
 
 
-@pretended
 @pytest.mark.parametrize(
     ("does", "operator", "number"),
     [
@@ -112,15 +80,14 @@ def test_what_cuda_allows_does_not_raise(waits: Any) -> None:
         (lambda here: here.exp().sum() * torch.zeros((), device=DEVICE), "", 0),
     ],
 )
-def test_what_waits_is_counted_by_its_line(waits: Any, does: Callable[[torch.Tensor], object], operator: str, number: int) -> None:
+def test_what_waits_is_counted_by_its_line(waits: Counter[str], does: Callable[[torch.Tensor], object], operator: str, number: int) -> None:
     here = torch.arange(4.0).to(DEVICE, non_blocking=True)
     does(here)
     assert sum(waits.values()) == number, waits
     assert all(name.startswith(f"{operator} at tests/devices/test_pretended.py:") for name in waits)
 
 
-@pretended
-def test_labels_that_are_left_on_the_cpu_are_found(waits: Any, tiny_model: Callable[..., Any]) -> None:
+def test_labels_that_are_left_on_the_cpu_are_found(waits: Counter[str], tiny_model: Callable[..., Any]) -> None:
     """The fault that this device was made for, planted."""
     model = tiny_model().model.requires_grad_(True).to(DEVICE)
     batch = Layout(packed=False, budget_tokens=64, device=torch.device(DEVICE)).batch([TokenRow((9, 12, 7, 14, 3, 1), 3)])

@@ -1,6 +1,7 @@
 """Training on a device gives what training on the CPU gives; nothing of a batch, a checkpoint or a teacher stays behind on the CPU."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ TRAINING = Training(steps=6, batch_rows=3, learning_rate=0.01, warmup_steps=2)
 PAIRS = (BlockPair(student=0, teacher=1), BlockPair(student=1, teacher=2))
 HIDDEN = HiddenStateFeatures(kind="hidden_states", source="live", weight=0.5)
 
+OTHERS = [pytest.param("pretended", marks=pytest.mark.pretended), pytest.param("cuda", marks=pytest.mark.gpu)]
+"""Than the CPU, which the other tests are about."""
+ON_OTHERS = pytest.mark.parametrize("device", OTHERS, indirect=True)
+
 Fit = Callable[..., tuple[TrainingResult, dict[str, torch.Tensor]]]
 
 
@@ -83,6 +88,7 @@ def soft(teacher: LoadedModel, policy: SoftLabels) -> TrainingData:
     return TrainingData(MemoryRows(ROWS, lambda number: scored[number].targets), ROWS[:2])
 
 
+@ON_OTHERS
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.kind)
 def test_training_is_what_it_is_on_the_cpu(
@@ -98,6 +104,7 @@ def test_training_is_what_it_is_on_the_cpu(
     assert found[0].packed == packed
 
 
+@ON_OTHERS
 @pytest.mark.parametrize("policy", POLICIES[1:], ids=lambda policy: policy.kind)
 def test_bfloat16_products_and_another_divergence(tiny_model, fit: Fit, runs_on: Callable[[str], Run], policy: SoftLabels) -> None:
     objective = SOFT.model_copy(update={"divergence": TotalVariation(kind="total_variation")})
@@ -123,6 +130,7 @@ class States:
         return [self._states[number] for number in numbers]
 
 
+@ON_OTHERS
 @pytest.mark.parametrize("source", ["live", "cached", "relations"])
 def test_features_are_what_they_are_on_the_cpu(tiny_model, fit: Fit, runs_on: Callable[[str], Run], source: str) -> None:
     """The live teacher is loaded on the CPU and moves to where the student is."""
@@ -142,6 +150,7 @@ def test_features_are_what_they_are_on_the_cpu(tiny_model, fit: Fit, runs_on: Ca
     assert results[0][0].metrics[-1]["feature"] > 0.0
 
 
+@ON_OTHERS
 def test_a_checkpoint_goes_to_the_device_and_back(
     tiny_model, fit: Fit, runs_on: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,10 +163,31 @@ def test_a_checkpoint_goes_to_the_device_and_back(
 
     expected = run("cpu", "unbroken")
     for begins, ends in [("cpu", "device"), ("device", "cpu"), ("device", "device")]:
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="fail point"):
+        with monkeypatch.context() as patch:
             patch.setattr("kd_core.failpoints._reached", {"train.step": 0})
             patch.setenv("KD_FAILPOINT", "train.step:5:error")
-            run(begins, f"{begins} to {ends}")
+            with pytest.raises(OSError, match="fail point"):
+                run(begins, f"{begins} to {ends}")
         found = run(ends, f"{begins} to {ends}")
         assert found[0].resumed_from == 4
         alike(found, expected)
+
+
+@pytest.mark.pretended
+@pytest.mark.parametrize("device", ["pretended"], indirect=True)
+@pytest.mark.parametrize(("policy", "most"), [(POLICIES[0], 5), (POLICIES[1], 2), (POLICIES[2], 2)], ids=["sampled", "topk", "dense"])
+def test_a_step_waits_for_the_device_at_its_end_only(
+    tiny_model, fit: Fit, waits: Counter[str], runs_on: Callable[[str], Run], policy: SoftLabels, most: int
+) -> None:
+    """For the numbers that are logged and the gradient's norm, which decides whether the weights move; sampled labels, whose entries lie
+    at other places in each micro-batch, once more in each of three.
+    """
+    data, counted = soft(tiny_model(), policy), []
+    for steps in (3, 8):
+        settings = runs_on("device").model_copy(update={"micro_batch_tokens": 24})
+        training = Training(steps=steps, batch_rows=5, learning_rate=0.01)
+        waits.clear()
+        fit(settings, data, at=str(steps), training=training)
+        counted.append(Counter(waits))
+    more = counted[1] - counted[0]
+    assert 0 < sum(more.values()) <= 5 * most, more
