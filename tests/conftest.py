@@ -3,7 +3,6 @@
 ``finished`` is one whole run of a shrunken quickstart recipe, shared; tests that change a store take ``copy``.
 """
 
-import importlib.util
 import io
 import json
 import os
@@ -12,10 +11,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -53,19 +51,9 @@ def pytest_configure(config: pytest.Config) -> None:
         del os.environ[name]
     os.environ.update(_CLEAN)
     if config.getoption("pretended"):
-        _pretended().register()
+        from tests.devices import pretended
 
-
-def _pretended() -> ModuleType:
-    """``devices/pretended.py``; one module for all tests."""
-    name, path = "pretended_device", Path(__file__).parent / "devices" / "pretended.py"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+        pretended.register()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -108,7 +96,12 @@ def device(request: pytest.FixtureRequest) -> "Iterator[torch.device]":
 
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    with _pretended().pretending() if request.param == "pretended" else nullcontext():
+    if request.param != "pretended":
+        yield torch.device(request.param)
+        return
+    from tests.devices import pretended
+
+    with pretended.pretending():
         yield torch.device(request.param)
 
 

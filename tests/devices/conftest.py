@@ -9,14 +9,14 @@ import torch
 from accelerate.state import AcceleratorState
 
 from kd_core.recipe import Run
+from tests.devices import pretended
 
 
 @pytest.fixture
 def waits(device: torch.device) -> Counter[str]:
     """How often the host waits for the pretended device in this test, by 'operator at file:line'."""
-    assert device.type == "pretended", "no other one counts"
-    counted: Counter[str] = sys.modules["pretended_device"].waits
-    return counted
+    assert device.type == pretended.NAME, "no other one counts"
+    return pretended.waits
 
 
 @pytest.fixture
@@ -25,8 +25,7 @@ def runs_on(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
 
     accelerate holds on to the first device that it meets in a process, and no recipe can name the pretended one.
     """
-    pretended = device.type not in ("cpu", "cuda")
-    if pretended:
+    if device.type == pretended.NAME:
         for module in [module for name, module in sys.modules.items() if name.startswith("kd_core") and hasattr(module, "pick_device")]:
             monkeypatch.setattr(module, "pick_device", lambda wanted: device if wanted == "auto" else torch.device(wanted))
 
@@ -34,7 +33,7 @@ def runs_on(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
         AcceleratorState._reset_state(reset_partial_state=True)
         if where == "cpu":
             return Run(device="cpu", micro_batch_tokens=64)
-        if pretended:
+        if device.type == pretended.NAME:
             monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", str(device))
             return Run(device="auto", micro_batch_tokens=64)
         return Run(device=device.type, micro_batch_tokens=64)

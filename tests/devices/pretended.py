@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
@@ -196,6 +197,7 @@ def register() -> None:
     library = torch.library.Library("_", "IMPL")
     library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     globals()["_library"] = library  # it is in force as long as it lives
+    _device_constructors()  # remembers torch.tensor at its first call, for ``with torch.device(...)``: the one of torch
     torch.inference_mode = lambda *_: torch.no_grad()  # type: ignore[assignment,misc]
     torch.__future__.set_swap_module_params_on_conversion(True)  # model.to(device) keeps parameters, and so ties, as on CUDA
 

@@ -13,7 +13,7 @@ from kd_core.progress import silent
 from kd_core.recipe import Recipe, Run
 from kd_core.recipe.files import load_recipe
 from kd_core.stages import evaluate, teacher, train  # noqa: F401  `runs_on` must find them
-from kd_core.stages.graph import walk
+from kd_core.stages.graph import build_graph
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore
 from kd_core.teacher.models import LoadedModel, save_model
@@ -73,10 +73,11 @@ def test_a_student_of_fewer_tokens_runs_beside_its_live_teacher(
 
 def everything(recipe: Recipe, store: LocalStore, runs_on: Callable[[str], Run]) -> None:
     """Every stage but those that ask for no device, and every check."""
-    for node in walk(recipe, store):
+    nodes = build_graph(recipe, store)
+    for node in nodes.values():
         if node.stage not in ("publish", "report"):
             run = recipe.run.model_copy(update={"device": runs_on("device").device})
-            run_node(recipe.model_copy(update={"run": run}), node.name, store=store, tick=silent, extra={})
+            run_node(recipe.model_copy(update={"run": run}), nodes, node.name, store=store, tick=silent, extra={})
             assert find(store, node.stage, node.fingerprint) is not None
     runs_on("device")
     found = examine(recipe.model_copy(update={"run": run}), store)
