@@ -52,9 +52,7 @@ def test_two_processes_train_the_student_of_one(copy, finished, sharded: str) ->
     assert ticks[-1].done == before.summary["steps"]
 
 
-def test_a_rank_that_is_killed_ends_the_run_by_name_and_one_process_goes_on(
-    copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_that_is_killed_ends_the_run_by_name_and_one_process_goes_on(copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, store, before = on_two(copy)
     monkeypatch.setenv("KD_FAILPOINT", f"train.step:12:hold={tmp_path}")
 
