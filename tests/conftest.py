@@ -40,11 +40,28 @@ _CLEAN = {
 }
 
 
-def pytest_configure() -> None:
-    """Libraries that read the environment when they are imported must find the clean one."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--pretended``: a session of the pretended device (``devices/pretended.py``)."""
+    parser.addoption("--pretended", action="store_true", help="only the tests that take `device`, on a device pretended on the CPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Libraries that read the environment when they are imported must find the clean one; a pretended device is for a whole session."""
     for name in [name for name in os.environ if name.startswith(_FOREIGN)]:
         del os.environ[name]
     os.environ.update(_CLEAN)
+    if config.getoption("pretended"):
+        from tests.devices import pretended
+
+        pretended.register()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A session has the pretended device, or all else: torch knows a device for a whole process."""
+    wanted: bool = config.getoption("pretended")
+    mine = [item for item in items if (item.get_closest_marker("pretended") is not None) == wanted]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(mine)])
+    items[:] = mine
 
 
 @pytest.fixture(autouse=True)
@@ -72,14 +89,20 @@ def s3_environment(seaweed: StackInfo, monkeypatch: pytest.MonkeyPatch) -> Stack
     return seaweed
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> "torch.device":
-    """Every device that numbers must agree on; cuda is skipped where there is none."""
+@pytest.fixture(params=["cpu", pytest.param("pretended", marks=pytest.mark.pretended), pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> "Iterator[torch.device]":
+    """Every device that numbers must agree on; the pretended one needs a session of its own, cuda is skipped where there is none."""
     import torch
 
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    return torch.device(request.param)
+    if request.param != "pretended":
+        yield torch.device(request.param)
+        return
+    from tests.devices import pretended
+
+    with pretended.pretending():
+        yield torch.device(request.param)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Documents say what is true: paths exist, commands exist, recipes load, numbers in a recipe's header are its own."""
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -52,6 +53,18 @@ def test_make_targets_in_documents_exist(document: Path) -> None:
     code = "\n".join(re.findall(r"`[^`]*`|^    .*$", document.read_text(), re.M))
     named = set(re.findall(r"(?:^|`)\s*(?:\w+=\S+ )?make ([a-z]+)", code, re.M))
     assert named <= targets
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize("build", ["", "cpu", "cu130"])
+def test_set_up_takes_the_build_of_torch_that_it_is_told(build: str, tmp_path: Path) -> None:
+    command = ["make", "-n", "setup", f"VENV={tmp_path}", f"TORCH={build}"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    [install] = [line for line in said.splitlines() if "--editable" in line]
+    [pinned] = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch==")]
+    assert "+" not in pinned, "a build that the package index may not have"
+    wanted = f" --extra-index-url https://download.pytorch.org/whl/{build} '{pinned}+{build}'" if build else ""
+    assert install.rstrip().endswith(f"-c constraints.txt --editable '.[stack,dev]'{wanted}")
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)

@@ -80,7 +80,7 @@ def _padded(batch: MicroBatch, padding: int) -> MicroBatch:
         return torch.nn.functional.pad(values_BT, (0, padding))
 
     inputs = {name: pad(value) if isinstance(value, Tensor) else value for name, value in batch.inputs.items()}
-    return replace(batch, inputs=inputs, predict_BT=pad(batch.predict_BT))
+    return replace(batch, inputs=inputs)
 
 
 def norm(gradient: Gradient) -> float:

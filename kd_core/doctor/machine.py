@@ -1,6 +1,8 @@
 """Checks of what a recipe stands on: packages, device, and that compared models differ in the one field that is compared."""
 
+import shutil
 from importlib import metadata
+from pathlib import Path
 
 import torch
 from packaging.version import Version
@@ -18,6 +20,7 @@ _SAFE_SINCE = {
     "transformers": ("5.3", "earlier ones run code from a model's config.json without trust_remote_code"),
     "torch": ("2.6", "earlier ones can run code while loading a checkpoint"),
 }
+_GPU_SIGNS = (Path("/proc/driver/nvidia"), Path("/dev/nvidia0"))
 _MAY_DIFFER = {"objective", "soft_labels", "hidden_states"}
 
 
@@ -35,7 +38,14 @@ def check_packages() -> str:
 
 
 def check_device(recipe: Recipe) -> str:
-    """The device is there, and multiplies in the recipe's number formats."""
+    """The device is there, no GPU stands idle that the recipe would take, and it multiplies in the recipe's number formats."""
+    sign = _gpu_sign()
+    if sign is not None and recipe.run.device != "cpu" and not torch.cuda.is_available():
+        build = "is built without CUDA" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda} and sees none"
+        raise TrainingError(
+            f"there is a GPU here ({sign}), and torch {torch.__version__} {build}: everything would run on the CPU; install a build that "
+            "its driver knows (make setup TORCH=cu130, or another name of https://download.pytorch.org/whl), or set run.device: cpu"
+        )
     device = pick_device(recipe.run.device)
     dtypes = {
         recipe.training.dtype,
@@ -52,6 +62,11 @@ def check_device(recipe: Recipe) -> str:
         if not error <= allowed:
             raise TrainingError(f"a 64 x 64 product in {name} on {device} is off by {error:.2g}, at most {allowed:.2g} is rounding")
     return f"{device}, {torch.get_num_threads()} threads; products are right in {' and '.join(sorted(dtypes))}"
+
+
+def _gpu_sign() -> str | None:
+    """What shows that this machine has an NVIDIA GPU, whatever torch says."""
+    return next((str(path) for path in _GPU_SIGNS if path.exists()), shutil.which("nvidia-smi"))
 
 
 def check_compared_models(recipe: Recipe, store: Store) -> str:

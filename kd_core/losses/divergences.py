@@ -23,8 +23,10 @@ from kd_core.softlabels.targets import DenseTargets, SampledTargets, Targets, To
 __all__ = ["check_sampled", "divergence_of_outcomes", "forward_kl", "soft_divergence", "teacher_outcomes"]
 
 FORWARD_KL = ForwardKL(kind="forward_kl")
-_ROUNDING = 1e-6
-"""Probabilities this near are equal: |p - q| has no slope at zero, and rounding must not choose one."""
+_ROUNDING = 1e-5
+"""Probabilities that differ by this share of themselves are equal: |p - q| has no slope at zero, and rounding must not choose one. float32
+logits near 100 are up to 4e-6 off; a bound that is no share would lose a large vocabulary, whose probabilities are all small.
+"""
 _LEAST_LOG_TAIL = -104.0
 """A tail that was zero in float32 is some mass below e^-103 all the same: reverse divergences stay finite."""
 
@@ -111,8 +113,9 @@ def divergence_of_outcomes(log_p_NB: Tensor, log_q_NB: Tensor, divergence: Diver
         case SkewKL():
             return _kl(log_p_NB, _mixture(log_p_NB, log_q_NB, divergence.alpha))
         case TotalVariation():
-            apart_NB = log_p_NB.exp() - log_q_NB.exp()
-            return 0.5 * torch.where(apart_NB.abs() > _ROUNDING, apart_NB, 0.0).abs().sum(-1)
+            p_NB, q_NB = log_p_NB.exp(), log_q_NB.exp()
+            apart_NB = p_NB - q_NB
+            return 0.5 * torch.where(apart_NB.abs() > _ROUNDING * torch.maximum(p_NB, q_NB), apart_NB, 0.0).abs().sum(-1)
 
 
 def _kl(log_a_NB: Tensor, log_b_NB: Tensor) -> Tensor:
@@ -130,7 +133,8 @@ def _mixture(log_p_NB: Tensor, log_q_NB: Tensor, share: float) -> Tensor:
 def _forward_kl_sampled(log_q_NV: Tensor, targets: SampledTargets, divergence: Divergence, temperature: float) -> Tensor:
     """-H(p) - sum_v (count_v / draws) log q_v: unbiased, as E[count_v / draws] = p_v."""
     check_sampled(targets, divergence, temperature)
-    rows_E = torch.repeat_interleave(torch.arange(len(log_q_NV), device=log_q_NV.device), targets.offsets_N1.diff())
+    rows_N = torch.arange(len(log_q_NV), device=log_q_NV.device)
+    rows_E = torch.repeat_interleave(rows_N, targets.offsets_N1.diff(), output_size=len(targets.ids_E))
     terms_E = targets.counts_E * log_q_NV[rows_E, targets.ids_E]
     cross_N = torch.zeros_like(log_q_NV[:, 0]).index_add(0, rows_E, terms_E) / targets.num_draws
     return -targets.cross_entropy_offset_N - cross_N

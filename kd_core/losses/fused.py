@@ -52,8 +52,9 @@ class Projection:
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Logits over the valid columns, float32: the readable definition."""
-        bias_V = None if self.bias_V is None else self.bias_V[: self.num_columns]
-        logits_NV = torch.nn.functional.linear(hidden_NH, self.weight_VH[: self.num_columns], bias_V).float() * self.scale
+        dtype = hidden_NH.dtype
+        bias_V = None if self.bias_V is None else self.bias_V[: self.num_columns].to(dtype)
+        logits_NV = torch.nn.functional.linear(hidden_NH, self.weight_VH[: self.num_columns].to(dtype), bias_V).float() * self.scale
         return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
 
 
@@ -117,7 +118,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, bias_V = ctx.saved_tensors
         for gradient in (hidden_NH, weight_VH, bias_V):
-            if gradient is not None and float(grad) != 1.0:
+            if gradient is not None:
                 gradient.mul_(grad.to(gradient.dtype))
         return hidden_NH, weight_VH, bias_V, None, None, None, None, None
 
@@ -268,7 +269,9 @@ class _KeptDraws:
         self._starts = targets.offsets_N1.tolist()
         self._share_E = targets.counts_E / targets.num_draws
         lengths_N = targets.offsets_N1.diff()
-        self._row_E = torch.repeat_interleave(torch.arange(len(lengths_N), device=lengths_N.device), lengths_N)
+        self._row_E = torch.repeat_interleave(
+            torch.arange(len(lengths_N), device=lengths_N.device), lengths_N, output_size=len(targets.ids_E)
+        )
         counted_N = torch.zeros_like(lengths_N).index_add_(0, self._row_E, targets.counts_E)
         self._share_N1 = (counted_N / targets.num_draws)[:, None]
 

@@ -13,6 +13,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from kd_core.errors import SoftLabelError
 from kd_core.recipe import Dense, Sampled, SoftLabels, TopK
+from kd_core.tokens.batches import sent
 
 __all__ = [
     "Common",
@@ -377,6 +379,9 @@ def _(targets: DenseTargets) -> tuple[object, ...]:
 
 def move(targets: Targets, device: torch.device) -> Targets:
     """The same targets on a device."""
-    common = replace(targets.common, gold_logprob_N=targets.common.gold_logprob_N.to(device), entropy_N=targets.common.entropy_N.to(device))
-    tensors = {f.name: getattr(targets, f.name).to(device) for f in fields(targets) if isinstance(getattr(targets, f.name), Tensor)}
+    gold_N, entropy_N = targets.common.gold_logprob_N, targets.common.entropy_N
+    common = replace(targets.common, gold_logprob_N=sent(gold_N, device), entropy_N=sent(entropy_N, device))
+    tensors: dict[str, Any] = {
+        f.name: sent(getattr(targets, f.name), device) for f in fields(targets) if isinstance(getattr(targets, f.name), Tensor)
+    }
     return replace(targets, common=common, **tensors)

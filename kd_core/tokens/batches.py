@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "TokenRow", "collate", "padded_batches", "token_batches"]
+__all__ = ["Batch", "TokenRow", "collate", "padded_batches", "sent", "token_batches"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,12 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        return Batch(self.ids_BT.to(device), self.attention_BT.to(device), self.predict_BT.to(device), self.labels_N.to(device))
+        return Batch(*(sent(tensor, device) for tensor in (self.ids_BT, self.attention_BT, self.predict_BT, self.labels_N)))
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same tensor on a device. The host does not wait for a copy to a GPU, and does for one from it: its numbers may be read next."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def collate(rows: Sequence[tuple[Sequence[int], int]]) -> Batch:

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from kd_core.errors import TeacherError
-from kd_core.tokens.batches import Batch, collate
+from kd_core.tokens.batches import Batch, collate, sent
 
 __all__ = ["Documents", "Pack", "equal_length_batches", "isolated_documents", "pack_batches", "pack_rows", "unpackable"]
 
@@ -66,7 +66,7 @@ class Pack:
 
     def to(self, device: torch.device) -> "Pack":
         """The same pack on a device."""
-        return Pack(self.batch.to(device), self.position_BT.to(device), self.documents)
+        return Pack(self.batch.to(device), sent(self.position_BT, device), self.documents)
 
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments of a model inside ``isolated_documents``."""

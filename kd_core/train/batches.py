@@ -18,7 +18,7 @@ from kd_core.errors import SoftLabelError, TrainingError
 from kd_core.losses.features import TeacherFeatures
 from kd_core.recipe import Training
 from kd_core.softlabels.targets import Targets, move
-from kd_core.tokens.batches import TokenRow, collate, padded_batches
+from kd_core.tokens.batches import TokenRow, collate, padded_batches, sent
 from kd_core.tokens.packing import pack_batches, pack_rows
 from kd_core.train.row_order import BLOCK_ROWS, BUFFER_BLOCKS, Rows, step_rows
 
@@ -36,8 +36,9 @@ class MicroBatch:
 
     Attributes:
         inputs: keyword arguments of the model's backbone.
-        predict_BT: True where the output predicts a supervised token.
-        labels_N: those tokens, int64, row by row.
+        predict_at: rows and positions whose output predicts a supervised token, two int64 tensors of shape (N,): a mask would have to
+            be counted on the device, and the host to wait for it.
+        labels_N: those tokens, int64, in the same order.
         num_tokens: tokens that are run, padding included.
         targets: soft labels of the same positions; None without soft supervision.
         share: 1, or 0 for a batch that is repeated so that all ranks make as many passes.
@@ -45,7 +46,7 @@ class MicroBatch:
     """
 
     inputs: dict[str, Any]
-    predict_BT: Tensor
+    predict_at: tuple[Tensor, Tensor]
     labels_N: Tensor
     num_tokens: int
     targets: Targets | None = None
@@ -105,13 +106,16 @@ class Layout:
         """Rows, in this order, as one batch."""
         picked = [(row.ids, row.first_supervised) for row in rows]
         if self.packed:
-            pack = pack_rows(picked).to(self.device)
+            pack = pack_rows(picked)
+            predict_BT, pack = pack.batch.predict_BT, pack.to(self.device)
             batch, inputs = pack.batch, pack.inputs()
         else:
-            batch = collate(picked).to(self.device)
+            batch = collate(picked)
+            predict_BT, batch = batch.predict_BT, batch.to(self.device)
             inputs = {"input_ids": batch.ids_BT, "attention_mask": batch.attention_BT, "use_cache": False}
+        rows_N, positions_N = (sent(at_N, self.device) for at_N in predict_BT.nonzero(as_tuple=True))
         found = None if targets is None else move(targets, self.device)
-        return MicroBatch(inputs, batch.predict_BT, batch.labels_N, batch.ids_BT.numel(), found, share)
+        return MicroBatch(inputs, (rows_N, positions_N), batch.labels_N, batch.ids_BT.numel(), found, share)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from kd_core.recipe import BlockPair, Features, RelationFeatures
 from kd_core.softlabels.forward import check_teacher, decoder_blocks, module_outputs
 from kd_core.softlabels.hidden import RowStates
 from kd_core.teacher.models import LoadedModel
-from kd_core.tokens.batches import TokenRow
+from kd_core.tokens.batches import TokenRow, sent
 from kd_core.tokens.packing import isolated_documents, unpackable
 from kd_core.train.batches import FeatureSource, MicroBatch
 
@@ -111,7 +111,7 @@ class LiveTeacher:
         packed = "documents" in batch.inputs
         with isolated_documents(self._model) if packed else contextlib.nullcontext(), module_outputs(self._places) as outputs:
             self._model.get_decoder()(**batch.inputs)
-        return TeacherFeatures(tuple(outputs[place][batch.predict_BT] for place in self._places), _lengths(rows))
+        return TeacherFeatures(tuple(outputs[place][batch.predict_at] for place in self._places), _lengths(rows))
 
 
 class StateRows(Protocol):
@@ -169,8 +169,8 @@ class CachedStates:
         if self._rows.read(numbers) != list(rows):
             raise SoftLabelError(f"the hidden states of rows {list(numbers)} are of other tokens than the rows; run the recipe again")
         found, device = self._rows.states(numbers), batch.labels_N.device
-        codes_NLW = torch.cat([row.codes_NLW for row in found]).to(device)
-        scales_NL = torch.cat([row.scales_NL for row in found]).to(device)
+        codes_NLW = sent(torch.cat([row.codes_NLW for row in found]), device)
+        scales_NL = sent(torch.cat([row.scales_NL for row in found]), device)
         return TeacherFeatures(tuple(_dequantised(codes_NLW, scales_NL, column) for column in self._columns), _lengths(rows))
 
 

@@ -75,7 +75,7 @@ class ObjectiveModel(nn.Module):
         if not acts:  # ranks wait for a gradient of every parameter, of idle ones too
             return loss + sum(0.0 * parameter.sum() for parameter in self.feature_loss.parameters()), parts
         assert batch.features is not None, "a feed without features raises before"
-        feature = self.feature_loss([outputs[place][batch.predict_BT] for place in self._places], batch.features)
+        feature = self.feature_loss([outputs[place][batch.predict_at] for place in self._places], batch.features)
         return loss + weights.feature * feature, {**parts, "feature": feature.detach()}
 
     def _of_logits(self, hidden_NH: Tensor, batch: MicroBatch, weights: StepWeights) -> tuple[Tensor, dict[str, Tensor]]:
@@ -90,7 +90,7 @@ class ObjectiveModel(nn.Module):
     def hidden(self, batch: MicroBatch, *, bf16: bool = False) -> Tensor:
         """The backbone's output where it predicts a supervised token, shape (N, H); bfloat16 products and result under ``bf16``."""
         with torch.autocast(batch.labels_N.device.type, torch.bfloat16, enabled=bf16):
-            hidden_NH: Tensor = self.model.get_decoder()(**batch.inputs).last_hidden_state[batch.predict_BT]
+            hidden_NH: Tensor = self.model.get_decoder()(**batch.inputs).last_hidden_state[batch.predict_at]
         return hidden_NH.to(torch.bfloat16) if bf16 else hidden_NH
 
     def projection(self) -> Projection:
@@ -154,13 +154,13 @@ def validation_sums(model: ObjectiveModel, batches: Sequence[tuple[Sequence[Toke
     """
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0.0
+    total, count = torch.zeros((), dtype=torch.float64, device=layout.device), 0.0
     for rows, share in batches:
         batch = layout.batch(rows)
         hidden_NH = model.hidden(batch)
         for start in range(0, len(hidden_NH), _VALIDATION_POSITIONS):
             at = slice(start, start + _VALIDATION_POSITIONS)
-            total += share * float(nn.functional.cross_entropy(model.logits(hidden_NH[at]), batch.labels_N[at], reduction="sum"))
+            total += share * nn.functional.cross_entropy(model.logits(hidden_NH[at]), batch.labels_N[at], reduction="sum").double()
         count += share * len(batch.labels_N)
     model.train(was_training)
-    return torch.tensor([total, count], dtype=torch.float64, device=layout.device)
+    return torch.stack([total, torch.full_like(total, count)])

@@ -12,7 +12,7 @@ import torch
 from kd_core.losses.features import TeacherFeatures
 from kd_core.softlabels.kept import only_kept
 from kd_core.softlabels.targets import Targets
-from kd_core.tokens.batches import TokenRow
+from kd_core.tokens.batches import TokenRow, sent
 from kd_core.tokens.token_map import TokenMap
 from kd_core.train.batches import FeatureSource, MicroBatch
 from kd_core.train.row_order import Rows
@@ -72,5 +72,5 @@ class FullFeatures:
         """The teacher's features of a batch."""
         full = [TokenRow(tuple(self._token_map.restore(np.array(row.ids)).tolist()), row.first_supervised) for row in rows]
         ids_BT = batch.inputs["input_ids"]
-        full_ids_BT = torch.from_numpy(self._token_map.full_ids).to(ids_BT.device)[ids_BT]
+        full_ids_BT = sent(torch.from_numpy(self._token_map.full_ids), ids_BT.device)[ids_BT]
         return self._source.read(numbers, full, replace(batch, inputs={**batch.inputs, "input_ids": full_ids_BT}))

@@ -370,6 +370,21 @@ def test_old_packages_are_found(sums, store: LocalStore, monkeypatch: pytest.Mon
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize(("cuda", "says"), [(None, "is built without CUDA"), ("13.0", "is built for CUDA 13.0 and sees none")])
+def test_a_gpu_that_torch_cannot_use_is_named(
+    sums, store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None, says: str
+) -> None:
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(machine, "_GPU_SIGNS", (tmp_path / "none", tmp_path / "nvidia0"))
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    found = by_name(examine(sums("run.device=auto"), store))
+    assert failed(found) == {"device"}
+    assert f"there is a GPU here ({tmp_path / 'nvidia0'}), and torch {torch.__version__} {says}" in found["device"].detail
+    assert "make setup TORCH=cu130" in found["device"].detail
+    assert not failed(by_name(examine(sums("run.device=cpu"), store))), "who asks for the CPU gets it"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_missing_device_is_found_and_the_rest_is_skipped(sums, store: LocalStore) -> None:
     found = by_name(examine(sums("run.device=cuda"), store))
     assert failed(found) == {"device", "models"}

@@ -14,7 +14,10 @@ from kd_core.softlabels.targets import Targets, make_targets
 def dense(logits_NV: torch.Tensor) -> Targets:
     num = len(logits_NV)
     return make_targets(
-        logits_NV, torch.zeros(num, dtype=torch.int64), Dense(kind="dense"), uniform_N=torch.zeros(num, dtype=torch.float64)
+        logits_NV,
+        torch.zeros(num, dtype=torch.int64, device=logits_NV.device),
+        Dense(kind="dense"),
+        uniform_N=torch.zeros(num, dtype=torch.float64),
     )
 
 

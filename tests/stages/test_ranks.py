@@ -22,6 +22,7 @@ from kd_core.store import LocalStore
 
 pytestmark = pytest.mark.slow
 NODE = "student.0"
+LIMIT_SECONDS = 120.0  # what is waited for comes in one or two; it fails at last on a machine of any speed
 
 
 def on_two(copy, *overrides: str) -> tuple[Recipe, LocalStore, Record]:
@@ -51,8 +52,9 @@ def test_two_processes_train_the_student_of_one(copy, finished, sharded: str) ->
     assert ticks[-1].done == before.summary["steps"]
 
 
-def test_a_rank_that_is_killed_ends_the_run_by_name_and_one_process_goes_on(copy) -> None:
+def test_a_rank_that_is_killed_ends_the_run_by_name_and_one_process_goes_on(copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, store, before = on_two(copy)
+    monkeypatch.setenv("KD_FAILPOINT", f"train.step:12:hold={tmp_path}")
 
     def kill_the_second(tick: Tick) -> None:
         if tick.done > 10:
@@ -60,6 +62,7 @@ def test_a_rank_that_is_killed_ends_the_run_by_name_and_one_process_goes_on(copy
 
     with pytest.raises(TrainingError, match=r"student\.0: rank 1 of 2 was killed by SIGKILL, and the others were ended"):
         run_node(recipe, build_graph(recipe, store), NODE, store=store, tick=kill_the_second, extra={})
+    monkeypatch.delenv("KD_FAILPOINT")
     assert not multiprocessing.active_children()
     assert find(store, "train", before.fingerprint) is None
     made = run_node(
@@ -84,39 +87,40 @@ def test_what_a_rank_raises_is_raised_here(copy) -> None:
         )
 
 
-def test_an_interrupt_ends_all_processes(copy, kd_process) -> None:
-    on_two(copy)
-    process = kd_process("run", "--local", "--json", copy.recipe_file, "--set", "run.num_processes=2")
-    ranks = children_when_training(process, copy.store)
+def test_an_interrupt_ends_all_processes(copy, kd_process, tmp_path: Path) -> None:
+    process, ranks = held_in_training(copy, kd_process, tmp_path / "held")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert gone(ranks)
 
 
-def test_ranks_do_not_outlive_who_started_them(copy, kd_process) -> None:
-    on_two(copy)
-    process = kd_process("run", "--local", "--json", copy.recipe_file, "--set", "run.num_processes=2")
-    ranks = children_when_training(process, copy.store)
+def test_ranks_do_not_outlive_who_started_them(copy, kd_process, tmp_path: Path) -> None:
+    process, ranks = held_in_training(copy, kd_process, tmp_path / "held")
     process.kill()
     assert gone(ranks)
 
 
-def children_when_training(process: subprocess.Popen[str], store: Path) -> list[int]:
-    """Process ids below a run, once a rank has written a checkpoint."""
-    until = time.monotonic() + 120.0
-    while not list(store.glob("checkpoints/*/*/record.json")):
+def held_in_training(copy, kd_process, held: Path) -> tuple[subprocess.Popen[str], list[int]]:
+    """A run whose two ranks wait in a step, and the ids of all processes below it."""
+    on_two(copy)
+    held.mkdir()
+    words = ("run", "--local", "--json", copy.recipe_file, "--set", "run.num_processes=2")
+    process = kd_process(*words, KD_FAILPOINT=f"train.step:3:hold={held}")
+    until = time.monotonic() + LIMIT_SECONDS
+    while len(list(held.iterdir())) < 2:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(0.05)
-    return [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    children = [int(child) for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert {int(path.name) for path in held.iterdir()} <= set(children)
+    return process, children
 
 
 def gone(pids: list[int]) -> bool:
-    """Whether all of them end within some seconds; there are the two ranks at least."""
-    assert len(pids) >= 2
-    until = time.monotonic() + 15.0
+    """Whether all of them end."""
+    until = time.monotonic() + LIMIT_SECONDS
     while alive := [pid for pid in pids if _is_alive(pid)]:
         if time.monotonic() > until:
             raise AssertionError(f"still there: {alive}")

@@ -148,18 +148,21 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_says_how_to_go_on_and_goes_on(copy, kd, kd_process):
-    changes = ("--set", "training.steps=600", "--set", "evaluation.compare=[]")
+def test_an_interrupted_run_says_how_to_go_on_and_goes_on(copy, kd, kd_process, tmp_path):
+    """Twice in the twelfth step that a process makes, where it is held: after step 12, and after step 22."""
+    changes = ("--set", "training.steps=40", "--set", "evaluation.compare=[]")
     words = ["run", "--local", str(copy.recipe_file), *changes]
 
     def newest() -> int:
         return max((int(path.parent.name) for path in (copy.store / "checkpoints").glob("*/*/record.json")), default=0)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        before, process = newest(), kd_process(*words)
-        wait_for(lambda before=before: newest() > before, process)
+        held = tmp_path / number.name
+        held.mkdir()
+        process = kd_process(*words, KD_FAILPOINT=f"train.step:12:hold={held}")
+        wait_for(lambda held=held: any(held.iterdir()), process)
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
         assert (process.returncode, out) == (130, "")
         [line] = [line for line in err.splitlines() if not line.startswith(("+ ", "= "))]
         assert line.startswith("kd: stopped.")
@@ -170,7 +173,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(copy, kd, kd_process):
     assert (training["status"], training["resumes_at_step"]) == ("started", stopped)
     called = kd(*again, "--json")
     assert called.code == 0, called.err
-    assert record(load_recipe(copy.recipe_file, changes[1::2]), copy.store, "student.0").summary["resumed_from"] == stopped > 10
+    assert record(load_recipe(copy.recipe_file, changes[1::2]), copy.store, "student.0").summary["resumed_from"] == stopped == 20
 
 
 # ------------------------------------------------------------------------------------------- damaged bytes

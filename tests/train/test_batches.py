@@ -56,7 +56,7 @@ def test_a_batch_predicts_its_labels(packed: bool) -> None:
     rows = [TokenRow((5, 6, 7, 8), 2), TokenRow((9, 4), 1)]
     batch = Layout(packed, 100, CPU).batch(rows)
     assert batch.labels_N.tolist() == [7, 8, 4]
-    assert batch.inputs["input_ids"][batch.predict_BT].tolist() == [6, 7, 9]
+    assert batch.inputs["input_ids"][batch.predict_at].tolist() == [6, 7, 9]
     assert batch.num_tokens == (6 if packed else 8)
     assert batch.inputs["use_cache"] is False
 

@@ -1,7 +1,8 @@
 """Trap 12 over processes: two ranks give the losses and weights of one, with whole copies or slices of the weights; and what two began
 one finishes, and the reverse.
 
-Bounds: logged numbers within 1e-5 of themselves, weights within 2e-5: float32 sums in another order, over eight steps of AdamW.
+Bounds: a step adds up at most 220 tokens in float32, and in another order a sum of n terms is off by at most n roundings: that share of
+the logged numbers. Of a weight, a hundredth of what one step of AdamW may move it: a gradient near zero has any sign.
 """
 
 import json
@@ -20,6 +21,8 @@ from kd_core.errors import TrainingError
 from kd_core.recipe import Run
 from kd_core.train.sharding import shall_shard
 
+LOGGED = 220 * torch.finfo(torch.float32).eps
+WEIGHTS = 0.01 * 0.01
 PROGRAM = Path(__file__).parent / "ranks_program.py"
 SLICED = {"run": {"shard_weights": True}}
 RUINOUS = {"kind": "piecewise", "values": [0.0, 600.0], "at": [0.6]}  # five times the weights a step: the last ones are not the best
@@ -50,12 +53,12 @@ def on_two_ranks(directory: Path, runs: dict[str, Any]) -> dict[str, list[dict[s
 
 def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
     for mine, theirs in zip(found["metrics"], expected["metrics"], strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-5)
-    assert found["validation_nll"] == pytest.approx(expected["validation_nll"], rel=1e-5)
+        assert mine == pytest.approx(theirs, rel=LOGGED)
+    assert found["validation_nll"] == pytest.approx(expected["validation_nll"], rel=LOGGED)
     assert found["supervised_tokens"] == expected["supervised_tokens"]
     assert found["kept_step"] == expected["kept_step"]
     for name, value in expected["model"].items():
-        torch.testing.assert_close(found["model"][name], value, rtol=0.0, atol=2e-5, msg=name)
+        torch.testing.assert_close(found["model"][name], value, rtol=0.0, atol=WEIGHTS, msg=name)
 
 
 @pytest.mark.slow
