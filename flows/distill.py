@@ -20,6 +20,7 @@ from kd_core.stages.graph import Graph, Node
 from kd_core.stages.order import Pending, Submit, run_graph
 from kd_core.stages.workers import device_slots
 from kd_core.store import Store, open_store
+from kd_core.summaries import ReportSummary, of
 from tasks.nodes import compute, computing_in, unseen
 
 __all__ = ["distill"]
@@ -87,7 +88,9 @@ def _show(recipe: Recipe, store: Store, done: dict[str, Artifact]) -> None:
     report = find(store, "report", done["report"].fingerprint)
     assert report is not None, "the flow has just computed it"
     create_markdown_artifact(
-        key=f"{_key(recipe.name)}-report", markdown=read_bytes(store, report, "report.md").decode(), description=report.summary["headline"]
+        key=f"{_key(recipe.name)}-report",
+        markdown=read_bytes(store, report, "report.md").decode(),
+        description=of(report, ReportSummary).headline,
     )
 
 

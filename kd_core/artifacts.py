@@ -61,7 +61,8 @@ class Record:
         identity: the stage's own resolved fields, plain data.
         upstream: stage name -> fingerprint.
         files: payload objects.
-        summary: a small result: counts, metrics, rates. Plain data.
+        summary: what the stage hands to others beside its files, as ``summaries.plain`` writes it.
+        seconds: that the stage took.
         provenance: code and package versions, host kind, time; no part of identity.
     """
 
@@ -71,6 +72,7 @@ class Record:
     upstream: Mapping[str, str]
     files: tuple[Payload, ...]
     summary: Mapping[str, Any]
+    seconds: float
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -210,6 +212,7 @@ def publish(
     identity: Mapping[str, Any],
     upstream: Mapping[str, str],
     summary: Mapping[str, Any],
+    seconds: float = 0.0,
 ) -> Record:
     """Upload every file below a directory, then write the record; adopt the record of whoever was first.
 
@@ -221,7 +224,7 @@ def publish(
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     )
-    record = Record(stage, fp, dict(identity), dict(upstream), files, dict(summary), provenance())
+    record = Record(stage, fp, dict(identity), dict(upstream), files, dict(summary), seconds, provenance())
     for file in files:
         key = f"{record.prefix}/{file.name}"
         if not store.create(key, directory / file.name):

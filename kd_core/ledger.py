@@ -17,6 +17,7 @@ from kd_core.artifacts import Artifact, find, record_keys
 from kd_core.errors import ArtifactError, IntegrityError
 from kd_core.store import Store
 from kd_core.store.sealed import read_parsed, seal, unseal
+from kd_core.summaries import LedgerReference, PublishSummary, of
 
 __all__ = ["Entry", "append", "champion_before", "check_against_records", "current", "history", "lost_entry", "seen_in"]
 
@@ -159,9 +160,9 @@ def _parse(model: str, number: int, data: bytes) -> Entry:
 # ---------------------------------------------------------------------------------------------- held against what others saw
 
 
-def seen_in(entry: Entry | None) -> dict[str, Any] | None:
-    """What a publication writes down about the newest entry it saw, for ``lost_entry``."""
-    return None if entry is None else {"number": entry.number, "digest": entry.artifact.digest}
+def seen_in(entry: Entry | None) -> LedgerReference | None:
+    """What a record writes down about an entry that was seen, for ``lost_entry``."""
+    return None if entry is None else LedgerReference(entry.number, entry.artifact.digest)
 
 
 def lost_entry(entries: tuple[Entry, ...], number: int, digest: str) -> str | None:
@@ -178,6 +179,7 @@ def check_against_records(store: Store, model: str) -> tuple[Entry, ...]:
 
     Raises:
         IntegrityError: a record saw an entry that the ledger does not have; or ledger or record are damaged.
+        ArtifactError: the summary of a record is not of this version.
     """
     keys = record_keys(store, "publish")  # before the ledger: an entry is written before the record that names it
     entries = history(store, model)
@@ -202,5 +204,5 @@ _READERS = 16
 def _seen(store: Store, key: str) -> tuple[str, int, str] | None:
     """(model, entry number, digest) in a publication record; None if it saw no entry. Records do not change, so each is read once."""
     record = find(store, "publish", key.split("/")[2])
-    seen = None if record is None else record.summary.get("ledger")
-    return None if record is None or seen is None else (record.summary["model"], seen["number"], seen["digest"])
+    summary = None if record is None else of(record, PublishSummary)
+    return None if summary is None or summary.ledger is None else (summary.model, summary.ledger.number, summary.ledger.digest)

@@ -7,6 +7,7 @@ held against what publication records and the registry know of it: a student is 
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kd_core.artifacts import Artifact, Record, check_bytes, read_bytes
@@ -14,6 +15,16 @@ from kd_core.errors import ArtifactError, IntegrityError
 from kd_core.ledger import Entry, append, check_against_records, current, lost_entry, seen_in
 from kd_core.recipe.addresses import redact_url
 from kd_core.stages.job import Job
+from kd_core.summaries import (
+    CurateSummary,
+    GateSummary,
+    PromptsSummary,
+    PublishSummary,
+    TeacherSummary,
+    TrainingRun,
+    TrainSummary,
+    parse,
+)
 from kd_core.train.history import logged_metrics
 from tasks.publication import DatasetInfo, ModelInfo, Publication, StageRun
 from tasks.tracking import default_tracking_uri, promotions, publish_run
@@ -23,25 +34,25 @@ __all__ = ["publish_stage"]
 _REPORTS = ("report.html", "report.md", "report.json", "recipe.yaml")
 
 
-def publish_stage(job: Job) -> dict[str, Any]:
-    """No files. Summary: MLflow's run and version, whether the champion moved, and the newest ledger entry that was seen."""
-    gate = job.inputs["gate"].summary
-    student = job.inputs[f"student.{gate['student']['seed']}"]
+def publish_stage(job: Job) -> PublishSummary:
+    """No files: what MLflow and the ledger hold of the run is in the summary."""
+    gate = job.summary("gate", GateSummary)
+    student = job.inputs[f"student.{gate.student.seed}"]
     uri = default_tracking_uri(job.recipe.run.tracking)
     check_bytes(job.store, student)
     _check_ledger(job, uri)
-    entry = _promote(job, gate, student) if gate["promote"] else None
+    entry = _promote(job, gate, student) if gate.promote else None
     published = publish_run(uri, _publication(job, gate, student, entry))
-    return {
-        "tracking": redact_url(uri),
-        "run_id": published.run_id,
-        "run_url": published.run_url,
-        "model": job.recipe.publish,
-        "version": published.version,
-        "champion_version": published.champion_version,
-        "promoted": gate["promote"],
-        "ledger": seen_in(current(job.store, job.recipe.publish)),
-    }
+    return PublishSummary(
+        tracking=redact_url(uri),
+        run_id=published.run_id,
+        run_url=published.run_url,
+        model=job.recipe.publish,
+        version=published.version,
+        champion_version=published.champion_version,
+        promoted=gate.promote,
+        ledger=seen_in(current(job.store, job.recipe.publish)),
+    )
 
 
 def _check_ledger(job: Job, tracking_uri: str) -> None:
@@ -61,40 +72,40 @@ def _check_ledger(job: Job, tracking_uri: str) -> None:
             )
 
 
-def _promote(job: Job, gate: Any, student: Record) -> Entry:
+def _promote(job: Job, gate: GateSummary, student: Record) -> Entry:
     """Append to the ledger, unless the champion is no longer the one that the gate compared with; the student's entry."""
     holder = current(job.store, job.recipe.publish)
     if holder is not None and holder.artifact.digest == student.digest:
         return holder
-    expected = gate["champion"]["digest"] if gate["champion"] else None
+    expected = gate.champion.digest if gate.champion else None
     found = holder.artifact.digest if holder is not None else None
     if found != expected:
         raise ArtifactError(
             f"{job.recipe.publish}: the gate compared with champion {expected}, now it is {found}; run the recipe again to decide anew"
         )
     artifact = Artifact(student.stage, student.fingerprint, student.digest)
-    reasons = tuple(f"{reason['rule']}: {reason['detail']}" for reason in gate["reasons"])
+    reasons = tuple(f"{reason.rule}: {reason.detail}" for reason in gate.reasons)
     number = holder.number if holder is not None else None
     entry = Entry(job.recipe.publish, "promote", artifact, reasons, number, int(time.time()))
     return append(job.store, job.recipe.publish, entry)
 
 
-def _publication(job: Job, gate: Any, student: Record, entry: Entry | None) -> Publication:
+def _publication(job: Job, gate: GateSummary, student: Record, entry: Entry | None) -> Publication:
     report = json.loads(read_bytes(job.store, job.inputs["report"], "report.json"))
     metrics = {name: float(metric["value"]) for name, metric in report["models"]["student"]["metrics"].items()}
-    prompts = job.inputs["prompts"]
-    datasets = [DatasetInfo("prompts", prompts.digest, f"{job.store.uri}/{prompts.prefix}", int(prompts.summary["rows"]), "prompts")]
-    curate = job.inputs["curate"]
-    datasets.append(
-        DatasetInfo("training rows", curate.digest, f"{job.store.uri}/{curate.prefix}", int(curate.summary["rows"]), "training")
+    prompts, curate = job.inputs["prompts"], job.inputs["curate"]
+    asked, learnt = job.summary("prompts", PromptsSummary).rows, job.summary("curate", CurateSummary).rows
+    datasets = (
+        DatasetInfo("prompts", prompts.digest, f"{job.store.uri}/{prompts.prefix}", asked, "prompts"),
+        DatasetInfo("training rows", curate.digest, f"{job.store.uri}/{curate.prefix}", learnt, "training"),
     )
     return Publication(
         name=job.recipe.name,
         run_key=job.node.fingerprint,
         parameters=_flat(job.recipe.model_dump(mode="json", exclude={"run", "description"})),
-        tags={"kd.store": job.store.uri, "kd.verdict": gate["headline"]},
+        tags={"kd.store": job.store.uri, "kd.verdict": gate.headline},
         stages=tuple(_stage_run(job, name, record) for name, record in job.inputs.items()),
-        datasets=tuple(datasets),
+        datasets=datasets,
         artifacts={name: read_bytes(job.store, job.inputs["report"], name) for name in _REPORTS},
         model=ModelInfo(
             name=job.recipe.publish,
@@ -104,8 +115,8 @@ def _publication(job: Job, gate: Any, student: Record, entry: Entry | None) -> P
                 "kd.fingerprint": student.fingerprint,
                 **{f"kd.sha256.{f.name}": f.sha256 for f in student.files},
             },
-            promote=gate["promote"],
-            reasons=[f"{'holds' if r['holds'] else 'fails'}: {r['rule']}: {r['detail']}" for r in gate["reasons"]],
+            promote=gate.promote,
+            reasons=[f"{'holds' if r.holds else 'fails'}: {r.rule}: {r.detail}" for r in gate.reasons],
             metrics=metrics,
             ledger_number=None if entry is None else entry.number,
         ),
@@ -113,13 +124,32 @@ def _publication(job: Job, gate: Any, student: Record, entry: Entry | None) -> P
 
 
 def _stage_run(job: Job, name: str, record: Record) -> StageRun:
-    numbers = {k: float(v) for k, v in record.summary.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and k != "seconds"}
     series: dict[str, list[tuple[int, float]]] = {}
-    for row in [*logged_metrics(job.store, record), *record.summary.get("speed", ())]:
+    for row in [*logged_metrics(job.store, record), *_speed(record)]:
         for key in row.keys() - {"step"}:
             series.setdefault(key, []).append((int(row["step"]), float(row[key])))
-    metrics = {key: value for key, value in numbers.items() if key not in series}
-    return StageRun(name, record.fingerprint, _flat(dict(record.identity)), metrics, series, float(record.summary["seconds"]), "done")
+    metrics = {key: value for key, value in _numbers(record.summary).items() if key not in series}
+    return StageRun(name, record.fingerprint, _flat(dict(record.identity)), metrics, series, record.seconds, "done")
+
+
+def _speed(record: Record) -> Sequence[Mapping[str, float]]:
+    """Readings of a training run's speed; none where nothing was trained."""
+    match parse(record):
+        case TeacherSummary(training=TrainingRun(speed=speed)) | TrainSummary(training=TrainingRun(speed=speed)):
+            return speed
+        case _:
+            return ()
+
+
+def _numbers(summary: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers of a summary and of its parts, under dotted names."""
+    found: dict[str, float] = {}
+    for name, value in summary.items():
+        if isinstance(value, Mapping):
+            found |= _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[f"{prefix}{name}"] = float(value)
+    return found
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:

@@ -57,7 +57,7 @@ def _plain(done: "Exported") -> dict[str, Any]:
     return {
         "out": str(done.directory),
         "model": done.lineage.recipe.publish,
-        "student": {"seed": student.summary["seed"], "fingerprint": student.fingerprint, "digest": student.digest},
+        "student": {"seed": done.lineage.trained.seed, "fingerprint": student.fingerprint, "digest": student.digest},
         "verdict": {name: verdict[name] for name in ("promote", "headline")},
         "licences": {"teacher": done.lineage.teacher_licence, "base": done.lineage.base_licence},
         "files": done.files,
@@ -66,11 +66,10 @@ def _plain(done: "Exported") -> dict[str, Any]:
 
 
 def _text(done: "Exported") -> str:
-    student = done.lineage.student
     size = human_bytes(sum(about["size_bytes"] for about in done.files.values()))
     lines = [
         done.lineage.report["verdict"]["headline"],
-        f"Written: {done.directory} ({done.lineage.recipe.publish}, seed {student.summary['seed']}, {len(done.files)} files, {size})",
+        f"Written: {done.directory} ({done.lineage.recipe.publish}, seed {done.lineage.trained.seed}, {len(done.files)} files, {size})",
         *(
             f"  {found.form}: KL to the float model {found.mean_kl:.2g} on average, {found.max_kl:.2g} at worst; "
             f"same first choice at {found.agreement:.1%} of {found.positions} positions"

@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from flows.cli.console import human_bytes, human_seconds
@@ -12,6 +13,7 @@ from kd_core.evaluate.statistics import METRICS
 from kd_core.recipe import Recipe
 from kd_core.stages.graph import build_graph
 from kd_core.store import Store
+from kd_core.summaries import GateSummary, PublishSummary, of
 from kd_core.train.checkpoints import Checkpoints
 
 __all__ = ["outcome", "outcome_text", "report_files", "status_rows"]
@@ -49,9 +51,10 @@ def outcome(recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> dict[
     gate, published = _record(recipe, store, "gate"), _record(recipe, store, "publish")
     assert gate is not None, "a run ends after the gate"
     assert published is not None, "a run ends after publication"
+    verdict = of(gate, GateSummary)
     return {
-        "verdict": {n: gate.summary[n] for n in ("promote", "headline", "reasons")},
-        "published": dict(published.summary),
+        "verdict": {"promote": verdict.promote, "headline": verdict.headline, "reasons": [asdict(reason) for reason in verdict.reasons]},
+        "published": asdict(of(published, PublishSummary)),
         "nodes": nodes,
     }
 
@@ -59,8 +62,9 @@ def outcome(recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> dict[
 def outcome_text(recipe: Recipe, store: Store, done: Mapping[str, Artifact], recipe_file: str, overrides: list[str]) -> str:
     """The end of a run in a few lines: verdict, main numbers, what to do next."""
     report = json.loads(report_files(recipe, store, recipe_file)["report.json"])
-    published = _record(recipe, store, "publish")
-    assert published is not None, "a run ends after publication"
+    record = _record(recipe, store, "publish")
+    assert record is not None, "a run ends after publication"
+    published = of(record, PublishSummary)
     hits, spent = sum(a.hit for a in done.values()), sum(a.seconds for a in done.values() if not a.hit)
     lines = ["", report["verdict"]["headline"]]
     lines += [
@@ -75,12 +79,9 @@ def outcome_text(recipe: Recipe, store: Store, done: Mapping[str, Artifact], rec
             lines.append(f"  {name:<14} {model['params']:,} parameters, {human_bytes(model['bytes'])}")
     used = report["counts"]["Rows learnt from"]
     lines += ["", "  " + ", ".join(f"{count:,} {what}" for what, count in used.items())]
-    version = f"{published.summary['model']} version {published.summary['version']}"
-    champion = published.summary["champion_version"]
-    lines += [
-        "",
-        f"Registered: {version}; champion: {'version ' + str(champion) if champion else 'none'} ({published.summary['tracking']})",
-    ]
+    version = f"{published.model} version {published.version}"
+    champion = "none" if published.champion_version is None else f"version {published.champion_version}"
+    lines += ["", f"Registered: {version}; champion: {champion} ({published.tracking})"]
     again = shlex.join(["kd", "report", recipe_file, *(word for o in overrides for word in ("--set", o))])
     lines += [f"{hits} of {len(done)} nodes were done already; {human_seconds(spent)} of work.", f"Full report:  {again}"]
     return "\n".join(lines)
@@ -120,6 +121,6 @@ def status_rows(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
             check_sizes(store, record)
         step = Checkpoints(store, node.fingerprint).newest_whole() if record is None and node.fingerprint in begun else None
         state = "done" if record is not None else "started" if step is not None else "missing"
-        seconds = float(record.summary["seconds"]) if record is not None else None
+        seconds = record.seconds if record is not None else None
         rows.append({"name": node.name, "fingerprint": node.fingerprint, "status": state, "seconds": seconds, "resumes_at_step": step})
     return rows

@@ -16,6 +16,7 @@ from kd_core.ledger import history
 from kd_core.progress import Tick, Ticker, silent
 from kd_core.rows.table import RowCache
 from kd_core.store import ObjectInfo, Store
+from kd_core.summaries import shards_of
 
 __all__ = ["Garbage", "collect", "plan_collection"]
 
@@ -49,6 +50,7 @@ def plan_collection(store: Store, *, grace_seconds: float, now_seconds: float, u
     Raises:
         IntegrityError: a commit, record or ledger entry is not readable, so what it reaches is not known.
         VersionError: one of them is of another version.
+        ArtifactError: so is the summary of a record.
     """
     objects = list(store.list(""))  # before commits and records are read: what is committed meanwhile is seen as reached
     records = {info.key: _record(store, info.key) for info in objects if _is_record(info.key)}
@@ -85,7 +87,7 @@ def _record(store: Store, key: str) -> Record:
 
 
 def _rows(store: Store, objects: Sequence[ObjectInfo], records: dict[str, Record], unused_grace: float | None, now: float) -> Found:
-    named = {record.summary.get("namespace") for record in records.values()}
+    named = {own.namespace for record in records.values() if (own := shards_of(record)) is not None}
     tables: dict[tuple[str, str], list[ObjectInfo]] = {}
     for info in objects:
         parts = info.key.split("/")

@@ -14,6 +14,7 @@ from kd_core.errors import StoreError
 from kd_core.fingerprint import sha256_bytes
 from kd_core.progress import Tick, Ticker, silent
 from kd_core.store import Store
+from kd_core.summaries import shards_of
 
 __all__ = ["Move", "plan_repair", "repair"]
 
@@ -31,12 +32,12 @@ def plan_repair(store: Store, damage: Sequence[Damage]) -> tuple[Move, ...]:
     lost = {found.shard: found for found in damage if found.shard is not None}
     frozen: dict[str, str] = {}
     for key, record in readable_records(store):
-        shards = sorted(lost.keys() & set(record.summary.get("commits", ()))) if isinstance(record, Record) else []
-        if shards:
+        own = shards_of(record) if isinstance(record, Record) else None
+        if own is not None and (shards := sorted(lost.keys() & set(own.commits))):
             frozen[key] = f"it froze the lost shard {shards[0][:12]}"
     also = {key: f"nothing without {found.key.rpartition('/')[2][:24]}" for found in damage for key in found.also}
-    own = {found.key: found.reason for found in damage if not found.key.startswith("ledger/")}
-    reasons = {**also, **frozen, **own}
+    itself = {found.key: found.reason for found in damage if not found.key.startswith("ledger/")}
+    reasons = {**also, **frozen, **itself}
     steps = sorted(reasons, key=lambda key: (not key.endswith("/record.json"), key not in also, key))
     return tuple(Move(key, reasons[key]) for key in steps if store.info(key) is not None)
 

@@ -29,12 +29,11 @@ from kd_core.rows.parquet import parse_shard
 from kd_core.rows.table import Commit, RowCache
 from kd_core.softlabels.hidden import decode_states
 from kd_core.store import Store
+from kd_core.summaries import PublishSummary, of, shards_of
 from kd_core.train.checkpoints import Checkpoints
 
 __all__ = ["Damage", "Verified", "readable_records", "verify"]
 
-FREEZING_STAGES = ("answers", "soft_labels", "hidden_states")
-"""Stages whose records name rows; their tables have the same names."""
 _REWRITE = "put the record of that artifact aside and run the recipe again: it is written, and no row is computed again"
 _ROWS = 16
 """Rows decoded together."""
@@ -281,13 +280,14 @@ def _files(store: Store, record: Record) -> list[Damage]:
 
 def _frozen_rows(store: Store, record: Record, held: dict[tuple[str, str], set[str]]) -> list[Damage]:
     """Whether the rows that a whole artifact names are committed."""
-    if record.stage not in FREEZING_STAGES:
+    shards = shards_of(record)
+    if shards is None:
         return []
     try:
         wanted = pq.read_table(io.BytesIO(read_bytes(store, record, "keys.parquet")))["key"].to_pylist()
     except (KDError, pa.ArrowException, KeyError) as error:
         return [Damage(record.key, f"it names no rows: {error}")]
-    there = held.get((record.stage, record.summary["namespace"]), set())
+    there = held.get((record.stage, shards.namespace), set())
     missing = [row for row in wanted if row not in there]
     if missing:
         return [Damage(record.key, f"{len(missing)} of {len(wanted)} rows it names are in no commit, first {missing[0]}")]
@@ -313,7 +313,7 @@ def _sources(store: Store, records: Sequence[Record]) -> list[Damage]:
 
 def _ledgers(store: Store, records: Sequence[Record]) -> tuple[int, list[Damage]]:
     count, damage = 0, []
-    published = {record.summary["model"] for record in records if record.stage == "publish"}
+    published = {of(record, PublishSummary).model for record in records if record.stage == "publish"}
     for model in sorted(published | {info.key.split("/")[1] for info in store.list("ledger/")}):
         try:
             entries = check_against_records(store, model)

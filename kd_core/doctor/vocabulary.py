@@ -14,7 +14,7 @@ from kd_core.store.arrow import arrow_file_system
 from kd_core.teacher.models import LoadedModel
 from kd_core.tokens.batches import TokenRow, collate
 from kd_core.tokens.encoding import encode_prompt, end_token, num_columns, tokenizer_identity
-from kd_core.tokens.lengths import row_limit, used_rows
+from kd_core.tokens.lengths import expect_enough, row_limit, used_rows
 
 __all__ = ["check_end_token", "check_supervision", "check_tokenizers", "check_truncated_answers", "check_used_rows"]
 
@@ -24,9 +24,9 @@ _CURATED_GROUPS = 4  # row groups of the curated rows that are read
 def check_tokenizers(subject: Subject) -> str:
     """Same vocabulary, template and ids on both sides; logits cut to exactly the tokenizer's columns."""
     student, teacher = subject.student, subject.teacher
-    ours = tokenizer_identity(student.tokenizer)
+    ours = vars(tokenizer_identity(student.tokenizer))
     if teacher is not None:
-        theirs = tokenizer_identity(teacher.tokenizer)
+        theirs = vars(tokenizer_identity(teacher.tokenizer))
         differ = [name for name in ours if ours[name] != theirs[name] and (name != "template" or subject.recipe.task.template == "chat")]
         if differ:
             raise TeacherError(
@@ -100,7 +100,9 @@ def check_used_rows(subject: Subject) -> str:
             f"{limit.by} = {limit.tokens}; longer rows are left out"
         )
     tokens, supervised = np.array(subject.lengths, np.int64).T
-    return f"of a sample of gold rows, {used_rows(tokens, supervised, limit).require(recipe.training)}"
+    used = used_rows(tokens, supervised, limit)
+    expect_enough(used, recipe.training)
+    return f"of a sample of gold rows, {used}"
 
 
 def check_end_token(subject: Subject) -> str:

@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 from kd_core.errors import RecipeError
 from kd_core.evaluate.statistics import METRICS, Comparison, Estimate, compare, estimate, metric_of, num_measured
 from kd_core.recipe import BetterThan, Ceiling, Floor, Gate, NotWorseThanChampion, Rule
+from kd_core.summaries import RuleResult
 
-__all__ = ["LEAST_MEASURED", "Efficiency", "Evidence", "RuleResult", "Verdict", "decide"]
+__all__ = ["LEAST_MEASURED", "Efficiency", "Evidence", "Verdict", "decide"]
 
 LEAST_MEASURED = 0.9
 """Share of a suite's items that a metric must have been measured on. Items are left out for what they are (too long, not
@@ -53,15 +54,6 @@ class Evidence:
     confidence: float
     published_seed: int
     champion: str | None
-
-
-@dataclass(frozen=True)
-class RuleResult:
-    """One rule on one suite in words, whether it holds, and the numbers: found and required."""
-
-    rule: str
-    holds: bool
-    detail: str
 
 
 @dataclass(frozen=True)

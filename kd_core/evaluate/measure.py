@@ -176,6 +176,6 @@ def _shared_ids(loaded: LoadedModel, teacher: LoadedModel | None) -> tuple[bool,
     if teacher is None:
         return False, None
     token_map = loaded.token_map
-    if token_map is not None and token_map.source == tokenizer_identity(teacher.tokenizer)["vocabulary"]:
+    if token_map is not None and token_map.source == tokenizer_identity(teacher.tokenizer).vocabulary:
         return True, torch.from_numpy(token_map.full_ids).to(teacher.device)
     return teacher.num_columns == loaded.num_columns, None

@@ -20,6 +20,7 @@ from kd_core.export.lineage import Lineage
 from kd_core.export.parity import Parity
 from kd_core.recipe import DatasetSource, PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, SourceSuite, TrainedTeacher
 from kd_core.recipe.core_yaml import write_yaml
+from kd_core.summaries import CurateSummary, PromptsSummary, TeacherSummary, of
 
 __all__ = ["Card", "recipe_text", "render_card"]
 
@@ -61,6 +62,9 @@ def render_card(card: Card) -> str:
         "header": _yaml(_header(lineage)).rstrip(),
         "sources": list(_sources(lineage)),
         "teacher": _teacher(lineage),
+        "trained": lineage.trained,
+        "curated": of(lineage.records["curate"], CurateSummary),
+        "gold_counts": of(lineage.records["teacher"], TeacherSummary).counts,
         "overlaps": _overlaps(lineage),
         "limits": list(_limits(card)),
         "generation": {name: value for name, value in card.generation.items() if name not in ("suppress_tokens", "transformers_version")},
@@ -144,7 +148,7 @@ def _sources(lineage: Lineage) -> Iterator[tuple[str, str]]:
 
 def _teacher(lineage: Lineage) -> str:
     """The teacher and its licence, in Markdown."""
-    teacher, size = lineage.recipe.teacher, lineage.records["teacher"].summary["parameters"]
+    teacher, size = lineage.recipe.teacher, of(lineage.records["teacher"], TeacherSummary).parameters
     counted = f", {size:,} parameters" if size else ""
     licence = f"Licence: {_code(lineage.teacher_licence) if lineage.teacher_licence else UNKNOWN}."
     match teacher:
@@ -164,8 +168,8 @@ def _model_name(model: str) -> str:
 
 def _overlaps(lineage: Lineage) -> list[tuple[str, int, int]]:
     """(suite, prompts removed from training, of them from the teacher's gold data) of every benchmark with a source of its own."""
-    prompts = lineage.records["prompts"].summary["counts"]
-    teacher = lineage.records["teacher"].summary.get("counts", {})
+    prompts = of(lineage.records["prompts"], PromptsSummary).counts
+    teacher = of(lineage.records["teacher"], TeacherSummary).counts
     suites = [suite.name for suite in lineage.recipe.evaluation.suites if isinstance(suite, SourceSuite)]
     return [(name, prompts.get(f"overlap.{name}", 0), teacher.get(f"overlap.{name}", 0)) for name in suites]
 
@@ -186,7 +190,7 @@ def _limits(card: Card) -> Iterator[str]:
     if len(recipe.seeds) == 1:
         yield "One training seed: the intervals are over items and do not show how much another seed would differ."
     else:
-        yield f"The scores are over {len(recipe.seeds)} training seeds; this is the student of seed {lineage.student.summary['seed']}."
+        yield f"The scores are over {len(recipe.seeds)} training seeds; this is the student of seed {lineage.trained.seed}."
     told_apart = [pair for pair in lineage.report["comparisons"] if pair["low"] <= 0.0 <= pair["high"]]
     if told_apart:
         pairs = ", ".join(f"{pair['metric']} against {label_of(pair['b']).lower()}" for pair in told_apart)

@@ -19,6 +19,7 @@ from kd_core.recipe import PretrainedStudent, PretrainedTeacher, Recipe, Student
 from kd_core.stages.graph import build_graph, selected_student
 from kd_core.store import Store
 from kd_core.store.versions import VERSION
+from kd_core.summaries import TrainSummary, of
 
 __all__ = ["Lineage", "collect_lineage", "lineage_json"]
 
@@ -44,6 +45,11 @@ class Lineage:
     report: Mapping[str, Any]
     teacher_licence: str | None
     base_licence: str | None
+
+    @property
+    def trained(self) -> TrainSummary:
+        """What the training of the student says of itself."""
+        return of(self.student, TrainSummary)
 
     @property
     def derived(self) -> bool:
@@ -116,7 +122,7 @@ def lineage_json(lineage: Lineage, *, files: Mapping[str, Mapping[str, Any]], ma
         "version": VERSION,
         "recipe": lineage.recipe.name,
         "model": lineage.recipe.publish,
-        "student": {"seed": student.summary["seed"], "fingerprint": student.fingerprint, "digest": student.digest},
+        "student": {"seed": lineage.trained.seed, "fingerprint": student.fingerprint, "digest": student.digest},
         "verdict": lineage.report["verdict"],
         "licences": {"teacher": lineage.teacher_licence, "base": lineage.base_licence},
         "exported_with": dict(made_by),

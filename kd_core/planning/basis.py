@@ -8,8 +8,9 @@ from kd_core.artifacts import Record, find
 from kd_core.recipe import Recipe
 from kd_core.stages.graph import Graph
 from kd_core.store import Store
+from kd_core.summaries import ModelIdentity, TeacherSummary, of
 
-__all__ = ["Basis"]
+__all__ = ["Basis", "teacher_columns"]
 
 _NEWEST_RECORDS = 20
 
@@ -42,3 +43,10 @@ class Basis:
             records = (find(self.store, stage, info.key.split("/")[-2]) for info in newest)
             self._finished[stage] = [record for record in records if record is not None]
         return self._finished[stage]
+
+
+def teacher_columns(teacher: Record) -> int:
+    """Vocabulary columns of a finished teacher that runs here."""
+    identity = of(teacher, TeacherSummary).teacher
+    assert isinstance(identity, ModelIdentity), "a server's columns are not known, and nothing is scored by it"
+    return identity.num_columns

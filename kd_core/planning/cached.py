@@ -13,12 +13,13 @@ from pydantic import TypeAdapter
 
 from kd_core.artifacts import Record, find, read_bytes
 from kd_core.fingerprint import fingerprint
-from kd_core.planning.basis import Basis
+from kd_core.planning.basis import Basis, teacher_columns
 from kd_core.planning.costs import GROUP_BYTES
 from kd_core.planning.counts import Counts
 from kd_core.recipe import SoftLabels
 from kd_core.rows.keys import about_hidden_states, answer_namespace, answer_rows, soft_label_key, soft_label_namespace
 from kd_core.rows.table import RowCache, Snapshot
+from kd_core.summaries import CurateSummary, ScoringSummary, of
 
 __all__ = ["Cached", "CachedRows", "StoredLabels"]
 
@@ -105,7 +106,8 @@ class Cached:
         """
         teacher, done = self.basis.records["teacher"], self.basis.records.get("soft_labels")
         if done is not None and policy == self.basis.recipe.soft_labels:
-            return CachedRows(done.summary["rows"], done.summary["rows"], (0, 0))
+            rows = of(done, ScoringSummary).shards.rows
+            return CachedRows(rows, rows, (0, 0))
         return self._scored_rows("soft_labels", None if teacher is None else soft_label_namespace(policy, teacher))
 
     @cached_property
@@ -148,8 +150,8 @@ class Cached:
             positions = sum(commit.num_tokens for commit in snapshot.commits)
             if positions:
                 rows = sum(len(commit.keys) for commit in snapshot.commits)
-                tokens = rows * curated.summary["tokens"] / curated.summary["rows"]
-                columns = int(teacher.summary["teacher"]["num_columns"])
+                learnt = of(curated, CurateSummary)
+                tokens, columns = rows * learnt.tokens / learnt.rows, teacher_columns(teacher)
                 groups = sum(len(commit.ranges) - 1 for commit in snapshot.commits)
                 return StoredLabels(policy, columns, rows, tokens, positions, groups, snapshot.size_bytes())
         return None
@@ -174,10 +176,10 @@ class Cached:
 
     def scored(self, record: Record) -> tuple[float, float] | None:
         """Tell (tokens that the teacher read, seconds) of finished soft labels; None if their rows are gone."""
-        curated, summary = find(self.basis.store, "curate", record.upstream["curate"]), record.summary
+        curated, shards = find(self.basis.store, "curate", record.upstream["curate"]), of(record, ScoringSummary).shards
         if curated is None:
             return None
-        return curated.summary["tokens"] * summary["rows_computed"] / summary["rows"], summary["seconds"]
+        return of(curated, CurateSummary).tokens * shards.rows_computed / shards.rows, record.seconds
 
 
 def _row_bytes(snapshot: Snapshot) -> float | None:

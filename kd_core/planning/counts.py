@@ -18,6 +18,7 @@ from kd_core.evaluate.suites import expect_measurable, suite_items
 from kd_core.planning.basis import Basis
 from kd_core.prompts import collect_prompts, estimate_rows
 from kd_core.recipe import DatasetSource, HeldOutSuite, Source, SourceSuite, TrainedTeacher
+from kd_core.summaries import CurateSummary, of
 
 __all__ = ["Counts", "PromptCounts", "has_gold"]
 
@@ -104,7 +105,7 @@ class Counts:
     def gold_rows(self) -> int | None:
         """Worked gold answers mixed in."""
         if (record := self.basis.records["curate"]) is not None:
-            return int(record.summary["counts"]["gold"])
+            return of(record, CurateSummary).counts["gold"]
         limits = [n for n in (self.prompts.gold, self.basis.recipe.curate.gold_rows) if n is not None]
         return None if self.prompts.gold is None else min(limits)
 
@@ -112,7 +113,7 @@ class Counts:
     def curated_rows(self) -> int | None:
         """Rows the student learns from; before curation all answers and gold rows, an upper bound."""
         if (record := self.basis.records["curate"]) is not None:
-            return int(record.summary["rows"])
+            return of(record, CurateSummary).rows
         return _total((self.answer_rows, self.gold_rows))
 
 

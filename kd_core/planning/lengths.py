@@ -14,6 +14,7 @@ from kd_core.planning.cached import Cached
 from kd_core.planning.counts import Counts, has_gold
 from kd_core.prompts.sources import read_source
 from kd_core.recipe import DatasetSource, TrainedTeacher
+from kd_core.summaries import AnswersSummary, CurateSummary, of
 
 __all__ = ["Lengths"]
 
@@ -64,15 +65,17 @@ class Lengths:
     def _answered_tokens(self) -> float | None:
         """Mean length of an answer in the newest finished record of the same row store."""
         namespace = self.cached.answer_namespace
-        summaries = [record.summary for record in self.basis.finished("answers") if record.summary["namespace"] == namespace]
-        return summaries[-1]["tokens"] / summaries[-1]["rows"] if summaries else None
+        found = [of(record, AnswersSummary) for record in self.basis.finished("answers")]
+        alike = [answers for answers in found if answers.shards.namespace == namespace]
+        return alike[-1].tokens / alike[-1].shards.rows if alike else None
 
     @cached_property
     def row_tokens(self) -> tuple[float, float] | None:
         """Mean (tokens, supervised tokens) of a row the student learns from."""
         record = self.basis.records["curate"]
         if record is not None:
-            return record.summary["tokens"] / record.summary["rows"], record.summary["supervised_tokens"] / record.summary["rows"]
+            learnt = of(record, CurateSummary)
+            return learnt.tokens / learnt.rows, learnt.supervised_tokens / learnt.rows
         answers = self.basis.recipe.answers
         supervised = self.gold_tokens if answers is None else self.answer_tokens(answers.max_tokens)
         if self.prompt_tokens is None or supervised is None:

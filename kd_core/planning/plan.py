@@ -21,6 +21,17 @@ from kd_core.planning.work import Work, add, work_of
 from kd_core.recipe import Recipe, ServerTeacher
 from kd_core.stages.graph import Node, build_graph
 from kd_core.store import Store
+from kd_core.summaries import (
+    AnswersSummary,
+    CurateSummary,
+    EvaluateSummary,
+    PromptsSummary,
+    ScoringSummary,
+    TeacherSummary,
+    TrainingRun,
+    TrainSummary,
+    parse,
+)
 
 __all__ = ["Plan", "PlanTotal", "StagePlan", "make_plan", "plan_json"]
 
@@ -184,6 +195,14 @@ def _price(recipe: Recipe, group: str, work: Work) -> float | None:
 
 
 def _rows_of(record: Record) -> int | None:
-    if record.stage == "evaluate":
-        return int(record.summary["items"]) * int(record.summary["seeds"])
-    return record.summary.get("rows")
+    match parse(record):
+        case EvaluateSummary() as found:
+            return found.items * found.seeds
+        case PromptsSummary(rows=rows) | CurateSummary(rows=rows):
+            return rows
+        case AnswersSummary(shards=shards) | ScoringSummary(shards=shards):
+            return shards.rows
+        case TeacherSummary(training=TrainingRun(rows=rows)) | TrainSummary(training=TrainingRun(rows=rows)):
+            return rows
+        case _:
+            return None

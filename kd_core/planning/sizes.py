@@ -5,9 +5,10 @@ from functools import cached_property
 
 from kd_core.artifacts import Record, find
 from kd_core.errors import RecipeError
-from kd_core.planning.basis import Basis
+from kd_core.planning.basis import Basis, teacher_columns
 from kd_core.recipe import PretrainedStudent, PretrainedTeacher, ServerTeacher, StudentFromConfig, TrainedTeacher
 from kd_core.stages.graph import champion
+from kd_core.summaries import TeacherSummary, TrainSummary, VocabularySummary, of
 from kd_core.teacher.columns import stored_columns
 from kd_core.teacher.sizes import Size, llama_size, stored_size
 
@@ -32,8 +33,7 @@ class Sizes:
     def teacher_parameters(self) -> int | None:
         """Parameters of the teacher, from its record or its size."""
         if (record := self.basis.records["teacher"]) is not None:
-            found: int | None = record.summary["parameters"]
-            return found
+            return of(record, TeacherSummary).parameters
         return None if self.teacher_size is None else self.teacher_size.parameters()
 
     @cached_property
@@ -44,13 +44,13 @@ class Sizes:
             return len(teacher.tokenizer.alphabet) + 2
         if isinstance(teacher, ServerTeacher):
             return None
-        return stored_columns(teacher) if record is None else int(record.summary["teacher"]["num_columns"])
+        return stored_columns(teacher) if record is None else teacher_columns(record)
 
     @property
     def kept_tokens(self) -> int | None:
         """Tokens of a trimmed vocabulary; None before there is one."""
         record = self.basis.records.get("vocabulary")
-        return None if record is None else int(record.summary["tokens"])
+        return None if record is None else of(record, VocabularySummary).tokens
 
     @cached_property
     def student_parameters(self) -> int | None:
@@ -88,7 +88,7 @@ class Sizes:
         if model == "champion":
             holder = champion(self.basis.recipe, self.basis.store, self.basis.nodes)
             record = None if holder is None else find(self.basis.store, holder.artifact.stage, holder.artifact.fingerprint)
-            return None if record is None else int(record.summary["parameters"])
+            return None if record is None else of(record, TrainSummary).parameters
         return self.teacher_parameters if model == "teacher" else self.student_parameters
 
     def same_teacher(self, record: Record) -> bool:
@@ -96,4 +96,6 @@ class Sizes:
         if record.upstream["teacher"] == self.basis.nodes["teacher"].fingerprint:
             return True
         teacher = find(self.basis.store, "teacher", record.upstream["teacher"])
-        return teacher is not None and self.teacher_parameters is not None and teacher.summary["parameters"] == self.teacher_parameters
+        if teacher is None or self.teacher_parameters is None:
+            return False
+        return of(teacher, TeacherSummary).parameters == self.teacher_parameters

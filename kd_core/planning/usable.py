@@ -9,8 +9,9 @@ import pyarrow.compute as pc
 
 from kd_core.planning.known import Known
 from kd_core.recipe import PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, StudentFromConfig, TrainedTeacher
+from kd_core.summaries import RowLimit, TeacherSummary, UsedRows, of
 from kd_core.teacher.reference import locate
-from kd_core.tokens.lengths import RowLimit, UsedRows, row_limit, used_rows
+from kd_core.tokens.lengths import row_limit, used_rows
 
 __all__ = ["row_notes", "template_notes"]
 
@@ -39,7 +40,7 @@ def _limit(known: Known) -> RowLimit:
     if isinstance(teacher, TrainedTeacher):
         positions["teacher"] = teacher.architecture.max_positions
     elif record is not None:
-        positions["teacher"] = record.summary["max_positions"]
+        positions["teacher"] = of(record, TeacherSummary).max_positions
     return row_limit(known.basis.recipe.training, positions=positions)
 
 

@@ -26,6 +26,17 @@ from kd_core.planning.known import Known
 from kd_core.planning.soft_labels import estimate, scoring_rate
 from kd_core.recipe import Recipe, ServerTeacher, TrainedTeacher, Training
 from kd_core.stages.graph import Node
+from kd_core.summaries import (
+    AnswersSummary,
+    CurateSummary,
+    EvaluateSummary,
+    PromptsSummary,
+    TeacherSummary,
+    TrainingRun,
+    TrainSummary,
+    VocabularySummary,
+    of,
+)
 
 __all__ = ["Work", "add", "work_of"]
 
@@ -72,7 +83,7 @@ def _whole(number: float | None) -> int | None:
 
 def _prompts(known: Known, missing: Sequence[Node]) -> Work:
     rows, table = known.counts.prompts.rows, known.counts.prompts.table  # a third of its bytes is what Parquet leaves of text
-    rate = measured_seconds(known.basis.finished("prompts"), lambda record: (record.summary["rows"], record.summary["seconds"]))
+    rate = measured_seconds(known.basis.finished("prompts"), lambda record: (of(record, PromptsSummary).rows, record.seconds))
     return Work(rows, 0, None, None if table is None else table.nbytes // 3, _scaled(rows, rate or _SECONDS_A_ROW))
 
 
@@ -85,7 +96,8 @@ def _teacher(known: Known, missing: Sequence[Node]) -> Work:
     architecture = teacher.architecture.model_dump(mode="json")
 
     def measure(record: Record) -> tuple[float, float] | None:
-        return _trained(record) if record.identity.get("architecture") == architecture else None
+        run = of(record, TeacherSummary).training
+        return None if run is None or record.identity["architecture"] != architecture else _trained(record, run)
 
     rate = measured_seconds(known.basis.finished("teacher"), measure)
     return _training(known, teacher.training, parameters, known.lengths.teacher_row_tokens, rate, rows=known.counts.teacher_rows)
@@ -100,8 +112,9 @@ def _answers(known: Known, missing: Sequence[Node]) -> Work:
     row_tokens = answer + (known.lengths.prompt_tokens or 0.0)
 
     def measure(record: Record) -> tuple[float, float] | None:
-        share = record.summary["rows_computed"] / record.summary["rows"]
-        return (record.summary["tokens"] * share, record.summary["seconds"]) if known.sizes.same_teacher(record) else None
+        found = of(record, AnswersSummary)
+        share = found.shards.rows_computed / found.shards.rows
+        return (found.tokens * share, record.seconds) if known.sizes.same_teacher(record) else None
 
     seconds = _scaled(measured_seconds(known.basis.finished("answers"), measure), rows * answer)
     if seconds is None and isinstance(recipe.teacher, ServerTeacher):
@@ -116,14 +129,14 @@ def _answers(known: Known, missing: Sequence[Node]) -> Work:
 
 def _curate(known: Known, missing: Sequence[Node]) -> Work:
     rows = known.counts.curated_rows
-    rate = measured_seconds(known.basis.finished("curate"), lambda record: (record.summary["rows"], record.summary["seconds"]))
+    rate = measured_seconds(known.basis.finished("curate"), lambda record: (of(record, CurateSummary).rows, record.seconds))
     size = None if known.lengths.row_tokens is None else text_bytes(1, known.lengths.row_tokens[0])
     return Work(rows, 0, None, _whole(_scaled(rows, size)), _scaled(rows, rate or _SECONDS_A_ROW))
 
 
 def _vocabulary(known: Known, missing: Sequence[Node]) -> Work:
     """Texts are read three times: once to see what occurs, twice to compare the tokenizers."""
-    rate = measured_seconds(known.basis.finished("vocabulary"), lambda record: (record.summary["texts"], record.summary["seconds"]))
+    rate = measured_seconds(known.basis.finished("vocabulary"), lambda record: (of(record, VocabularySummary).texts, record.seconds))
     prompts, rows = known.counts.prompts.rows, known.counts.curated_rows
     texts = None if prompts is None or rows is None else prompts + rows
     return Work(None, None, None, None, _scaled(texts, rate or _SECONDS_A_ROW))
@@ -163,8 +176,9 @@ def _train(known: Known, missing: Sequence[Node]) -> Work:
     supervision = objective["supervision"]
 
     def measure(record: Record) -> tuple[float, float] | None:
-        comparable = record.summary["parameters"] == parameters and _work_a_step(record.identity["objective"]) == _work_a_step(objective)
-        return _trained(record) if comparable else None
+        found = of(record, TrainSummary)
+        comparable = found.parameters == parameters and _work_a_step(record.identity["objective"]) == _work_a_step(objective)
+        return _trained(record, found.training) if comparable else None
 
     rate = measured_seconds(known.basis.finished("train"), measure)
     row_tokens = None if known.lengths.row_tokens is None else known.lengths.row_tokens[0]
@@ -209,8 +223,9 @@ def _evaluate_one(known: Known, node: Node) -> Work:
     scored = items * (known.lengths.prompt_tokens + known.lengths.gold_tokens) if known.lengths.gold_tokens is not None else 0.0
 
     def measure(record: Record) -> tuple[float, float] | None:
-        comparable = record.summary["parameters"] == parameters and record.identity["evaluation"] == node.identity["evaluation"]
-        return (record.summary["items"] * record.summary["seeds"], record.summary["seconds"]) if comparable else None
+        found = of(record, EvaluateSummary)
+        comparable = found.parameters == parameters and record.identity["evaluation"] == node.identity["evaluation"]
+        return (found.items * found.seeds, record.seconds) if comparable else None
 
     seconds = _scaled(measured_seconds(known.basis.finished("evaluate"), measure), items)
     if seconds is None and parameters is not None:
@@ -224,7 +239,7 @@ def _verdict(known: Known, missing: Sequence[Node]) -> Work:
     """Gate, report, publish: seconds of the last one, or what they took when this was written."""
     stage = missing[0].stage
     size, seconds = _VERDICTS[stage]
-    measured = measured_seconds(known.basis.finished(stage), lambda record: (1, record.summary["seconds"]))
+    measured = measured_seconds(known.basis.finished(stage), lambda record: (1, record.seconds))
     return Work(None, None, None, size, seconds if measured is None else measured)
 
 
@@ -256,11 +271,9 @@ def _training(
     return Work(rows, 0, _whole(tokens), _whole(_scaled(parameters, 4)), seconds)
 
 
-def _trained(record: Record) -> tuple[float, float]:
+def _trained(record: Record, run: TrainingRun) -> tuple[float, float]:
     """Tell (rows trained on, seconds) of the process that finished a training run."""
-    training, summary = record.identity["training"], record.summary
-    steps = summary.get("steps", training["steps"])  # fewer where it stopped early
-    return (steps - summary["resumed_from"]) * training["batch_rows"], summary["training_seconds"]
+    return (run.steps - run.resumed_from) * record.identity["training"]["batch_rows"], run.seconds
 
 
 def _generating(known: Known, parameters: int, rows: int, row_tokens: float, answer_tokens: float) -> float:

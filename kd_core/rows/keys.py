@@ -11,6 +11,7 @@ import pyarrow as pa
 from kd_core.artifacts import Record
 from kd_core.fingerprint import fingerprint
 from kd_core.recipe import Answers, HiddenStates, Recipe, ServerTeacher, SoftLabels
+from kd_core.summaries import TeacherSummary, of, plain
 
 __all__ = [
     "about_answers",
@@ -29,7 +30,11 @@ def about_answers(recipe: Recipe, answers: Answers, teacher: Record) -> dict[str
     template = recipe.task.model_dump(mode="json", include={"template", "system"})
     if not isinstance(recipe.teacher, ServerTeacher):
         template["date"] = recipe.task.model_dump(mode="json")["date"]  # a server words its prompts itself
-    return {"teacher": dict(teacher.summary["teacher"]), "sampling": sampling, **template, "seed": recipe.seeds[0]}
+    return {"teacher": _identity(teacher), "sampling": sampling, **template, "seed": recipe.seeds[0]}
+
+
+def _identity(teacher: Record) -> dict[str, Any]:
+    return plain(of(teacher, TeacherSummary).teacher)
 
 
 def answer_namespace(recipe: Recipe, answers: Answers, teacher: Record) -> str:
@@ -57,7 +62,7 @@ def answer_rows(recipe: Recipe, answers: Answers, teacher: Record, prompts: pa.T
 
 def about_soft_labels(policy: SoftLabels, teacher: Record) -> dict[str, Any]:
     """Describe what all soft labels of one row store share: who scores, what is kept."""
-    return {"teacher": dict(teacher.summary["teacher"]), "policy": policy.model_dump(mode="json", exclude={"max_refused_rows"})}
+    return {"teacher": _identity(teacher), "policy": policy.model_dump(mode="json", exclude={"max_refused_rows"})}
 
 
 def soft_label_namespace(policy: SoftLabels, teacher: Record) -> str:
@@ -67,7 +72,7 @@ def soft_label_namespace(policy: SoftLabels, teacher: Record) -> str:
 
 def about_hidden_states(wanted: HiddenStates, teacher: Record) -> dict[str, Any]:
     """Describe what all hidden states of one row store share: who was asked, what is kept."""
-    return {"teacher": dict(teacher.summary["teacher"]), "hidden_states": wanted.model_dump(mode="json")}
+    return {"teacher": _identity(teacher), "hidden_states": wanted.model_dump(mode="json")}
 
 
 def soft_label_key(namespace: str, ids: Sequence[int], first_supervised: int) -> str:

@@ -20,8 +20,9 @@ from kd_core.rows.schemas import ANSWER_SCHEMA
 from kd_core.rows.table import RowCache
 from kd_core.rows.work import Packed, work_in_shards
 from kd_core.stages.job import Job
-from kd_core.stages.sharded import Progress, frozen_rows, sharded_summary
+from kd_core.stages.sharded import Progress, frozen_rows, sharded_rows
 from kd_core.stages.teacher import load_teacher, rows_tokenizer
+from kd_core.summaries import AnswersSummary
 from kd_core.teacher.generate import generate
 from kd_core.teacher.models import LoadedModel, load_tokenizer
 from kd_core.teacher.replies import ServerAnswer
@@ -42,9 +43,9 @@ flight."""
 AnswerRequest = tuple[str, dict[str, Any]]  # row key, and what is asked
 
 
-def answers_stage(job: Job) -> dict[str, Any]:
+def answers_stage(job: Job) -> AnswersSummary:
     """Files: keys.parquet, the rows of the shared answer table that belong to this recipe; failed.parquet, rows that a server
-    failed on, if there are any. Summary: counts and rates.
+    failed on, if there are any.
 
     Raises:
         TeacherError: more rows failed than run.max_failed_answers allows.
@@ -81,7 +82,7 @@ def answers_stage(job: Job) -> dict[str, Any]:
         what = "%d of %d answers failed and are left out, the first: %s; a recipe with other prompts or samples asks for them again"
         _LOG.warning(what, len(failed), len(rows), failed[0]["error"])
     tokens = int(sum(len(ids) for ids in table["answer_ids"].to_pylist()))
-    return {**sharded_summary(cache, snapshot, keys, computed - len(failed)), "tokens": tokens, "finish_reasons": reasons}
+    return AnswersSummary(sharded_rows(cache, snapshot, keys, computed - len(failed)), tokens, reasons)
 
 
 def _engine(job: Job, answers: Answers, cache: RowCache, rows: Sequence[AnswerRequest]) -> "_LocalEngine | _ServerEngine":

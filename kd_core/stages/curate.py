@@ -10,6 +10,7 @@ from kd_core.progress import Tick
 from kd_core.recipe import PretrainedStudent, ServerTeacher
 from kd_core.stages.answers import read_answers
 from kd_core.stages.job import Job
+from kd_core.summaries import CurateSummary
 from kd_core.teacher.models import load_tokenizer
 from kd_core.tokens.encoding import encode_answer, encode_gold, encode_prompt
 
@@ -28,8 +29,8 @@ ROW_SCHEMA = pa.schema(
 )
 
 
-def curate_stage(job: Job) -> dict[str, Any]:
-    """Files: rows.parquet (what is learnt), rejected.parquet (with reasons), validation.parquet. Summary: counts, tokens."""
+def curate_stage(job: Job) -> CurateSummary:
+    """Files: rows.parquet (what is learnt), rejected.parquet (with reasons), validation.parquet."""
     recipe = job.recipe
     prompts = job.read_table("prompts", "prompts.parquet")
     with job.files(job.inputs["teacher"]) as files:
@@ -59,7 +60,7 @@ def curate_stage(job: Job) -> dict[str, Any]:
     tokens = sum(len(row["ids"]) - row["first_supervised"] for row in rows)
     job.tick(Tick(len(rows), len(rows), "rows"))
     counts.update({"gold": len(gold), "validation": len(validation)})
-    return {"rows": len(rows), "supervised_tokens": tokens, "tokens": sum(len(row["ids"]) for row in rows), "counts": counts}
+    return CurateSummary(len(rows), tokens, sum(len(row["ids"]) for row in rows), counts)
 
 
 def _gold_row(tokenizer: Any, row: dict[str, Any], job: Job) -> dict[str, Any]:

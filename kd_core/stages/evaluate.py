@@ -2,7 +2,6 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -18,6 +17,7 @@ from kd_core.stages.graph import build_graph, open_node
 from kd_core.stages.job import Job
 from kd_core.stages.teacher import load_teacher
 from kd_core.store import Store
+from kd_core.summaries import EvaluateSummary
 from kd_core.teacher.models import LoadedModel, load_directory, load_tokenizer, pick_device
 from kd_core.tokens.encoding import encode_gold, encode_prompt
 
@@ -26,8 +26,8 @@ __all__ = ["evaluate_stage", "measure_one"]
 _LOG = logging.getLogger(__name__)
 
 
-def evaluate_stage(job: Job) -> dict[str, Any]:
-    """Files: scores.parquet, one row an item and seed. Summary: sizes, tokens a second, samples undecided, items beyond positions."""
+def evaluate_stage(job: Job) -> EvaluateSummary:
+    """Files: scores.parquet, one row an item and seed."""
     suites, teacher = _suites(job), _scorer(job)
     scores: list[pa.Table] = []
     sizes: dict[str, int] = {}
@@ -44,7 +44,7 @@ def evaluate_stage(job: Job) -> dict[str, Any]:
         sizes = {"parameters": loaded.num_parameters, "bytes": loaded.num_bytes, "items_beyond_positions": _beyond(job, loaded, suites)}
     job.write_table("scores.parquet", pa.concat_tables(scores))
     items = sum(table.num_rows for table in suites.values())
-    return {**sizes, "tokens_per_second": sum(rates) / len(rates), "items": items, "seeds": len(models), "undecided_samples": undecided}
+    return EvaluateSummary(**sizes, items=items, seeds=len(models), tokens_per_second=sum(rates) / len(rates), undecided_samples=undecided)
 
 
 def measure_one(recipe: Recipe, store: Store, model: str, *, tick: Ticker) -> dict[tuple[str, str], Estimate]:

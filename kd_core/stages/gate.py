@@ -1,13 +1,12 @@
 """The stage that decides: evidence of all compared models in, a verdict out."""
 
-from dataclasses import asdict
-from typing import Any
-
 import pyarrow as pa
 
 from kd_core.evaluate.gate import Efficiency, Evidence, decide
+from kd_core.ledger import seen_in
 from kd_core.stages.graph import least_validation_loss
 from kd_core.stages.job import Job
+from kd_core.summaries import EvaluateSummary, GateSummary, StudentReference, TeacherSummary, TrainSummary, of
 
 __all__ = ["collect_evidence", "efficiency", "gate_stage", "model_scores"]
 
@@ -23,13 +22,11 @@ def efficiency(job: Job) -> dict[str, Efficiency]:
     found: dict[str, Efficiency] = {}
     for role in job.inputs:
         if role.startswith("evaluate."):
-            own = job.summary(role)
-            found[role.partition(".")[2]] = Efficiency(
-                parameters=own["parameters"], bytes=own["bytes"], tokens_per_second=own["tokens_per_second"]
-            )
-    teacher = job.summary("teacher")
-    if "teacher" not in found and teacher["parameters"] is not None:
-        found["teacher"] = Efficiency(parameters=teacher["parameters"], bytes=teacher["bytes"], tokens_per_second=None)
+            own = job.summary(role, EvaluateSummary)
+            found[role.partition(".")[2]] = Efficiency(parameters=own.parameters, bytes=own.bytes, tokens_per_second=own.tokens_per_second)
+    teacher = job.summary("teacher", TeacherSummary)
+    if "teacher" not in found and teacher.parameters is not None and teacher.bytes is not None:
+        found["teacher"] = Efficiency(parameters=teacher.parameters, bytes=teacher.bytes, tokens_per_second=None)
     return found
 
 
@@ -46,15 +43,15 @@ def collect_evidence(job: Job, *, published_seed: int) -> Evidence:
     )
 
 
-def gate_stage(job: Job) -> dict[str, Any]:
-    """No files but the verdict. Summary: promote, headline, reasons, the chosen student, the champion it was compared with."""
+def gate_stage(job: Job) -> GateSummary:
+    """No files: the verdict is in the summary."""
     student = least_validation_loss([job.inputs[f"student.{seed}"] for seed in job.recipe.seeds])
-    verdict = decide(collect_evidence(job, published_seed=student.summary["seed"]), job.recipe.gate)
-    holder = job.champion()
-    return {
-        "promote": verdict.promote,
-        "headline": verdict.headline,
-        "reasons": [asdict(reason) for reason in verdict.reasons],
-        "student": {"stage": student.stage, "fingerprint": student.fingerprint, "digest": student.digest, "seed": student.summary["seed"]},
-        "champion": {"number": holder.number, "digest": holder.artifact.digest} if holder is not None else None,
-    }
+    seed = of(student, TrainSummary).seed
+    verdict = decide(collect_evidence(job, published_seed=seed), job.recipe.gate)
+    return GateSummary(
+        promote=verdict.promote,
+        headline=verdict.headline,
+        reasons=verdict.reasons,
+        student=StudentReference(student.stage, student.fingerprint, student.digest, seed),
+        champion=seen_in(job.champion()),
+    )

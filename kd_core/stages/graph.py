@@ -33,6 +33,7 @@ from kd_core.recipe import (
 )
 from kd_core.recipe.addresses import redact_url
 from kd_core.store import Store
+from kd_core.summaries import TrainSummary, of
 from kd_core.teacher.reference import reference_identity
 
 __all__ = [
@@ -255,8 +256,8 @@ def selected_student(recipe: Recipe, store: Store, nodes: Graph) -> artifacts.Re
 
 def least_validation_loss(students: Sequence[artifacts.Record]) -> artifacts.Record:
     """The student with the least validation loss, the first of equals; the first one where there are no validation rows."""
-    losses = [student.summary["validation_nll"] for student in students]
-    return students[0] if any(loss is None for loss in losses) else students[losses.index(min(losses))]
+    losses = [loss for student in students if (loss := of(student, TrainSummary).training.validation_nll) is not None]
+    return students[0] if len(losses) < len(students) else students[losses.index(min(losses))]
 
 
 def find_node(store: Store, node: Node) -> artifacts.Record | None:

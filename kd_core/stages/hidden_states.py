@@ -1,7 +1,6 @@
 """The stage that keeps hidden states of the teacher for feature distillation."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pyarrow as pa
 
@@ -13,13 +12,14 @@ from kd_core.rows.work import Packed
 from kd_core.softlabels.hidden import HiddenRow, capture_hidden, encode_states
 from kd_core.stages.job import Job
 from kd_core.stages.scoring import Capture, CuratedRow
+from kd_core.summaries import ScoringSummary
 from kd_core.teacher.models import LoadedModel
 
 __all__ = ["hidden_states_stage"]
 
 
-def hidden_states_stage(job: Job) -> dict[str, Any]:
-    """Files: keys.parquet, a row each for the curated rows that have states. Summary: counts, bytes, shards."""
+def hidden_states_stage(job: Job) -> ScoringSummary:
+    """Files: keys.parquet, a row each for the curated rows that have states."""
     wanted, run = job.recipe.hidden_states, job.recipe.run
     assert wanted is not None, "a recipe without hidden states has no such node"
     about = about_hidden_states(wanted, job.inputs["teacher"])

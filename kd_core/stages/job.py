@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +16,7 @@ from kd_core.recipe import Recipe
 from kd_core.stages.graph import Node
 from kd_core.store import Store
 from kd_core.store.scratch import scratch
+from kd_core.summaries import Kind, of
 
 __all__ = ["Job"]
 
@@ -63,6 +63,6 @@ class Job:
         entries = reversed(history(self.store, self.recipe.publish))
         return None if digest is None else next(entry for entry in entries if entry.artifact.digest == digest)
 
-    def summary(self, role: str) -> Mapping[str, Any]:
-        """The small result of an upstream node."""
-        return self.inputs[role].summary
+    def summary(self, role: str, kind: type[Kind]) -> Kind:
+        """What an upstream node hands on beside its files."""
+        return of(self.inputs[role], kind)

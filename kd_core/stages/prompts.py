@@ -1,25 +1,24 @@
 """The stage that collects prompts: from sources to cleaned, split and decontaminated rows."""
 
-from typing import Any
-
 from kd_core.evaluate.suites import expect_measurable, suite_items
 from kd_core.progress import Tick
 from kd_core.prompts import collect_prompts
 from kd_core.recipe import Recipe, SourceSuite
 from kd_core.stages.job import Job
+from kd_core.summaries import PromptsSummary
 
 __all__ = ["prompts_stage"]
 
 
-def prompts_stage(job: Job) -> dict[str, Any]:
-    """Files: prompts.parquet; suite-<name>.parquet, whole, of each benchmark with a source of its own. Summary: counts."""
+def prompts_stage(job: Job) -> PromptsSummary:
+    """Files: prompts.parquet; suite-<name>.parquet, whole, of each benchmark with a source of its own."""
     found = collect_prompts(_with_whole_benchmarks(job.recipe))
     tables = {"prompts.parquet": found.table, **{f"suite-{name}.parquet": items for name, items in found.suites.items()}}
     expect_measurable(job.recipe, suite_items(job.recipe, tables.__getitem__))
     for name, table in tables.items():
         job.write_table(name, table)
     job.tick(Tick(found.table.num_rows, found.table.num_rows, "prompts"))
-    return {"rows": found.table.num_rows, "counts": found.counts}
+    return PromptsSummary(found.table.num_rows, found.counts)
 
 
 def _with_whole_benchmarks(recipe: Recipe) -> Recipe:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
@@ -32,17 +32,20 @@ from kd_core.store import open_store
 from kd_core.teacher.models import pick_device
 from kd_core.train.stopping import Stop, sigterm_waits
 
-__all__ = ["RankFunction", "on_ranks"]
+__all__ = ["on_ranks"]
 
-RankFunction = Callable[[Job, int], dict[str, Any]]
-"""A module's function of (job, rank) -> summary; rank 0 leaves the files in the job's directory."""
+Found = TypeVar("Found")
 
 _LAST_WORDS_SECONDS = 2.0
 """Between the first failure and the end of all: the rank that is the cause is not always the one that is heard first."""
 
 
-def on_ranks(job: Job, function: RankFunction) -> dict[str, Any]:
-    """Rank 0's summary of a job that ``run.num_processes`` processes do together.
+def on_ranks(job: Job, function: Callable[[Job, int], Found]) -> Found:
+    """Rank 0's result of a job that ``run.num_processes`` processes do together.
+
+    Args:
+        job: what to do; rank 0 leaves the files in its directory.
+        function: a module's function of (job, rank).
 
     Raises:
         TrainingError: fewer GPUs than processes, or a rank died.
@@ -67,15 +70,16 @@ def on_ranks(job: Job, function: RankFunction) -> dict[str, Any]:
             processes.append(process)
             voices[voice] = rank
         with sigterm_waits() as stop:
-            return _listen(job, processes, voices, stop)
+            found: Found = _listen(job, processes, voices, stop)
+            return found
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def _listen(job: Job, processes: list[BaseProcess], voices: dict[Connection, int], stop: Stop) -> dict[str, Any]:
-    summary: dict[str, Any] = {}
+def _listen(job: Job, processes: list[BaseProcess], voices: dict[Connection, int], stop: Stop) -> Any:
+    result: Any = None
     failures: dict[int, Exception] = {}
     until = float("inf")
     told = False
@@ -101,12 +105,12 @@ def _listen(job: Job, processes: list[BaseProcess], voices: dict[Connection, int
                 case Exception():
                     failures[rank] = said
                 case _:
-                    summary = said
+                    result = said
         if failures:
             until = min(until, time.monotonic() + _LAST_WORDS_SECONDS)
     if failures:  # the others fail because of a rank that died, and with errors that are not ours
         raise min(failures.values(), key=lambda error: (not isinstance(error, _DeadRankError), not isinstance(error, KDError)))
-    return summary
+    return result
 
 
 class _DeadRankError(TrainingError):
@@ -124,7 +128,7 @@ def _rank(
     rank: int,
     num_ranks: int,
     port: int,
-    function: RankFunction,
+    function: Callable[[Job, int], object],
     work: tuple[Recipe, Node, dict[str, Record], Path],
     mouth: Connection,
 ) -> None:
@@ -141,9 +145,9 @@ def _rank(
         if pick_device(recipe.run.device).type == "cuda":
             torch.cuda.set_device(rank)
         store = open_store(recipe.run.store, recipe.run.s3)
-        summary = function(Job(recipe, node, store, inputs, directory, mouth.send if rank == 0 else silent), rank)
+        result = function(Job(recipe, node, store, inputs, directory, mouth.send if rank == 0 else silent), rank)
         if rank == 0:
-            mouth.send(summary)
+            mouth.send(result)
     except KDError as error:
         mouth.send(error)
         sys.exit(1)

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from kd_core.curate import verify
-from kd_core.evaluate.gate import RuleResult, Verdict
+from kd_core.evaluate.gate import Verdict
 from kd_core.evaluate.report import Curve, ModelRow, ReportData, Sample, SampleAnswer, StageRow, render_html, render_markdown, report_json
 from kd_core.evaluate.statistics import METRICS, Comparison, Estimate, compare, estimate, metric_of, num_measured
 from kd_core.evaluate.suites import suite_items
@@ -15,7 +15,18 @@ from kd_core.recipe import ARMS, Recipe
 from kd_core.recipe.files import dump_recipe
 from kd_core.stages.gate import efficiency, model_scores
 from kd_core.stages.job import Job
-from kd_core.tokens.lengths import UsedRows
+from kd_core.summaries import (
+    CurateSummary,
+    EvaluateSummary,
+    GateSummary,
+    PromptsSummary,
+    ReportSummary,
+    TeacherSummary,
+    TrainSummary,
+    VocabularySummary,
+    of,
+)
+from kd_core.tokens.lengths import expect_enough
 from kd_core.train.history import logged_metrics
 
 __all__ = ["report_stage"]
@@ -25,29 +36,29 @@ _NUM_SAMPLES = 8
 _CURVES = {"loss": "train loss", "hard": "hard (CE)", "soft": "soft (KL)", "feature": "features"}
 
 
-def report_stage(job: Job) -> dict[str, Any]:
-    """Files: report.html, report.md, report.json, recipe.yaml. Summary: the verdict's headline."""
+def report_stage(job: Job) -> ReportSummary:
+    """Files: report.html, report.md, report.json, recipe.yaml."""
     data = _report_data(job)
     (job.directory / "report.html").write_text(render_html(data), encoding="utf-8")
     (job.directory / "report.md").write_text(render_markdown(data), encoding="utf-8")
     (job.directory / "report.json").write_text(json.dumps(report_json(data), indent=1), encoding="utf-8")
     (job.directory / "recipe.yaml").write_text(data.recipe_yaml, encoding="utf-8")
-    return {"promote": data.verdict.promote, "headline": data.verdict.headline}
+    return ReportSummary(data.verdict.promote, data.verdict.headline)
 
 
 def _report_data(job: Job) -> ReportData:
     recipe, scores = job.recipe, model_scores(job)
     names = [name for name in _ORDER if name in scores]
-    gate = job.summary("gate")
+    gate = job.summary("gate", GateSummary)
     return ReportData(
         recipe_name=recipe.name,
         description=recipe.description,
         suites=tuple(suite.name for suite in recipe.evaluation.suites),
         confidence=recipe.evaluation.confidence,
         seeds=recipe.seeds,
-        published_seed=gate["student"]["seed"],
-        verdict=Verdict(gate["promote"], tuple(RuleResult(**reason) for reason in gate["reasons"])),
-        champion=gate["champion"]["digest"] if gate["champion"] else None,
+        published_seed=gate.student.seed,
+        verdict=Verdict(gate.promote, gate.reasons),
+        champion=gate.champion.digest if gate.champion else None,
         models=tuple(_model_row(job, name, scores[name]) for name in names),
         comparisons=_comparisons(job, scores, [name for name in names if name != "student"]),
         stages=tuple(_stage_rows(job)),
@@ -102,27 +113,28 @@ def _stage_rows(job: Job) -> list[StageRow]:
     for name in job.inputs:
         groups.setdefault(name.partition(".")[0], []).append(name)
     return [
-        StageRow(group, job.inputs[names[0]].fingerprint, "done", sum(float(job.summary(name)["seconds"]) for name in names))
+        StageRow(group, job.inputs[names[0]].fingerprint, "done", sum(job.inputs[name].seconds for name in names))
         for group, names in groups.items()
     ]
 
 
 def _counts(job: Job) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {
-        "Prompts": dict(job.summary("prompts")["counts"]),
-        "Curation": dict(job.summary("curate")["counts"]),
+        "Prompts": dict(job.summary("prompts", PromptsSummary).counts),
+        "Curation": dict(job.summary("curate", CurateSummary).counts),
     }
     found["Rows learnt from"] = _used_rows(job)
-    evaluated = {name.partition(".")[2]: job.summary(name) for name, record in job.inputs.items() if record.stage == "evaluate"}
-    if beyond := {name: summary["items_beyond_positions"] for name, summary in evaluated.items() if summary["items_beyond_positions"]}:
+    evaluated = {name.partition(".")[2]: of(record, EvaluateSummary) for name, record in job.inputs.items() if record.stage == "evaluate"}
+    beyond: dict[str, float] = {name: own.items_beyond_positions for name, own in evaluated.items() if own.items_beyond_positions}
+    if beyond:
         found["Items that may need more than a model's positions"] = beyond
-    if "counts" in job.summary("teacher"):
-        found["Teacher's gold data"] = dict(job.summary("teacher")["counts"])
+    if counts := job.summary("teacher", TeacherSummary).counts:
+        found["Teacher's gold data"] = dict(counts)
     if "vocabulary" in job.inputs:
-        kept = [job.summary(f"student.{seed}")["vocabulary"].get("kept_mass") for seed in job.recipe.seeds]
-        masses = [round(mass, 4) for mass in kept if mass is not None]
-        sizes = job.summary("vocabulary")
-        found["Vocabulary"] = {"tokens kept": sizes["tokens"], "tokens of the full tokenizer": sizes["full_tokens"]}
+        kept = [job.summary(f"student.{seed}", TrainSummary).vocabulary for seed in job.recipe.seeds]
+        masses = [round(own.kept_mass, 4) for own in kept if own is not None and own.kept_mass is not None]
+        sizes = job.summary("vocabulary", VocabularySummary)
+        found["Vocabulary"] = {"tokens kept": sizes.tokens, "tokens of the full tokenizer": sizes.full_tokens}
         found["Vocabulary"] |= {"teacher's probability on kept tokens": min(masses)} if masses else {}
     return found
 
@@ -145,7 +157,8 @@ def _used_rows(job: Job) -> dict[str, float]:
     Raises:
         TrainingError: fewer than the recipe asks for; the student was trained when it asked for fewer.
     """
-    used = UsedRows.of_summary(job.summary(f"student.{job.recipe.seeds[0]}")["used_rows"]).require(job.recipe.training)
+    used = job.summary(f"student.{job.recipe.seeds[0]}", TrainSummary).training.used_rows
+    expect_enough(used, job.recipe.training)
     found: dict[str, float] = {"rows used": used.used, "supervised tokens used": used.used_positions}
     return found | {
         f"rows left out, longer than {used.limit.by} = {used.limit.tokens}": used.rows - used.used,
@@ -159,7 +172,7 @@ def _curves(job: Job) -> list[Curve]:
         metrics = logged_metrics(job.store, record)
         if not metrics:
             continue
-        model, seed = (name, job.recipe.seeds[0]) if record.stage == "teacher" else (name.partition(".")[0], record.summary["seed"])
+        model, seed = (name, job.recipe.seeds[0]) if record.stage == "teacher" else (name.partition(".")[0], of(record, TrainSummary).seed)
         for key, part in _CURVES.items():
             points = [(int(m["step"]), float(m[key])) for m in metrics if key in m]
             if points and not (key == "hard" and "soft" not in metrics[0]):

@@ -8,7 +8,6 @@ import importlib
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from kd_core.artifacts import Artifact, Record, check_bytes, check_sizes, forget, open_artifact, publish, workspace
 from kd_core.errors import QuarantinedError
@@ -19,12 +18,13 @@ from kd_core.rows.table import RowCache
 from kd_core.stages.graph import Graph, find_node, open_node, selected_student
 from kd_core.stages.job import Job
 from kd_core.store import Store
+from kd_core.summaries import Summary, plain, shards_of
 
 __all__ = ["STAGES", "StageFunction", "found_done", "rows_are_there", "run_node"]
 
 _LOG = logging.getLogger(__name__)
 
-StageFunction = Callable[[Job], dict[str, Any]]
+StageFunction = Callable[[Job], Summary]
 
 STAGES = (
     "prompts",
@@ -97,15 +97,16 @@ def found_done(recipe: Recipe, store: Store, nodes: Graph, name: str) -> Artifac
     check_sizes(store, record)
     if node.stage == "publish":
         check_pointed_to(recipe, store, nodes)
-    return Artifact(node.stage, node.fingerprint, record.digest, float(record.summary["seconds"]), hit=True)
+    return Artifact(node.stage, node.fingerprint, record.digest, record.seconds, hit=True)
 
 
 def rows_are_there(store: Store, record: Record) -> bool:
     """Whether every shard that a record froze is still committed; True of a stage without shards."""
-    if "commits" not in record.summary:
+    shards = shards_of(record)
+    if shards is None:
         return True
-    held = {commit.sha256 for commit in RowCache(store, record.stage, record.summary["namespace"]).snapshot().commits}
-    return held.issuperset(record.summary["commits"])
+    held = {commit.sha256 for commit in RowCache(store, record.stage, shards.namespace).snapshot().commits}
+    return held.issuperset(shards.commits)
 
 
 def _run_once(recipe: Recipe, nodes: Graph, name: str, *, store: Store, tick: Ticker, extra: Mapping[str, StageFunction]) -> Artifact:
@@ -119,13 +120,19 @@ def _run_once(recipe: Recipe, nodes: Graph, name: str, *, store: Store, tick: Ti
     with workspace() as directory:
         job = Job(recipe, node, store, inputs, directory, tick)
         summary = (extra[node.stage] if node.stage in extra else _function(node.stage))(job)
-        summary["seconds"] = time.perf_counter() - began
         record = publish(
-            store, directory, stage=node.stage, fp=node.fingerprint, identity=node.identity, upstream=node.above, summary=summary
+            store,
+            directory,
+            stage=node.stage,
+            fp=node.fingerprint,
+            identity=node.identity,
+            upstream=node.above,
+            summary=plain(summary),
+            seconds=time.perf_counter() - began,
         )
     if node.stage in ("teacher", "train"):
         _forget_checkpoints(store, node.fingerprint)
-    return Artifact(node.stage, node.fingerprint, record.digest, float(record.summary["seconds"]), hit=False)
+    return Artifact(node.stage, node.fingerprint, record.digest, record.seconds, hit=False)
 
 
 READ_AGAIN_BYTES = 256 << 20

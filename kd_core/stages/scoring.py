@@ -19,11 +19,12 @@ from kd_core.rows.keys import soft_label_key
 from kd_core.rows.table import RowCache, Snapshot
 from kd_core.rows.work import Packed, work_in_shards
 from kd_core.stages.job import Job
-from kd_core.stages.sharded import Progress, sharded_summary
+from kd_core.stages.sharded import Progress, sharded_rows
 from kd_core.stages.teacher import load_teacher
+from kd_core.summaries import CurateSummary, ScoringSummary, TeacherSummary, UsedRows
 from kd_core.teacher.models import LoadedModel
 from kd_core.tokens.batches import TokenRow
-from kd_core.tokens.lengths import UsedRows, row_limit, used_rows
+from kd_core.tokens.lengths import expect_enough, row_limit, used_rows
 
 __all__ = ["Capture", "CuratedRow", "token_rows", "usable_rows"]
 
@@ -45,7 +46,7 @@ def usable_rows(job: Job, num_tokens: np.ndarray, first_supervised: np.ndarray, 
         num_tokens, first_supervised: of every row.
         student: positions of the student, where they are known.
     """
-    positions = {"student": student, "teacher": job.summary("teacher")["max_positions"]}
+    positions = {"student": student, "teacher": job.summary("teacher", TeacherSummary).max_positions}
     return used_rows(num_tokens, num_tokens - first_supervised, row_limit(job.recipe.training, positions=positions))
 
 
@@ -59,7 +60,7 @@ def _expect_usable_rows(job: Job, path: Path) -> None:
     batches = list(_lengths(path))
     lengths, first = (np.concatenate([batch[i] for batch in batches]) for i in range(2))
     known = student.architecture.max_positions if isinstance(student, StudentFromConfig) else None
-    usable_rows(job, lengths, first, student=known).require(job.recipe.training)
+    expect_enough(usable_rows(job, lengths, first, student=known), job.recipe.training)
 
 
 def _lengths(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -107,7 +108,7 @@ class Capture:
                 loaded.append(load_teacher(job))
             return compute(loaded[0], shard)
 
-        progress = Progress(job, job.inputs["curate"].summary["rows"], "rows")
+        progress = Progress(job, job.summary("curate", CurateSummary).rows, "rows")
         with job.files(job.inputs["curate"]) as files:
             path, run = files / "rows.parquet", job.recipe.run
             _expect_usable_rows(job, path)
@@ -134,7 +135,7 @@ class Capture:
                 self.first_supervised.append(tokens.first_supervised)
                 yield key, CuratedRow(tokens, {**columns, "key": key, "num_supervised": tokens.num_supervised})
 
-    def finish(self, snapshot: Snapshot, computed: int, *, allowed: int) -> dict[str, Any]:
+    def finish(self, snapshot: Snapshot, computed: int, *, allowed: int) -> ScoringSummary:
         """Write keys.parquet (a row each for every curated row that has targets) and sum up.
 
         Raises:
@@ -154,4 +155,4 @@ class Capture:
         columns = {"key": keys, "row": np.array(kept, np.int32), "num_tokens": num_tokens, "first_supervised": first_supervised}
         self.job.write_table("keys.parquet", pa.table(columns))
         tokens = int(num_tokens.sum() - first_supervised.sum())
-        return {**sharded_summary(self.cache, snapshot, keys, computed), "rows_refused": missing, "supervised_tokens": tokens}
+        return ScoringSummary(sharded_rows(self.cache, snapshot, keys, computed), missing, tokens)

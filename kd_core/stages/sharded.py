@@ -1,20 +1,20 @@
-"""What stages share whose rows lie in the row store: their summary, the rows their record froze, and progress."""
+"""What stages share whose rows lie in the row store: what their record says of them, the rows it froze, and progress."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from kd_core.progress import Tick
 from kd_core.rows.table import RowCache, Snapshot
 from kd_core.stages.job import Job
+from kd_core.summaries import ShardedRows, shards_of
 
-__all__ = ["Progress", "frozen_rows", "sharded_summary"]
+__all__ = ["Progress", "frozen_rows", "sharded_rows"]
 
 
-def sharded_summary(cache: RowCache, snapshot: Snapshot, keys: Sequence[str], computed: int) -> dict[str, Any]:
+def sharded_rows(cache: RowCache, snapshot: Snapshot, keys: Sequence[str], computed: int) -> ShardedRows:
     """What a record says of rows in shards; it freezes the shards that hold them."""
     own = snapshot.of(keys)
-    commits = [commit.sha256 for commit in own.commits]
-    return {"rows": len(keys), "rows_computed": computed, "namespace": cache.namespace, "bytes": own.size_bytes(), "commits": commits}
+    commits = tuple(commit.sha256 for commit in own.commits)
+    return ShardedRows(len(keys), computed, cache.namespace, own.size_bytes(), commits)
 
 
 def frozen_rows(job: Job, role: str) -> tuple[RowCache, Snapshot]:
@@ -24,8 +24,10 @@ def frozen_rows(job: Job, role: str) -> tuple[RowCache, Snapshot]:
         QuarantinedError: one of them is gone.
     """
     record = job.inputs[role]
-    cache = RowCache(job.store, record.stage, record.summary["namespace"])
-    return cache, cache.snapshot().frozen(record.summary["commits"])
+    shards = shards_of(record)
+    assert shards is not None, f"{record.stage} keeps no rows in the row store"
+    cache = RowCache(job.store, record.stage, shards.namespace)
+    return cache, cache.snapshot().frozen(shards.commits)
 
 
 class Progress:

@@ -1,7 +1,6 @@
 """The stage in which the teacher gives soft labels to the curated rows."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,13 +14,14 @@ from kd_core.softlabels.capture import ScoredRow, score_rows
 from kd_core.softlabels.codec import encode_rows
 from kd_core.stages.job import Job
 from kd_core.stages.scoring import Capture, CuratedRow
+from kd_core.summaries import ScoringSummary
 from kd_core.teacher.models import LoadedModel
 
 __all__ = ["soft_labels_stage"]
 
 
-def soft_labels_stage(job: Job) -> dict[str, Any]:
-    """Files: keys.parquet, a row each for the curated rows that have soft labels. Summary: counts, bytes, shards."""
+def soft_labels_stage(job: Job) -> ScoringSummary:
+    """Files: keys.parquet, a row each for the curated rows that have soft labels."""
     policy, run = job.recipe.soft_labels, job.recipe.run
     assert policy is not None, "a recipe without soft labels has no such node"
     about = about_soft_labels(policy, job.inputs["teacher"])

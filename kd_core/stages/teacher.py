@@ -1,5 +1,7 @@
 """The stage that prepares the teacher: loads, trains or names it, and says what it is made of."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,12 @@ from kd_core.prompts import collect_gold
 from kd_core.recipe import Objective, PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, TrainedTeacher
 from kd_core.stages.job import Job
 from kd_core.student.make import new_model
+from kd_core.summaries import ServerIdentity, TeacherSummary
 from kd_core.teacher.models import LoadedModel, load_directory, load_model, load_tokenizer, pick_device, save_model, teacher_identity
 from kd_core.teacher.reference import reference_identity
 from kd_core.tokens.batches import TokenRow
 from kd_core.tokens.encoding import character_tokenizer, encode_gold, encode_prompt
-from kd_core.tokens.lengths import row_limit, used_rows
+from kd_core.tokens.lengths import expect_enough, row_limit, used_rows
 from kd_core.tokens.templates import check_template
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.history import to_jsonl
@@ -39,17 +42,12 @@ def rows_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return load_tokenizer(recipe.student)
 
 
-def teacher_stage(job: Job) -> dict[str, Any]:
-    """Files: model/ (of a pre-trained one only the tokenizer), metrics.jsonl of a trained one. Summary: its content identity and size."""
+def teacher_stage(job: Job) -> TeacherSummary:
+    """Files: model/ (of a pre-trained one only the tokenizer), metrics.jsonl of a trained one."""
     teacher = job.recipe.teacher
     if isinstance(teacher, ServerTeacher):
         check_template(rows_tokenizer(job.recipe), job.recipe.task)
-        return {
-            "teacher": {"engine": "server", "model": teacher.model, "revision": teacher.revision},
-            "parameters": None,
-            "bytes": None,
-            "max_positions": None,
-        }
+        return TeacherSummary(ServerIdentity("server", teacher.model, teacher.revision), None, None, None, counts={}, training=None)
     if isinstance(teacher, TrainedTeacher):
         return _train_teacher(job, teacher)
     device = pick_device(job.recipe.run.device)
@@ -60,12 +58,18 @@ def teacher_stage(job: Job) -> dict[str, Any]:
     return _describe(loaded, reference_identity(teacher))
 
 
-def _describe(loaded: LoadedModel, weights: dict[str, Any]) -> dict[str, Any]:
-    sizes = {"parameters": loaded.num_parameters, "bytes": loaded.num_bytes, "max_positions": loaded.max_positions}
-    return {"teacher": teacher_identity(loaded, weights), **sizes}
+def _describe(loaded: LoadedModel, weights: Mapping[str, Any]) -> TeacherSummary:
+    return TeacherSummary(
+        teacher=teacher_identity(loaded, weights),
+        parameters=loaded.num_parameters,
+        bytes=loaded.num_bytes,
+        max_positions=loaded.max_positions,
+        counts={},
+        training=None,
+    )
 
 
-def _train_teacher(job: Job, teacher: TrainedTeacher) -> dict[str, Any]:
+def _train_teacher(job: Job, teacher: TrainedTeacher) -> TeacherSummary:
     recipe, seed = job.recipe, job.recipe.seeds[0]
     gold, counts = collect_gold(
         teacher.sources,
@@ -84,7 +88,7 @@ def _train_teacher(job: Job, teacher: TrainedTeacher) -> dict[str, Any]:
     limit = row_limit(teacher.training, positions={"teacher": loaded.max_positions}, field="teacher.training")
     lengths = np.array([len(row.ids) for row in rows], np.int64)
     used = used_rows(lengths, np.array([row.num_supervised for row in rows], np.int64), limit)
-    used.require(teacher.training, field="teacher.training")
+    expect_enough(used, teacher.training, field="teacher.training")
     result = train(
         model,
         TrainingData(MemoryRows(rows), ()),
@@ -100,15 +104,7 @@ def _train_teacher(job: Job, teacher: TrainedTeacher) -> dict[str, Any]:
     save_model(loaded, job.directory)
     (job.directory / "metrics.jsonl").write_text(to_jsonl(result.metrics))
     weights = {"training": job.node.fingerprint, "content": _weights_digest(model)}
-    learnt = {
-        "rows": len(rows),
-        "used_rows": used.summary(),
-        "counts": counts,
-        "supervised_tokens": result.supervised_tokens,
-        "resumed_from": result.resumed_from,
-        "speed": result.speed,
-    }
-    return {**_describe(loaded, weights), **learnt, "training_seconds": result.seconds}
+    return replace(_describe(loaded, weights), counts=counts, training=result.summary(num_rows=len(rows), used=used))
 
 
 def _token_row(tokenizer: Any, recipe: Recipe, row: dict[str, Any]) -> TokenRow:

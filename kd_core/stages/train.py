@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,9 +28,11 @@ from kd_core.student.adapters import add_adapters, merge_adapters
 from kd_core.student.describe import teacher_config
 from kd_core.student.make import new_model, student_from_teacher, trainable
 from kd_core.student.vocabulary import trim_model
+from kd_core.summaries import ModelIdentity, TeacherSummary, TrainSummary, TrimmedVocabulary
 from kd_core.teacher.models import LoadedModel, load_model, load_tokenizer, pick_device, save_model
 from kd_core.tokens.batches import TokenRow
 from kd_core.tokens.encoding import num_columns, tokenizer_identity
+from kd_core.tokens.lengths import expect_enough
 from kd_core.tokens.token_map import TokenMap, read_token_map
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.features import CachedStates, FeatureTask, LiveTeacher
@@ -49,29 +50,29 @@ _MASS_ROWS = 512
 """Training rows on which the kept tokens' share of the teacher's probability is measured."""
 
 
-def train_stage(job: Job) -> dict[str, Any]:
-    """Files: model/ (Hugging Face layout), metrics.jsonl. Summary: sizes, losses, tokens, seconds."""
+def train_stage(job: Job) -> TrainSummary:
+    """Files: model/ (Hugging Face layout), metrics.jsonl."""
     return on_ranks(job, _learn) if job.recipe.run.num_processes > 1 else _learn(job, 0)
 
 
-def _learn(job: Job, rank: int) -> dict[str, Any]:
+def _learn(job: Job, rank: int) -> TrainSummary:
     arm: Arm = job.node.group  # type: ignore[assignment]  # a train node's group is its arm
     recipe = job.recipe.arm(arm)
     seed = int(job.node.name.rpartition(".")[2])
     validation = token_rows(job.read_table("curate", "validation.parquet"))
     student = _make_student(job, seed)
     features = _feature_task(job, recipe, student)
-    vocabulary: dict[str, Any] | None = None
+    vocabulary: TrimmedVocabulary | None = None
     with _training_rows(job, recipe) as rows:
         if student.token_map is not None:
             validation = [trimmed_row(row, student.token_map) for row in validation]
-            vocabulary = {"tokens": student.num_columns, "full_tokens": student.token_map.num_full}
-            if recipe.objective.supervision == "soft":
-                vocabulary["kept_mass"] = _kept_mass(recipe, rows, student.token_map, seed=seed)
+            soft = recipe.objective.supervision == "soft"
+            kept = _kept_mass(recipe, rows, student.token_map, seed=seed) if soft else None
+            vocabulary = TrimmedVocabulary(student.num_columns, student.token_map.num_full, kept)
             rows = TrimmedRows(rows, student.token_map)
             features = None if features is None else replace(features, source=FullFeatures(features.source, student.token_map))
         used = usable_rows(job, rows.num_tokens, rows.first_supervised, student=student.max_positions)
-        used.require(recipe.training)
+        expect_enough(used, recipe.training)
         _LOG.info("rows: %s", used)
         result = train(
             student.model,
@@ -90,27 +91,15 @@ def _learn(job: Job, rank: int) -> dict[str, Any]:
     if rank == 0:
         save_model(student, job.directory)
         (job.directory / "metrics.jsonl").write_text(to_jsonl(result.metrics))
-    return {
-        "arm": arm,
-        "seed": seed,
-        "rows": num_rows,
-        "used_rows": used.summary(),
-        "steps": result.steps,
-        "kept_step": result.kept_step,
-        "parameters": student.num_parameters,
-        "bytes": student.num_bytes,
-        "validation_nll": result.validation_nll,
-        "supervised_tokens": result.supervised_tokens,
-        "final": result.metrics[-1],
-        "skipped_steps": result.skipped,
-        "loss_spikes": result.spikes,
-        "packed": result.packed,
-        **({} if features is None else {"feature_blocks": [[pair.student, pair.teacher] for pair in features.pairs]}),
-        "vocabulary": vocabulary,
-        "speed": result.speed,
-        "resumed_from": result.resumed_from,
-        "training_seconds": result.seconds,
-    }
+    return TrainSummary(
+        arm=arm,
+        seed=seed,
+        parameters=student.num_parameters,
+        bytes=student.num_bytes,
+        training=result.summary(num_rows=num_rows, used=used),
+        vocabulary=vocabulary,
+        feature_blocks=None if features is None else tuple((pair.student, pair.teacher) for pair in features.pairs),
+    )
 
 
 def _make_student(job: Job, seed: int) -> LoadedModel:
@@ -167,8 +156,9 @@ def _kept_mass(recipe: Recipe, rows: Rows, token_map: TokenMap, *, seed: int) ->
 def _pretrained_student(job: Job, spec: PretrainedStudent) -> LoadedModel:
     tokenizer = load_tokenizer(spec)
     if not isinstance(job.recipe.teacher, ServerTeacher):
-        theirs, ours = job.summary("teacher")["teacher"]["tokenizer"], tokenizer_identity(tokenizer)
-        if (theirs["vocabulary"], theirs["probe"]) != (ours["vocabulary"], ours["probe"]):
+        teacher, ours = job.summary("teacher", TeacherSummary).teacher, tokenizer_identity(tokenizer)
+        assert isinstance(teacher, ModelIdentity), "a teacher that is no server runs here"
+        if (teacher.tokenizer.vocabulary, teacher.tokenizer.probe) != (ours.vocabulary, ours.probe):
             raise TrainingError("teacher and student have different tokenizers; use a student with the teacher's tokenizer")
     loaded = load_model(spec, device=pick_device("cpu"), tokenizer=tokenizer)
     trainable(loaded.model)

@@ -4,7 +4,6 @@ Test answers are not looked at: a student that meets one spells what it does not
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +17,7 @@ from kd_core.stages.graph import build_graph
 from kd_core.stages.job import Job
 from kd_core.store import Store
 from kd_core.student.vocabulary import kept_tokens, trim_tokenizer
+from kd_core.summaries import VocabularySummary, of
 from kd_core.teacher.models import load_tokenizer
 from kd_core.tokens.encoding import encode_prompt, num_columns
 from kd_core.tokens.token_map import TokenMap, write_token_map
@@ -27,8 +27,8 @@ __all__ = ["trimmed_tokens", "vocabulary_stage"]
 _READ_ROWS = 1024
 
 
-def vocabulary_stage(job: Job) -> dict[str, Any]:
-    """Files: tokenizer/, the trimmed one, with token_map.json. Summary: tokens kept and tokens there were.
+def vocabulary_stage(job: Job) -> VocabularySummary:
+    """Files: tokenizer/, the trimmed one, with token_map.json.
 
     Raises:
         RecipeError: a tokenizer of a kind that cannot be trimmed.
@@ -51,14 +51,14 @@ def vocabulary_stage(job: Job) -> dict[str, Any]:
     trimmed.save_pretrained(job.directory / "tokenizer")
     write_token_map(token_map, job.directory / "tokenizer")
     job.tick(Tick(num_texts, num_texts, "texts"))
-    return {"tokens": len(token_map.kept), "full_tokens": token_map.num_full, "seen_tokens": len(seen), "texts": num_texts}
+    return VocabularySummary(len(token_map.kept), token_map.num_full, len(seen), num_texts)
 
 
 def trimmed_tokens(recipe: Recipe, store: Store) -> int | None:
     """Number of tokens that the recipe's finished vocabulary keeps; None where there is none, or not yet."""
     node = build_graph(recipe, store).get("vocabulary")
     record = None if node is None else find(store, node.stage, node.fingerprint)
-    return None if record is None else int(record.summary["tokens"])
+    return None if record is None else of(record, VocabularySummary).tokens
 
 
 def _full_tokenizer(job: Job) -> PreTrainedTokenizerBase:

@@ -57,7 +57,7 @@ def kept_tokens(tokenizer: PreTrainedTokenizerBase, seen: Iterable[int], *, num_
         kept |= _unigram_base(model)
         likely = sorted(range(len(model["vocab"])), key=lambda i: (-model["vocab"][i][1], i))
         kept |= set(likely[:num_common])
-    return TokenMap(tuple(sorted(kept)), num_columns(tokenizer), tokenizer_identity(tokenizer)["vocabulary"])
+    return TokenMap(tuple(sorted(kept)), num_columns(tokenizer), tokenizer_identity(tokenizer).vocabulary)
 
 
 def _state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -5,6 +5,7 @@ ignored on purpose, but for the ids that end an answer.
 """
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kd_core.errors import KDError, RecipeError, TeacherError
 from kd_core.recipe import ModelRef
+from kd_core.summaries import ModelIdentity
 from kd_core.teacher.loaders import Place, quiet, read_model, read_tokenizer
 from kd_core.tokens.encoding import num_columns, tokenizer_identity
 from kd_core.tokens.templates import end_of_turn
@@ -164,12 +166,12 @@ def save_model(loaded: LoadedModel, directory: Path) -> None:
         write_token_map(loaded.token_map, directory / "model")
 
 
-def teacher_identity(loaded: LoadedModel, weights: dict[str, Any]) -> dict[str, Any]:
+def teacher_identity(loaded: LoadedModel, weights: Mapping[str, Any]) -> ModelIdentity:
     """Content identity of a teacher: weights, tokenizer and template, valid columns, dtype, engine family."""
-    return {
-        "weights": weights,
-        "tokenizer": tokenizer_identity(loaded.tokenizer),
-        "num_columns": loaded.num_columns,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "engine": "transformers",
-    }
+    return ModelIdentity(
+        weights=weights,
+        tokenizer=tokenizer_identity(loaded.tokenizer),
+        num_columns=loaded.num_columns,
+        dtype=str(loaded.model.dtype).removeprefix("torch."),
+        engine="transformers",
+    )

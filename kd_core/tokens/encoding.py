@@ -7,7 +7,6 @@ template, and the last one of an answer from its end. Only thought marks (``temp
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -16,6 +15,7 @@ from kd_core.curate import thoughts
 from kd_core.errors import SourceError
 from kd_core.fingerprint import fingerprint
 from kd_core.recipe import CharacterTokenizer, Task
+from kd_core.summaries import TokenizerIdentity
 from kd_core.tokens.templates import THOUGHT, control_tokens, end_of_turn, literal_ids, opens_thought, render, template_ids
 
 __all__ = [
@@ -51,19 +51,19 @@ def num_columns(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
-def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> TokenizerIdentity:
     """What makes two tokenizers the same: vocabulary, behaviour on a probe text, template and special ids."""
     probe = "Zoë's 3 + 14 = 17\n\tif x != y: return [1, 2]  # ok\u4e2d\u6587"
     try:
         probe_ids = list(tokenizer.encode(probe, add_special_tokens=False))
     except Exception:  # a closed vocabulary (characters) refuses foreign text, and that is all there is to know
         probe_ids = []
-    return {
-        "vocabulary": fingerprint({token: int(i) for token, i in tokenizer.get_vocab().items()}),
-        "probe": fingerprint([int(i) for i in probe_ids]),
-        "template": fingerprint(getattr(tokenizer, "chat_template", None) or ""),
-        "eos": tokenizer.eos_token_id,
-    }
+    return TokenizerIdentity(
+        vocabulary=fingerprint({token: int(i) for token, i in tokenizer.get_vocab().items()}),
+        probe=fingerprint([int(i) for i in probe_ids]),
+        template=fingerprint(getattr(tokenizer, "chat_template", None) or ""),
+        eos=tokenizer.eos_token_id,
+    )
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, task: Task) -> list[int]:

@@ -4,28 +4,14 @@ Importable without torch: the plan needs it too.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from kd_core.errors import TrainingError
 from kd_core.recipe import Training
+from kd_core.summaries import RowLimit, UsedRows
 
-__all__ = ["RowLimit", "UsedRows", "row_limit", "used_rows"]
-
-
-@dataclass(frozen=True)
-class RowLimit:
-    """The longest row that is learnt from.
-
-    Attributes:
-        tokens: prompt and answer together.
-        by: what sets it: a field of the recipe, or a model's positions.
-    """
-
-    tokens: int
-    by: str
+__all__ = ["expect_enough", "row_limit", "used_rows"]
 
 
 def row_limit(training: Training, *, positions: Mapping[str, int | None], field: str = "training") -> RowLimit:
@@ -45,61 +31,26 @@ def row_limit(training: Training, *, positions: Mapping[str, int | None], field:
     return min(limits, key=lambda limit: limit.tokens)
 
 
-@dataclass(frozen=True)
-class UsedRows:
-    """What of some rows is within a limit.
-
-    Attributes:
-        rows, used: number of rows, and of those within it.
-        positions, used_positions: their supervised tokens.
-        limit: the limit.
-    """
-
-    rows: int
-    used: int
-    positions: int
-    used_positions: int
-    limit: RowLimit
-
-    @property
-    def share(self) -> float:
-        """Of the rows; 1 where there are none."""
-        return self.used / self.rows if self.rows else 1.0
-
-    def __str__(self) -> str:
-        left_out = f"; {self.rows - self.used:,} rows are left out, longer than {self.limit.by} = {self.limit.tokens:,}"
-        return (
-            f"{self.used:,} of {self.rows:,} rows ({self.share:.1%}) are learnt from, with {self.used_positions:,} of "
-            f"{self.positions:,} supervised tokens{left_out if self.used < self.rows else ''}"
-        )
-
-    def require(self, training: Training, *, field: str = "training") -> "UsedRows":
-        """These rows, if they are enough.
-
-        Raises:
-            TrainingError: less than training.least_rows_share of the rows can be used.
-        """
-        if self.share < training.least_rows_share:
-            cure = f"raise {self.limit.by}" if self.limit.by.endswith("max_tokens") else "take a model with more positions"
-            raise TrainingError(
-                f"{self}; {field}.least_rows_share asks for {training.least_rows_share:.1%}: {cure}, remove long prompts and answers, or "
-                "lower least_rows_share"
-            )
-        return self
-
-    def summary(self) -> dict[str, Any]:
-        """The same as plain data, for a record."""
-        counts = {"rows": self.rows, "used": self.used, "positions": self.positions, "used_positions": self.used_positions}
-        return {**counts, "limit": self.limit.tokens, "limited_by": self.limit.by}
-
-    @classmethod
-    def of_summary(cls, summary: Mapping[str, Any]) -> "UsedRows":
-        """From a record."""
-        rows, used, positions, used_positions = (int(summary[name]) for name in ("rows", "used", "positions", "used_positions"))
-        return cls(rows, used, positions, used_positions, RowLimit(int(summary["limit"]), str(summary["limited_by"])))
-
-
 def used_rows(num_tokens: np.ndarray, num_supervised: np.ndarray, limit: RowLimit) -> UsedRows:
     """Count rows of so many tokens, and their supervised ones, within a limit."""
     fits = num_tokens <= limit.tokens
     return UsedRows(len(num_tokens), int(fits.sum()), int(num_supervised.sum()), int(num_supervised[fits].sum()), limit)
+
+
+def expect_enough(used: UsedRows, training: Training, *, field: str = "training") -> None:
+    """Refuse a training that could use too few of its rows.
+
+    Args:
+        used: its rows.
+        training: of the model that learns.
+        field: where ``training`` stands in the recipe.
+
+    Raises:
+        TrainingError: less than training.least_rows_share of the rows can be used.
+    """
+    if used.share < training.least_rows_share:
+        cure = f"raise {used.limit.by}" if used.limit.by.endswith("max_tokens") else "take a model with more positions"
+        raise TrainingError(
+            f"{used}; {field}.least_rows_share asks for {training.least_rows_share:.1%}: {cure}, remove long prompts and answers, or "
+            "lower least_rows_share"
+        )

@@ -20,6 +20,7 @@ from kd_core.failpoints import reach
 from kd_core.losses.objective import step_weights
 from kd_core.progress import Tick, Ticker
 from kd_core.recipe import Objective, Run, Training
+from kd_core.summaries import TrainingRun, UsedRows
 from kd_core.teacher.models import pick_device
 from kd_core.tokens.packing import unpackable
 from kd_core.train.batches import Feed, Layout
@@ -72,6 +73,29 @@ class TrainingResult:
     packed: bool
     skipped: list[int]
     spikes: list[int]
+
+    def summary(self, *, num_rows: int, used: UsedRows) -> TrainingRun:
+        """What a record says of the run.
+
+        Args:
+            num_rows: given to it.
+            used: of them, within its limit.
+        """
+        return TrainingRun(
+            rows=num_rows,
+            used_rows=used,
+            steps=self.steps,
+            kept_step=self.kept_step,
+            resumed_from=self.resumed_from,
+            supervised_tokens=self.supervised_tokens,
+            validation_nll=self.validation_nll,
+            final=self.metrics[-1],
+            skipped_steps=tuple(self.skipped),
+            loss_spikes=tuple(self.spikes),
+            packed=self.packed,
+            seconds=self.seconds,
+            speed=tuple(self.speed),
+        )
 
 
 def train(
