@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from kd_core.errors import IntegrityError
 from kd_core.ledger import Entry, append
 from kd_core.rows.table import RowCache
 from kd_core.store import LocalStore
+from kd_core.summaries import Summary, plain
+from tests.standins import SCORING, SHARDS, SUMMARIES
 
 A, B, USED, FP = "a" * 32, "b" * 32, "c" * 32, "f" * 32
 DAY = 86_400.0
@@ -34,18 +37,18 @@ def plan(store: LocalStore, *, grace_days: float = 7.0, unused: bool = False) ->
     return {item.key: item.reason for item in found}
 
 
-def make_artifact(store: LocalStore, directory: Path, *, stage: str, fp: str = FP, summary: dict | None = None) -> str:
+def make_artifact(store: LocalStore, directory: Path, *, stage: str, fp: str = FP, summary: Summary | None = None) -> str:
     folder = directory / f"{stage}{fp}"
     folder.mkdir()
     (folder / "file.bin").write_bytes(stage.encode())
-    return publish(store, folder, stage=stage, fp=fp, identity={}, upstream={}, summary=summary or {}).prefix
+    return publish(store, folder, stage=stage, fp=fp, identity={}, upstream={}, summary=plain(summary or SUMMARIES[stage])).prefix
 
 
 @pytest.fixture
 def full(store, add_shard, tmp_path) -> LocalStore:
     """A store with everything that is reached, all of it a year old."""
     add_shard(store, range(4), namespace=USED)
-    make_artifact(store, tmp_path, stage="soft_labels", summary={"namespace": USED, "commits": []})
+    make_artifact(store, tmp_path, stage="soft_labels", summary=replace(SCORING, shards=replace(SHARDS, namespace=USED, commits=())))
     prefix = make_artifact(store, tmp_path, stage="train")
     artifact = Artifact("train", FP, prefix.rpartition("/")[2])
     append(store, "model", Entry("model", "promote", artifact, ("good",), None, 1))

@@ -1,6 +1,7 @@
 """Verify names what is damaged, whatever it is; repair puts it aside so that the rows are missing, and nothing else is touched."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +19,8 @@ from kd_core.rows.schemas import CODEC_MODEL
 from kd_core.rows.table import RowCache
 from kd_core.softlabels.hidden import RowStates, encode_states
 from kd_core.store import LocalStore
+from kd_core.summaries import plain
+from tests.standins import SCORING, SHARDS
 
 A = "a" * 32
 TEACHER = {"engine": "server", "model": "big"}
@@ -34,8 +37,8 @@ def freeze(store: LocalStore, directory: Path, *, fp: str = FP, keys: list[str] 
     folder = directory / fp
     folder.mkdir()
     pq.write_table(pa.table({"key": sorted(keys if keys is not None else snapshot.keys())}), folder / "keys.parquet")
-    summary = {"namespace": A, "commits": [commit.sha256 for commit in snapshot.commits], "rows": len(snapshot.keys())}
-    publish(store, folder, stage="soft_labels", fp=fp, identity={}, upstream={}, summary=summary)
+    shards = replace(SHARDS, rows=len(snapshot.keys()), namespace=A, commits=tuple(commit.sha256 for commit in snapshot.commits))
+    publish(store, folder, stage="soft_labels", fp=fp, identity={}, upstream={}, summary=plain(replace(SCORING, shards=shards)))
     return f"artifacts/soft_labels/{fp}/record.json"
 
 

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from kd_core.evaluate import charts
-from kd_core.evaluate.gate import RuleResult, Verdict
+from kd_core.evaluate.gate import Verdict
 from kd_core.evaluate.report import (
     Curve,
     ModelRow,
@@ -24,6 +24,7 @@ from kd_core.evaluate.report import (
     report_json,
 )
 from kd_core.evaluate.statistics import Comparison, Estimate
+from kd_core.summaries import RuleResult
 
 DASH = "\N{EN DASH}"
 HOSTILE = "<script>alert('x')</script>"

@@ -25,9 +25,11 @@ from kd_core.recipe import Answers, ModelRef
 from kd_core.recipe.files import load_recipe, parse_recipe
 from kd_core.stages.graph import build_graph
 from kd_core.store import LocalStore
+from kd_core.summaries import plain
 from kd_core.teacher.generate import generate
 from kd_core.teacher.models import load_directory, load_tokenizer, save_model
 from kd_core.tokens.encoding import encode_prompt
+from tests.standins import SUMMARIES
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -139,8 +141,11 @@ def test_the_card_of_a_benchmarked_student_of_others_weights(finished, card):
     report["verdict"] = {"promote": False, "headline": "Not promoted.", "reasons": [], "champion": None}
     said = card(
         recipe,
-        prompts={"identity": {"sources": sources, "benchmarks": benchmarks}, "summary": {"counts": {"overlap.aime_2024": 3}}},
-        teacher={"identity": {}, "summary": {"parameters": None}},
+        prompts={
+            "identity": {"sources": sources, "benchmarks": benchmarks},
+            "summary": plain(replace(SUMMARIES["prompts"], counts={"overlap.aime_2024": 3})),
+        },
+        teacher={"identity": {}, "summary": plain(replace(SUMMARIES["teacher"], parameters=None, counts={}))},
         report=report,
     )
     header = yaml.safe_load(said.split("---\n")[1])
@@ -167,7 +172,7 @@ def test_the_card_of_a_student_made_of_its_teacher_has_the_teachers_licence(card
     said = card(
         recipe,
         prompts={"identity": {"sources": [source.model_dump(mode="json") for source in recipe.prompts.sources], "benchmarks": []}},
-        teacher={"identity": {}, "summary": {"parameters": 134_515_008}},
+        teacher={"identity": {}, "summary": plain(replace(SUMMARIES["teacher"], parameters=134_515_008, counts={}))},
         teacher_licence="apache-2.0",
         base_licence="apache-2.0",
     )

@@ -33,6 +33,8 @@ from kd_core.rows.parquet import GROUP_ROWS
 from kd_core.stages.graph import build_graph
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore
+from kd_core.summaries import shards_of
+from tests.standins import SUMMARIES
 
 ROOT = Path(__file__).parents[2]
 KEYS = ["name", "fingerprint", "status", "rows", "rows_cached", "tokens", "bytes", "requests", "seconds", "price"]
@@ -122,7 +124,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> LocalStore
             node.name,
             store=store,
             tick=silent,
-            extra={"report": lambda job: {}, "publish": lambda job: {}},
+            extra={"report": lambda job: SUMMARIES["report"], "publish": lambda job: SUMMARIES["publish"]},
         )
     return store
 
@@ -233,8 +235,10 @@ def test_more_prompts_cost_only_themselves(data: Path, finished: LocalStore) -> 
     first, second = (find(finished, "answers", build_graph(r, finished)["answers"].fingerprint) for r in (_recipe(data), recipe))
     assert first is not None
     assert second is not None
-    assert second.summary["rows_computed"] == added, "the plan promised exactly this"
-    assert new["answers"].tokens == round(added * first.summary["tokens"] / first.summary["rows"]), "as long as this teacher's others"
+    assert second.summary["shards"]["rows_computed"] == added, "the plan promised exactly this"
+    assert new["answers"].tokens == round(added * first.summary["tokens"] / first.summary["shards"]["rows"]), (
+        "as long as this teacher's others"
+    )
 
 
 def test_soft_labels_are_counted_exactly_after_curation(data: Path, finished: LocalStore) -> None:
@@ -282,7 +286,7 @@ def test_measured_rates_win_over_assumed_ones(data: Path, finished: LocalStore) 
     longer["training"] = {**longer["training"], "steps": 400}
     line = _lines(make_plan(parse_recipe(longer, origin="test"), finished))["ablation_hard"]
     hard = [record for record in _train_records(_recipe(data), finished) if record.identity["objective"]["supervision"] != "soft"]
-    slowest = max(record.summary["training_seconds"] for record in hard)
+    slowest = max(record.summary["training"]["seconds"] for record in hard)
     assert line.seconds == pytest.approx(2 * 100 * slowest)
 
 
@@ -468,7 +472,9 @@ def test_a_stated_rate_wins_over_a_measured_one_and_that_over_arithmetic(data: P
     for record in known[1].basis.finished("soft_labels"):
         curated = find(finished, "curate", record.upstream["curate"])
         assert curated is not None
-        work.append((curated.summary["tokens"] * record.summary["rows_computed"] / record.summary["rows"], record.summary["seconds"]))
+        shards = shards_of(record)
+        assert shards is not None
+        work.append((curated.summary["tokens"] * shards.rows_computed / shards.rows, record.seconds))
     tokens, seconds = max(work)
     assert (measured.source, measured.tokens_per_second) == ("measured", pytest.approx(tokens / seconds))
     stated = parse_recipe({**changed, "run": {"score_tokens_per_second": 50.0}}, origin="test")

@@ -1,5 +1,6 @@
 """The curate stage: token ids of every kept row, from answers that carry ids and from answers that are text only."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from kd_core.stages.curate import curate_stage
 from kd_core.stages.graph import Node
 from kd_core.stages.job import Job
 from kd_core.store import LocalStore
+from kd_core.summaries import Summary, plain
 from kd_core.tokens.encoding import character_tokenizer
+from tests.standins import SHARDS, SUMMARIES
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 EOS = 1
@@ -44,11 +47,11 @@ def curate(tmp_path: Path):
     """Runs the stage over given answers; returns kept rows as (prompt_id, source, ids, first_supervised)."""
     store = LocalStore(tmp_path / "store")
 
-    def record(stage: str, fill, summary: dict[str, Any]) -> Record:
+    def record(stage: str, fill, summary: Summary) -> Record:
         directory = tmp_path / stage
         directory.mkdir()
         fill(directory)
-        return publish(store, directory, stage=stage, fp="f" * 32, identity={}, upstream={}, summary=summary)
+        return publish(store, directory, stage=stage, fp="f" * 32, identity={}, upstream={}, summary=plain(summary))
 
     def run(what: Recipe, answers: list[dict[str, Any]]) -> list[tuple[str, str, list[int], int]]:
         cache = RowCache(store, "answers", "n" * 32)
@@ -56,13 +59,15 @@ def curate(tmp_path: Path):
         tokenizer = character_tokenizer(recipe().teacher.tokenizer)
         tokenizer.save_pretrained(tmp_path / "student")
         keys = pa.table({"key": [row["key"] for row in answers]})
-        frozen = {"namespace": cache.namespace, "commits": [commit.sha256]}
+        frozen = replace(SHARDS, namespace=cache.namespace, commits=(commit.sha256,))
         inputs = {
             "prompts": record(
-                "prompts", lambda d: pq.write_table(pa.Table.from_pylist(PROMPTS, schema=PROMPT_SCHEMA), d / "prompts.parquet"), {}
+                "prompts",
+                lambda d: pq.write_table(pa.Table.from_pylist(PROMPTS, schema=PROMPT_SCHEMA), d / "prompts.parquet"),
+                SUMMARIES["prompts"],
             ),
-            "answers": record("answers", lambda d: pq.write_table(keys, d / "keys.parquet"), frozen),
-            "teacher": record("teacher", lambda d: tokenizer.save_pretrained(d / "model"), {}),
+            "answers": record("answers", lambda d: pq.write_table(keys, d / "keys.parquet"), replace(SUMMARIES["answers"], shards=frozen)),
+            "teacher": record("teacher", lambda d: tokenizer.save_pretrained(d / "model"), SUMMARIES["teacher"]),
         }
         out = tmp_path / "out"
         out.mkdir()

@@ -97,14 +97,14 @@ def test_rows_put_aside_by_another_run_are_computed_again(copy) -> None:
     node = build_graph(recipe, store)["soft_labels"]
     record = find(store, "soft_labels", node.fingerprint)
     assert record is not None
-    cache = RowCache(store, "soft_labels", record.summary["namespace"])
+    cache = RowCache(store, "soft_labels", record.summary["shards"]["namespace"])
     commit = cache.snapshot().commits[0]
     damage(copy.store / cache.shard_key(commit))
     cache.quarantine(commit, "found by another run")
     assert run_node(recipe, build_graph(recipe, store), "student.0", store=store, tick=silent, extra={}).digest == before
     again = find(store, "soft_labels", node.fingerprint)
     assert again is not None
-    assert again.summary["rows_computed"] == len(commit.keys)
+    assert again.summary["shards"]["rows_computed"] == len(commit.keys)
 
 
 def test_a_shard_that_is_made_again_has_the_model_it_had(copy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_a_shard_that_is_made_again_has_the_model_it_had(copy, monkeypatch: pyte
     run_node(recipe, build_graph(recipe, store), "soft_labels", store=store, tick=silent, extra={})
     record = find(store, "soft_labels", build_graph(recipe, store)["soft_labels"].fingerprint)
     assert record is not None
-    cache = RowCache(store, "soft_labels", record.summary["namespace"])
+    cache = RowCache(store, "soft_labels", record.summary["shards"]["namespace"])
     commits = cache.snapshot().commits
     assert 1 < len(used) < len(commits)
     for commit in commits:
@@ -162,8 +162,12 @@ def test_a_row_the_teacher_fails_on_is_refused_counted_and_bounded(copy, monkeyp
     curated = find(store, "curate", nodes["curate"].fingerprint)
     assert curated is not None
     assert 0 < record.summary["rows_refused"] <= 60
-    assert student.summary["rows"] == ablation.summary["rows"] == curated.summary["rows"] - record.summary["rows_refused"]
-    assert record.summary["rows_computed"] == record.summary["rows_refused"], "the others were kept by the run that failed"
+    assert (
+        student.summary["training"]["rows"]
+        == ablation.summary["training"]["rows"]
+        == curated.summary["rows"] - record.summary["rows_refused"]
+    )
+    assert record.summary["shards"]["rows_computed"] == record.summary["rows_refused"], "the others were kept by the run that failed"
 
 
 def test_hidden_states_are_kept_in_shards_of_their_own(copy) -> None:
@@ -173,10 +177,10 @@ def test_hidden_states_are_kept_in_shards_of_their_own(copy) -> None:
     node = build_graph(recipe, store)["hidden_states"]
     record = find(store, "hidden_states", node.fingerprint)
     assert record is not None
-    cache = RowCache(store, "hidden_states", record.summary["namespace"])
+    cache = RowCache(store, "hidden_states", record.summary["shards"]["namespace"])
     snapshot = cache.snapshot()
     rows = cache.read(snapshot, sorted(snapshot.keys())).to_pylist()
-    assert len(rows) == record.summary["rows_computed"] > 100
+    assert len(rows) == record.summary["shards"]["rows_computed"] > 100
     for row in rows[:5]:
         assert decode_states(row["states"]).states().shape == (row["num_supervised"], 2, 8)
     assert Checkpoints(store, node.fingerprint).steps() == []

@@ -19,6 +19,7 @@ from kd_core.rows.table import RowCache
 from kd_core.stages.graph import build_graph
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore
+from kd_core.summaries import shards_of
 
 NODES = ["prompts", "teacher", "answers", "curate", "soft_labels", "student.0", "baseline.0", "ablation_hard.0"]
 EVALUATIONS = ["evaluate.teacher", "evaluate.student", "evaluate.baseline", "evaluate.ablation_hard"]
@@ -61,9 +62,9 @@ def test_the_work_was_cut_into_shards_and_every_training_prompt_was_answered(fin
     done = records(load_recipe(finished.recipe_file), store)
     prompts = [row for row in table(store, done["prompts"], "prompts.parquet") if row["split"] == "train"]
     for name, rows in (("answers", len(prompts)), ("soft_labels", done["curate"].summary["rows"])):
-        summary = done[name].summary
-        assert (summary["rows"], summary["rows_computed"]) == (rows, rows)
-        cache = RowCache(store, name, summary["namespace"])
+        shards = shards_of(done[name])
+        assert (shards.rows, shards.rows_computed) == (rows, rows)
+        cache = RowCache(store, name, shards.namespace)
         assert [len(c.keys) for c in cache.snapshot().commits].count(64) == rows // 64 >= 3
 
 
@@ -182,9 +183,9 @@ def test_more_prompts_cost_only_themselves(copy):
         return {(tuple(row["ids"]), row["first_supervised"]) for row in table(store, done["curate"], "rows.parquet")}
 
     assert asked(old) < asked(new)
-    assert new["answers"].summary["rows_computed"] == len(asked(new) - asked(old)) > 10
-    assert new["soft_labels"].summary["rows_computed"] == len(learnt(new) - learnt(old)) > 10
-    assert new["soft_labels"].summary["rows"] > len(learnt(new) - learnt(old)) * 5
+    assert new["answers"].summary["shards"]["rows_computed"] == len(asked(new) - asked(old)) > 10
+    assert new["soft_labels"].summary["shards"]["rows_computed"] == len(learnt(new) - learnt(old)) > 10
+    assert new["soft_labels"].summary["shards"]["rows"] > len(learnt(new) - learnt(old)) * 5
 
 
 def test_a_student_that_fails_the_gate_is_registered_and_nothing_else_moves(copy, kd):

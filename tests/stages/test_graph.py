@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -26,6 +26,8 @@ from kd_core.recipe.files import dump_recipe, load_recipe, parse_recipe
 from kd_core.stages.graph import Graph, Node, build_graph, find_node, open_node, selected_student
 from kd_core.stages.order import Pending, run_graph
 from kd_core.store import LocalStore
+from kd_core.summaries import TrainSummary, plain
+from tests.standins import SUMMARIES
 
 ROOT = Path(__file__).parents[2]
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -481,9 +483,11 @@ def _compute(recipe: Recipe, store: LocalStore, folder: Path, *, losses: tuple[f
             directory = folder / node.fingerprint
             directory.mkdir()
             (directory / "file").write_text(node.fingerprint)
-            summary = {"validation_nll": loss, "seconds": 0.0}
+            summary = SUMMARIES[node.stage]
+            if isinstance(summary, TrainSummary):
+                summary = replace(summary, training=replace(summary.training, validation_nll=loss))
             record = publish(
-                store, directory, stage=node.stage, fp=node.fingerprint, identity=node.identity, upstream=node.above, summary=summary
+                store, directory, stage=node.stage, fp=node.fingerprint, identity=node.identity, upstream=node.above, summary=plain(summary)
             )
         return _Computed(Artifact(node.stage, node.fingerprint, record.digest))
 

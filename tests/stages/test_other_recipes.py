@@ -115,7 +115,7 @@ def test_sequence_level_from_a_text_only_teacher(planned, server, tmp_path: Path
     recipe = planned("sequence-level", *COMMON, student, task, ANY, "answers.num_samples=2", f"run.teacher_url={url}")
     nodes = run_to_report(recipe)
     assert nodes == ["prompts", "teacher", "answers", "curate", "student.0", "evaluate.student", "gate", "report"]
-    assert len(asked) == summary(recipe, "answers")["rows"]
+    assert len(asked) == summary(recipe, "answers")["shards"]["rows"]
     curated = summary(recipe, "curate")
     assert 0 < curated["rows"] < len(asked), "wrong answers are not taught"
     assert curated["counts"]["gold"] == 0
@@ -133,7 +133,7 @@ def test_a_text_only_teachers_student_may_keep_the_tokens_of_its_texts(planned, 
     assert "vocabulary" in run_to_report(recipe)
     kept = summary(recipe, "vocabulary")["tokens"]
     assert 256 < kept < 420
-    assert summary(recipe, "student.0")["vocabulary"] == {"tokens": kept, "full_tokens": 420}
+    assert summary(recipe, "student.0")["vocabulary"] == {"tokens": kept, "full_tokens": 420, "kept_mass": None}
     assert summary(recipe, "student.0")["parameters"] == sum(p.numel() for p in whole.parameters()) - 2 * 16 * (420 - kept)
 
 

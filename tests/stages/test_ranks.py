@@ -41,15 +41,15 @@ def test_two_processes_train_the_student_of_one(copy, finished, sharded: str) ->
     assert made.fingerprint == before.fingerprint, "how many processes is no part of identity"
     after = find(store, "train", made.fingerprint)
     for name in ("steps", "supervised_tokens", "rows"):
-        assert after.summary[name] == before.summary[name]
-    assert after.summary["validation_nll"] == pytest.approx(before.summary["validation_nll"], rel=1e-4)
-    assert after.summary["final"]["loss"] == pytest.approx(before.summary["final"]["loss"], rel=1e-4)
+        assert after.summary["training"][name] == before.summary["training"][name]
+    assert after.summary["training"]["validation_nll"] == pytest.approx(before.summary["training"]["validation_nll"], rel=1e-4)
+    assert after.summary["training"]["final"]["loss"] == pytest.approx(before.summary["training"]["final"]["loss"], rel=1e-4)
     files = (copy.store / after.prefix, finished.store / before.prefix)
     mine, theirs = (load_file(path / "model" / "model.safetensors") for path in files)
     for name, value in theirs.items():
         torch.testing.assert_close(mine[name], value, rtol=0.0, atol=1e-3, msg=name)
     assert [tick.done for tick in ticks] == sorted(tick.done for tick in ticks), "of one rank"
-    assert ticks[-1].done == before.summary["steps"]
+    assert ticks[-1].done == before.summary["training"]["steps"]
 
 
 def test_a_rank_that_is_killed_ends_the_run_by_name_and_one_process_goes_on(copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,9 +68,9 @@ def test_a_rank_that_is_killed_ends_the_run_by_name_and_one_process_goes_on(copy
     made = run_node(
         load_recipe(copy.recipe_file), build_graph(load_recipe(copy.recipe_file), store), NODE, store=store, tick=silent, extra={}
     )
-    summary = find(store, "train", made.fingerprint).summary
-    assert summary["resumed_from"] >= 10
-    assert summary["validation_nll"] == pytest.approx(before.summary["validation_nll"], rel=1e-4)
+    training = find(store, "train", made.fingerprint).summary["training"]
+    assert training["resumed_from"] >= 10
+    assert training["validation_nll"] == pytest.approx(before.summary["training"]["validation_nll"], rel=1e-4)
 
 
 def test_what_a_rank_raises_is_raised_here(copy) -> None:

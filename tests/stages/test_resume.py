@@ -79,9 +79,9 @@ def test_a_stage_that_breaks_goes_on_where_it_was(copy, monkeypatch, point, node
     made = run_node(recipe, build_graph(recipe, store), node, store=store, tick=silent, extra={})
     summary = record(recipe, copy.store, node).summary
     if unbroken.stage == "train":
-        assert summary["resumed_from"] == kept
+        assert summary["training"]["resumed_from"] == kept
     else:
-        assert summary["rows_computed"] == summary["rows"] - kept > 0
+        assert summary["shards"]["rows_computed"] == summary["shards"]["rows"] - kept > 0
     assert made.digest == unbroken.digest
     assert objects(copy.store, rows) == committed, "shard for shard the bytes of an unbroken run"
 
@@ -129,8 +129,8 @@ def test_a_run_killed_six_times_ends_with_the_bytes_of_an_unbroken_one(copy, fin
     _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     recipe = load_recipe(copy.recipe_file)
-    assert record(recipe, copy.store, "student.0").summary["resumed_from"] == 20
-    rows = {name: record(recipe, copy.store, name).summary for name in ("answers", "soft_labels")}
+    assert record(recipe, copy.store, "student.0").summary["training"]["resumed_from"] == 20
+    rows = {name: record(recipe, copy.store, name).summary["shards"] for name in ("answers", "soft_labels")}
     assert {name: s["rows"] - s["rows_computed"] for name, s in rows.items()} == {"answers": 3 * SHARD_ROWS, "soft_labels": 2 * SHARD_ROWS}
     names = ["answers", "curate", "soft_labels", *TRAINED, *(f"evaluate.{m}" for m in ("teacher", "student", "baseline", "ablation_hard"))]
     unbroken = {node["name"]: node["digest"] for node in finished.said["nodes"]}
@@ -173,7 +173,9 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(copy, kd, kd_process, 
     assert (training["status"], training["resumes_at_step"]) == ("started", stopped)
     called = kd(*again, "--json")
     assert called.code == 0, called.err
-    assert record(load_recipe(copy.recipe_file, changes[1::2]), copy.store, "student.0").summary["resumed_from"] == stopped == 20
+    assert (
+        record(load_recipe(copy.recipe_file, changes[1::2]), copy.store, "student.0").summary["training"]["resumed_from"] == stopped == 20
+    )
 
 
 # ------------------------------------------------------------------------------------------- damaged bytes
@@ -240,7 +242,7 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(copy, monkeypatch,
     damaged = flip(next(copy.store.glob("checkpoints/*/00000020/*.pt")))
     caplog.clear()
     made = run_node(recipe, build_graph(recipe, store), "student.0", store=store, tick=silent, extra={})
-    assert (made.digest, record(recipe, copy.store, "student.0").summary["resumed_from"]) == (unbroken.digest, 10)
+    assert (made.digest, record(recipe, copy.store, "student.0").summary["training"]["resumed_from"]) == (unbroken.digest, 10)
     [line] = [record.getMessage() for record in caplog.records if str(damaged) in record.getMessage()]
     assert "training goes on from an older checkpoint" in line
 
@@ -256,7 +258,7 @@ def test_sigterm_leaves_a_checkpoint_after_the_step_at_work(copy, finished, kd_p
     assert sorted(path.parent.name for path in copy.store.glob("checkpoints/*/*/record.json")) == ["00000010", "00000013"]
     recipe, store = load_recipe(copy.recipe_file), LocalStore(copy.store)
     made = run_node(recipe, build_graph(recipe, store), "student.0", store=store, tick=silent, extra={})
-    assert record(recipe, copy.store, "student.0").summary["resumed_from"] == 13
+    assert record(recipe, copy.store, "student.0").summary["training"]["resumed_from"] == 13
     assert made.digest == {node["name"]: node["digest"] for node in finished.said["nodes"]}["student.0"]
 
 
@@ -271,8 +273,11 @@ def test_a_clock_that_jumps_changes_nothing(copy, finished, monkeypatch):
     made = run_node(recipe, build_graph(recipe, store), "student.0", store=store, tick=silent, extra={})
     after = record(recipe, copy.store, "student.0")
     assert made.digest == before.digest
-    assert (after.summary["steps"], after.summary["kept_step"]) == (before.summary["steps"], before.summary["kept_step"])
-    assert [line["step"] for line in after.summary["speed"]] == [line["step"] for line in before.summary["speed"]]
+    assert (after.summary["training"]["steps"], after.summary["training"]["kept_step"]) == (
+        before.summary["training"]["steps"],
+        before.summary["training"]["kept_step"],
+    )
+    assert [line["step"] for line in after.summary["training"]["speed"]] == [line["step"] for line in before.summary["training"]["speed"]]
     assert objects(copy.store, "") >= {after.key}
     assert not (copy.store / "checkpoints").exists() or objects(copy.store, "checkpoints") == set()
 

@@ -22,6 +22,7 @@ from kd_core.stages.graph import build_graph
 from kd_core.stages.job import Job
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore
+from kd_core.summaries import shards_of
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "sequence-level.yaml"
 NUM_PROMPTS = 40
@@ -155,7 +156,8 @@ def test_a_row_that_failed_is_left_out_with_its_reason_and_asked_again_by_the_ne
         made = run_answers(server)
         asked, bad = len(server.asked), server.asked[10]
         store, found = record(prompts, tmp_path, server)
-        assert found.summary["rows"] == found.summary["rows_computed"] == asked - 1
+        shards = shards_of(found)
+        assert shards.rows == shards.rows_computed == asked - 1
         assert found.summary["finish_reasons"] == {"stop": asked - 1, "error": 1}
         recipe = recipe_of(prompts, tmp_path, server)
         node = build_graph(recipe, store)["curate"]

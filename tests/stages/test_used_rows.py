@@ -87,9 +87,9 @@ def test_what_is_left_out_is_in_record_plan_and_report(recipe, store: LocalStore
     nodes = build_graph(allowed, store)
     record = find(store, "train", nodes["student.0"].fingerprint)
     assert record is not None
-    used = record.summary["used_rows"]
+    used = record.summary["training"]["used_rows"]
     assert 0.7 < used["used"] / used["rows"] < 0.8
-    assert (used["limit"], used["limited_by"]) == (20, "the student's positions")
+    assert used["limit"] == {"tokens": 20, "by": "the student's positions"}
     (note,) = [note for note in make_plan(allowed, store).notes if note.startswith("rows: ")]
     assert note.startswith(f"rows: {used['used']} of {used['rows']} rows (")
     report = find(store, "report", nodes["report"].fingerprint)

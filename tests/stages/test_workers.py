@@ -11,7 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -44,42 +43,49 @@ def _here(job: Job) -> Path:
     return folder
 
 
-def meet(job: Job) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Ran:
+    """What these stages hand on: who else had begun and not ended."""
+
+    running: tuple[str, ...] = ()
+
+
+def meet(job: Job) -> Ran:
     """Say that this node runs, and go on once the other one does."""
     folder = _here(job)
     job.tick(Tick(1, 2, "steps"))
     _until(lambda: len(list(folder.glob("*.pid"))) == 2)
-    return {}
+    return Ran()
 
 
-def alone(job: Job) -> dict[str, Any]:
+def alone(job: Job) -> Ran:
     """Leave in the summary who else had begun and not ended."""
     folder = _here(job)
     running = [path.stem for path in folder.glob("*.pid") if not (folder / f"{path.stem}.over").exists()]
     (folder / f"{job.node.name}.over").touch()
-    return {"running": sorted(running)}
+    return Ran(tuple(sorted(running)))
 
 
-def hang(job: Job) -> dict[str, Any]:
+def hang(job: Job) -> Ran:
     """Run until killed."""
     _here(job)
     _until(lambda: False)
-    return {}
+    return Ran()
 
 
-def fail(job: Job) -> dict[str, Any]:
+def fail(job: Job) -> Ran:
     """Fail once the other node runs."""
     folder = _here(job)
     _until(lambda: len(list(folder.glob("*.pid"))) == 2)
     raise TrainingError("no such luck")
 
 
-def die(job: Job) -> dict[str, Any]:
+def die(job: Job) -> Ran:
     """Be killed once the other node runs, as by a machine without memory."""
     folder = _here(job)
     _until(lambda: len(list(folder.glob("*.pid"))) == 2)
     os.kill(os.getpid(), signal.SIGKILL)
-    return {}
+    return Ran()
 
 
 _STAGES = {"meet": meet, "evaluate": alone, "hang": hang, "fail": fail, "die": die}
