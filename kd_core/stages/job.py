@@ -59,7 +59,7 @@ class Job:
 
     def champion(self) -> Entry | None:
         """The ledger's entry of the champion that this node was drawn for; None where there was none."""
-        digest = self.node.identity["champion"]
+        digest = self.node.identity.get("champion")
         entries = reversed(history(self.store, self.recipe.publish))
         return None if digest is None else next(entry for entry in entries if entry.artifact.digest == digest)
 

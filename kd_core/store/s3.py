@@ -401,7 +401,9 @@ class S3Store:
             assert page is not None
             for item in page.get("Contents", ()):
                 if not item["Key"].endswith("/"):  # a marker of an empty directory, not an object of ours
-                    found.append(ObjectInfo(item["Key"].removeprefix(base), item["Size"], item["LastModified"].timestamp(), item.get("ETag", "")))
+                    found.append(
+                        ObjectInfo(item["Key"].removeprefix(base), item["Size"], item["LastModified"].timestamp(), item.get("ETag", ""))
+                    )
             if not page["IsTruncated"]:
                 return iter(sorted(found, key=lambda info: info.key))
             parameters["ContinuationToken"] = page["NextContinuationToken"]
