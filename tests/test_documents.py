@@ -83,3 +83,17 @@ def test_no_address_of_a_machine_is_committed() -> None:
         if (ROOT / name).suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".jinja", ""} and (ROOT / name).is_file():
             match = index.search((ROOT / name).read_text(errors="ignore"))
             assert match is None, f"{name} holds {match.group(0)!r}"
+
+
+def test_the_map_of_rooms_is_whole_and_in_order() -> None:
+    """ARCHITECTURE.md lists every room of kd_core, each below all that it imports."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    listed = re.findall(r"^    (\w+) {2,}\S", text[text.index("## The rooms of kd_core") : text.index("## The graph")], re.M)
+    found: dict[str, set[str]] = {}
+    for file in (ROOT / "kd_core").rglob("*.py"):
+        room = file.relative_to(ROOT / "kd_core").with_suffix("").parts[0]
+        if room != "__init__":
+            found.setdefault(room, set()).update(re.findall(r"^\s*(?:from|import) kd_core\.(\w+)", file.read_text(), re.M))
+    assert sorted(listed) == sorted(found), "a room is missing in ARCHITECTURE.md, or is gone"
+    for place, room in enumerate(listed):
+        assert found[room] <= {*listed[: place + 1]}, f"{room} imports rooms that stand below it"
