@@ -34,7 +34,7 @@ def efficiency(job: Job) -> dict[str, Efficiency]:
 
 
 def collect_evidence(job: Job, *, published_seed: int) -> Evidence:
-    """Everything the gate decides on, given the seed of the student that would be published."""
+    """Collect what the gate decides on, given the seed of the student that would be published."""
     scores = model_scores(job)
     return Evidence(
         scores=scores,
@@ -47,7 +47,7 @@ def collect_evidence(job: Job, *, published_seed: int) -> Evidence:
 
 
 def gate_stage(job: Job) -> dict[str, Any]:
-    """No files but the verdict. Summary: promote, headline, reasons, the chosen student, the champion it was compared with."""
+    """Files: the verdict alone. Summary: promote, headline, reasons, the chosen student, the champion it was compared with."""
     student = least_validation_loss([job.inputs[f"student.{seed}"] for seed in job.recipe.seeds])
     verdict = decide(collect_evidence(job, published_seed=student.summary["seed"]), job.recipe.gate)
     holder = job.champion()

@@ -99,7 +99,7 @@ def _used(identity: Any) -> Any:
 
 
 def build_graph(recipe: Recipe, store: Store) -> Graph:
-    """All nodes in an order in which they can be computed.
+    """Draw all nodes in an order in which they can be computed.
 
     Every source is read, for its content hash. The store is read for one thing only: who the champion is, which the gate compares with.
     """

@@ -1,4 +1,4 @@
-"""What a stage function gets, and tables in and out of artifacts."""
+"""Argument of a stage function, with tables in and out of artifacts."""
 
 import io
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""What stages share whose rows lie in the row store: their summary, the rows their record froze, and progress."""
+"""Common parts of stages whose rows lie in a row store: their summary, the rows their record froze, and progress."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,14 +11,14 @@ __all__ = ["Progress", "frozen_rows", "sharded_summary"]
 
 
 def sharded_summary(cache: RowCache, snapshot: Snapshot, keys: Sequence[str], computed: int) -> dict[str, Any]:
-    """What a record says of rows in shards; it freezes the shards that hold them."""
+    """Summary of rows in shards, for a record; it freezes the shards that hold them."""
     own = snapshot.of(keys)
     commits = [commit.sha256 for commit in own.commits]
     return {"rows": len(keys), "rows_computed": computed, "namespace": cache.namespace, "bytes": own.size_bytes(), "commits": commits}
 
 
 def frozen_rows(job: Job, role: str) -> tuple[RowCache, Snapshot]:
-    """The growing table behind an upstream node, and the shards that its record froze.
+    """The row store behind an upstream node, and the shards that its record froze.
 
     Raises:
         QuarantinedError: one of them is gone.

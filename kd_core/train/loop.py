@@ -41,7 +41,7 @@ _SPEED_READINGS = 100
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run reports beside its weights.
+    """Report of a training run, beside its weights.
 
     Attributes:
         metrics: one dict a logged step: step, the objective's parts (loss, hard, soft, feature), gradient_norm (of all
