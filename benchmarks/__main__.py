@@ -1,4 +1,4 @@
-"""All measurements, one table: ``python -m benchmarks [--json] [--quick]``.
+"""All measurements, one table: ``python -m benchmarks [--json FILE] [--quick]``.
 
 Each module runs in a process of its own: none begins in memory that another one left behind, each says how fast the machine was
 while it ran, and one that fails costs its own figures alone.
@@ -7,11 +7,13 @@ while it ran, and one that fails costs its own figures alone.
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from benchmarks.measure import Check, Figure, figure, show
+from benchmarks.table import append_rows, rows_of
 
 __all__ = ["measured"]
 
@@ -29,11 +31,17 @@ def measured(module: str, *, quick: bool) -> list[Figure]:
 
 
 def main(
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list and nothing else.")] = False,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also append every figure to this JSON list.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes.")] = False,
 ) -> None:
     """Measure beside peers, now."""
-    show([found for module in _MODULES for found in measured(module, quick=quick)], as_json=as_json)
+    figures = []
+    for module in _MODULES:
+        found = measured(module, quick=quick)
+        if file is not None:
+            append_rows(file, rows_of(module, found, quick=quick))  # after each module: all of them take an hour and a half
+        figures += found
+    show(figures, as_json=False)
 
 
 if __name__ == "__main__":

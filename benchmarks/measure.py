@@ -35,6 +35,7 @@ __all__ = [
     "in_turn",
     "machine",
     "matmul_flops",
+    "number",
     "peak_memory",
     "show",
     "tell",
@@ -174,7 +175,7 @@ def in_turn(*sides: Callable[[], object], repeats: int) -> list[Timing]:
 
 
 def timing(times: list[tuple[float, float]]) -> Timing:
-    """Of (process, wall) seconds of repetitions."""
+    """Least and median of (process, wall) seconds of repetitions."""
     process, wall = zip(*times, strict=True)
     return Timing(min(process), statistics.median(process), min(wall), statistics.median(wall))
 
@@ -247,7 +248,7 @@ def tell(figures: list[Figure]) -> list[Figure]:
     """The same figures, one line each on standard error: a run takes long, and the table comes at its end."""
     for f in figures:
         beside = f.peer if f.ratio is None else f"{f.ratio:,.2f} x {f.peer}"
-        print(f"[{time.process_time():7.1f} s] {f.name}: {_number(f.ours)} {f.unit}, {beside}", file=sys.stderr, flush=True)
+        print(f"[{time.process_time():7.1f} s] {f.name}: {number(f.ours)} {f.unit}, {beside}", file=sys.stderr, flush=True)
     return figures
 
 
@@ -262,17 +263,18 @@ def show(figures: list[Figure], *, as_json: bool) -> None:
     before = None
     for f in figures:
         verdict = {True: " holds", False: " MISSED", None: ""}[f.holds]
-        peer = f.peer if f.peer_value is None else f"{_number(f.peer_value)} ({f.peer})"
+        peer = f.peer if f.peer_value is None else f"{number(f.peer_value)} ({f.peer})"
         ratio = "" if f.ratio is None else f"{f.ratio:,.2f}"
         again = before is not None and (f.name, f.ours) == (before.name, before.ours)  # the same value beside another peer
         same_numerics = again and before is not None and f.numerics == before.numerics
-        what, ours = ("", "") if again else (f.name, f"{_number(f.ours)} {f.unit}")
+        what, ours = ("", "") if again else (f.name, f"{number(f.ours)} {f.unit}")
         table.add_row(what, ours, peer, ratio, f"{f.goal or ''}{verdict}", "" if same_numerics else f.numerics)
         before = f
     Console(width=200).print(table)
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A value in four digits, or whole from a thousand on; '-' where there is none."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -161,7 +161,7 @@ def _parse(model: str, number: int, data: bytes) -> Entry:
 
 
 def seen_in(entry: Entry | None) -> LedgerReference | None:
-    """What a record writes down about an entry that was seen, for ``lost_entry``."""
+    """Reference to an entry that was seen, for ``lost_entry``; None for no entry."""
     return None if entry is None else LedgerReference(entry.number, entry.artifact.digest)
 
 

@@ -1,4 +1,4 @@
-"""What a stage hands to the others beside its files: one frozen dataclass a stage, kept in the artifact's record as plain data.
+"""Summaries: what a stage hands to the others beside its files. One frozen dataclass a stage, kept in the record as plain data.
 
 A stage returns its dataclass; ``plain`` is what the record holds of it, ``of`` reads it back. A record with a field too many, too
 few or of another type is refused by name: nothing is guessed from it. Importable without torch.
@@ -50,7 +50,7 @@ __all__ = [
 
 
 class _Closed:
-    """Has no fields but its own when it is read, and converts none of them."""
+    """Marks a dataclass that is read with the very fields it has, none of them converted."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
@@ -60,7 +60,7 @@ class _Closed:
 
 @dataclass(frozen=True)
 class TokenizerIdentity(_Closed):
-    """What makes two tokenizers the same.
+    """Identity of a tokenizer: two with the same one read every text alike.
 
     Attributes:
         vocabulary: fingerprint of token -> id, 32 hex.
@@ -111,7 +111,7 @@ class ServerIdentity(_Closed):
 
 @dataclass(frozen=True)
 class RowLimit(_Closed):
-    """The longest row that is learnt from.
+    """Length of the longest row that is learnt from.
 
     Attributes:
         tokens: prompt and answer together.
@@ -124,7 +124,7 @@ class RowLimit(_Closed):
 
 @dataclass(frozen=True)
 class UsedRows(_Closed):
-    """What of some rows is within a limit.
+    """Count of the rows that are within a limit.
 
     Attributes:
         rows, used: number of rows, and of those within it.
@@ -140,7 +140,7 @@ class UsedRows(_Closed):
 
     @property
     def share(self) -> float:
-        """Of the rows; 1 where there are none."""
+        """Share of the rows that are within the limit, 0 to 1; 1 where there are no rows."""
         return self.used / self.rows if self.rows else 1.0
 
     def __str__(self) -> str:
@@ -153,7 +153,7 @@ class UsedRows(_Closed):
 
 @dataclass(frozen=True)
 class TrainingRun(_Closed):
-    """How a model was trained, a teacher or a student.
+    """Training of a model, teacher or student, as it went.
 
     Attributes:
         rows: given to it.
@@ -231,7 +231,7 @@ class RuleResult(_Closed):
 
 @dataclass(frozen=True)
 class StudentReference(_Closed):
-    """The student that the gate chose: its artifact, and the seed it was trained with."""
+    """Reference to the student that the gate chose: its artifact, and the seed it was trained with."""
 
     stage: str
     fingerprint: str
@@ -241,7 +241,7 @@ class StudentReference(_Closed):
 
 @dataclass(frozen=True)
 class LedgerReference(_Closed):
-    """An entry of the promotion ledger that was seen: its number, from 1, and the digest of the bytes it made champion."""
+    """Reference to an entry of the promotion ledger that was seen: its number, from 1, and the digest of the bytes it made champion."""
 
     number: int
     digest: str
@@ -252,7 +252,7 @@ class LedgerReference(_Closed):
 
 @dataclass(frozen=True)
 class PromptsSummary(_Closed):
-    """Of the stage prompts.
+    """Summary of the stage prompts.
 
     Attributes:
         rows: prompts kept, of all splits.
@@ -265,7 +265,7 @@ class PromptsSummary(_Closed):
 
 @dataclass(frozen=True)
 class TeacherSummary(_Closed):
-    """Of the stage teacher.
+    """Summary of the stage teacher.
 
     Attributes:
         teacher: identity of what answers and scores.
@@ -285,7 +285,7 @@ class TeacherSummary(_Closed):
 
 @dataclass(frozen=True)
 class AnswersSummary(_Closed):
-    """Of the stage answers.
+    """Summary of the stage answers.
 
     Attributes:
         shards: the answers.
@@ -300,7 +300,7 @@ class AnswersSummary(_Closed):
 
 @dataclass(frozen=True)
 class CurateSummary(_Closed):
-    """Of the stage curate.
+    """Summary of the stage curate.
 
     Attributes:
         rows: to learn from, at least 1.
@@ -317,7 +317,7 @@ class CurateSummary(_Closed):
 
 @dataclass(frozen=True)
 class ScoringSummary(_Closed):
-    """Of the stages soft_labels and hidden_states: a pass of the teacher over the curated rows.
+    """Summary of the stages soft_labels and hidden_states: a pass of the teacher over the curated rows.
 
     Attributes:
         shards: what was kept of it.
@@ -332,7 +332,7 @@ class ScoringSummary(_Closed):
 
 @dataclass(frozen=True)
 class VocabularySummary(_Closed):
-    """Of the stage vocabulary.
+    """Summary of the stage vocabulary.
 
     Attributes:
         tokens: kept.
@@ -349,7 +349,7 @@ class VocabularySummary(_Closed):
 
 @dataclass(frozen=True)
 class TrainSummary(_Closed):
-    """Of the stage train.
+    """Summary of the stage train.
 
     Attributes:
         arm: which of the compared models.
@@ -371,7 +371,7 @@ class TrainSummary(_Closed):
 
 @dataclass(frozen=True)
 class EvaluateSummary(_Closed):
-    """Of the stage evaluate.
+    """Summary of the stage evaluate.
 
     Attributes:
         parameters, bytes: distinct parameters of the model and the bytes of their dtype.
@@ -393,7 +393,7 @@ class EvaluateSummary(_Closed):
 
 @dataclass(frozen=True)
 class GateSummary(_Closed):
-    """Of the stage gate: the verdict.
+    """Summary of the stage gate: the verdict.
 
     Attributes:
         promote: whether the student becomes champion.
@@ -412,7 +412,7 @@ class GateSummary(_Closed):
 
 @dataclass(frozen=True)
 class ReportSummary(_Closed):
-    """Of the stage report: the gate's verdict, and its headline."""
+    """Summary of the stage report: the gate's verdict, and its headline."""
 
     promote: bool
     headline: str
@@ -420,7 +420,7 @@ class ReportSummary(_Closed):
 
 @dataclass(frozen=True)
 class PublishSummary(_Closed):
-    """Of the stage publish.
+    """Summary of the stage publish.
 
     Attributes:
         tracking: address of the registry, without a password.
@@ -477,7 +477,7 @@ _KINDS: Mapping[str, type[Summary]] = {
 
 
 class _Stored(Protocol):
-    """Whatever holds a summary: a record."""
+    """Holder of a summary: a record."""
 
     @property
     def stage(self) -> str: ...
@@ -488,17 +488,17 @@ class _Stored(Protocol):
 
 
 Kind = TypeVar("Kind", bound=Summary)
-"""One of the summaries."""
+"""Class of a summary."""
 
 
 def plain(summary: "DataclassInstance") -> dict[str, Any]:
-    """A dataclass as plain data, as it comes back from a record: tuples are lists."""
+    """Write a dataclass as plain data, as it comes back from a record: tuples are lists."""
     found: dict[str, Any] = json.loads(json.dumps(asdict(summary)))
     return found
 
 
 def of(record: _Stored, kind: type[Kind]) -> Kind:
-    """The summary in a record of a stage that hands on such a one.
+    """Read the summary in the record of a stage that hands on such a one.
 
     Raises:
         ArtifactError: the record is of another stage, or holds another summary than this code writes.
@@ -510,7 +510,7 @@ def of(record: _Stored, kind: type[Kind]) -> Kind:
 
 
 def shards_of(record: _Stored) -> ShardedRows | None:
-    """The rows that a record froze in the row store; None of a stage without.
+    """Find the rows that a record froze in a row store; None for a stage without.
 
     Raises:
         ArtifactError: as ``of``.
@@ -522,7 +522,7 @@ def shards_of(record: _Stored) -> ShardedRows | None:
 
 
 def parse(record: _Stored) -> Summary:
-    """The summary in a record of any stage.
+    """Read the summary in a record of any stage.
 
     Raises:
         ArtifactError: a field is missing, unknown or of another type; or there is no such stage.

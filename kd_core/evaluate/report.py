@@ -84,7 +84,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything the report shows, as plain data.
+    """Content of the report, as plain data.
 
     Attributes:
         recipe_name: name of the recipe.
@@ -128,7 +128,7 @@ class ReportData:
 
     @property
     def scope(self) -> str:
-        """What the intervals are about, in whole sentences."""
+        """Say in whole sentences what the intervals are about."""
         if len(self.seeds) == 1:
             return (
                 "Intervals are about these checkpoints on new items. There is one training seed, so they say nothing of how the recipe "
@@ -321,7 +321,7 @@ def _cut(text: str) -> str:
 
 
 def _title_text(text: str) -> str:
-    """What a cut text shows on hovering: all of it within reason; nothing where it is not cut."""
+    """Text that a cut one shows on hovering: all of it within reason; nothing where it is not cut."""
     if len(text) <= MAX_SHOWN_CHARACTERS:
         return ""
     return text if len(text) <= MAX_TITLE_CHARACTERS else text[:MAX_TITLE_CHARACTERS] + " …"

@@ -1,4 +1,4 @@
-"""What a score table says: values with intervals, and paired differences between two models.
+"""Statistics of score tables: values with intervals, and paired differences between two models.
 
 Owns the form of a score table and the metrics over it; the formula of every interval is in ``intervals``. It reads tables
 and returns numbers; it decides nothing (``gate`` does) and draws nothing (``report`` does). Items without a value are left
@@ -46,7 +46,7 @@ Form = Literal["share", "per_token", "token_share"]
 
 @dataclass(frozen=True)
 class Metric:
-    """How a column becomes a number, and how to read it.
+    """Rule by which a column becomes a number, and how to read that.
 
     Attributes:
         name: key in ``METRICS``.
@@ -131,7 +131,7 @@ class Estimate:
 
     @property
     def scope(self) -> str:
-        """What the interval is about, in words."""
+        """Say in words what the interval is about."""
         return "this checkpoint, on new items" if self.num_seeds == 1 else f"the recipe ({self.num_seeds} seeds), on new items and seeds"
 
 
@@ -165,7 +165,7 @@ class Comparison:
 
     @property
     def scope(self) -> str:
-        """What the interval is about, in words."""
+        """Say in words what the interval is about."""
         of_a, of_b = self.num_seeds
         if of_a == of_b == 1:
             return "these checkpoints, on new items"
@@ -176,7 +176,7 @@ class Comparison:
 
     @property
     def improvement(self) -> float:
-        """By how much a is better than b; negative where it is worse."""
+        """Improvement of a on b; negative where a is worse."""
         return self.difference if metric_of(self.metric).higher_is_better else -self.difference
 
     @property
@@ -203,7 +203,7 @@ def estimate(scores: pa.Table, metric: str, *, suite: str, confidence: float) ->
         The estimate; None if fewer than two items were measured, as one says nothing of others.
 
     Raises:
-        KDError: (item, seed) pairs are missing or doubled, or a value is not finite or out of its range.
+        KDError: (item, seed) pairs are missing or there twice, or a value is not finite or out of its range.
     """
     grid = _grid(scores, metric, suite)
     if grid is None:
@@ -253,7 +253,7 @@ def compare(
 
 
 def num_measured(scores: pa.Table, metric: str, *, suite: str) -> tuple[int, int]:
-    """(items with a value for every seed, items of the suite) of one model."""
+    """Count one model's (items with a value for every seed, items of the suite)."""
     grid = _grid(scores, metric, suite)
     return (0, 0) if grid is None else (int(grid.measured.sum()), len(grid.items))
 
@@ -289,7 +289,7 @@ def _grid(scores: pa.Table, metric: str, suite: str) -> _Grid | None:
     if (times != 1).any():
         raise KDError(
             f"{where}: {shape[0]} items x {shape[1]} seeds need one row each; {(times == 0).sum()} are missing "
-            f"and {(times > 1).sum()} are doubled; evaluate this model again"
+            f"and {(times > 1).sum()} are there more than once; evaluate this model again"
         )
     place = (item_of_row, seed_of_row)
     measured_IS = np.zeros(shape, dtype=bool)

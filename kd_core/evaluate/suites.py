@@ -1,4 +1,4 @@
-"""Which items a suite measures, and whether a gate can judge by them: written once for the stages that evaluate, report and plan."""
+"""Items that a suite measures, and whether a gate can judge by them: written once for whoever evaluates, reports and plans."""
 
 from collections.abc import Callable, Mapping
 

@@ -48,7 +48,7 @@ class Lineage:
 
     @property
     def trained(self) -> TrainSummary:
-        """What the training of the student says of itself."""
+        """Summary of the student's training."""
         return of(self.student, TrainSummary)
 
     @property

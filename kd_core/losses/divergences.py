@@ -92,7 +92,7 @@ def teacher_outcomes(targets: DenseTargets | TopKTargets, temperature: float) ->
 
 
 def divergence_of_outcomes(log_p_NB: Tensor, log_q_NB: Tensor, divergence: Divergence) -> Tensor:
-    """D(p || q) over the last axis, nats.
+    """Divergence D(p || q) over the last axis, nats.
 
     Args:
         log_p_NB: teacher, log-probabilities that sum to one; -inf where an outcome cannot be.
@@ -119,19 +119,19 @@ def divergence_of_outcomes(log_p_NB: Tensor, log_q_NB: Tensor, divergence: Diver
 
 
 def _kl(log_a_NB: Tensor, log_b_NB: Tensor) -> Tensor:
-    """sum a (log a - log b); an outcome without mass in ``a`` adds nothing, whatever ``b`` says."""
+    """Sum of a (log a - log b); an outcome without mass in ``a`` adds nothing, whatever ``b`` says."""
     possible_NB = log_a_NB > -torch.inf
     ratio_NB = torch.where(possible_NB, log_a_NB - log_b_NB, 0.0)
     return (log_a_NB.exp() * ratio_NB).sum(-1)
 
 
 def _mixture(log_p_NB: Tensor, log_q_NB: Tensor, share: float) -> Tensor:
-    """log(share p + (1 - share) q)."""
+    """Logarithm of the mixture share p + (1 - share) q."""
     return torch.logaddexp(log_p_NB + math.log(share), log_q_NB + math.log1p(-share))
 
 
 def _forward_kl_sampled(log_q_NV: Tensor, targets: SampledTargets, divergence: Divergence, temperature: float) -> Tensor:
-    """-H(p) - sum_v (count_v / draws) log q_v: unbiased, as E[count_v / draws] = p_v."""
+    """Forward KL from draws, -H(p) - sum_v (count_v / draws) log q_v: unbiased, as E[count_v / draws] = p_v."""
     check_sampled(targets, divergence, temperature)
     rows_N = torch.arange(len(log_q_NV), device=log_q_NV.device)
     rows_E = torch.repeat_interleave(rows_N, targets.offsets_N1.diff(), output_size=len(targets.ids_E))
@@ -141,7 +141,7 @@ def _forward_kl_sampled(log_q_NV: Tensor, targets: SampledTargets, divergence: D
 
 
 def check_sampled(targets: SampledTargets, divergence: Divergence, temperature: float) -> None:
-    """Draws are valid at their own temperature, for what is linear in the teacher's probabilities.
+    """Refuse draws at another temperature than their own, and for what is not linear in the teacher's probabilities.
 
     Raises:
         SoftLabelError: another temperature, or another divergence than forward KL.

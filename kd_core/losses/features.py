@@ -26,7 +26,7 @@ StateLoss = Literal["mse", "cosine", "normalised_mse"]
 
 @dataclass(frozen=True)
 class TeacherFeatures:
-    """What the teacher holds where a micro-batch predicts supervised tokens.
+    """Inner states of the teacher where a micro-batch predicts supervised tokens.
 
     Attributes:
         vectors: one tensor (N, columns) a place that the student is compared at, in the order of the student's places.
@@ -96,7 +96,7 @@ class FeatureLoss(nn.Module):
     """
 
     def __init__(self, features: Features, *, student_widths: Sequence[int], teacher_widths: Sequence[int], seed: int) -> None:
-        """One width a place, in one order on both sides.
+        """Make a loss for one width a place, in one order on both sides.
 
         Raises:
             TrainingError: relation heads that do not divide a width.

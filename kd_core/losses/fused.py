@@ -147,7 +147,7 @@ class _Work:
         return [slice(start, min(start + self.chunk, self.num)) for start in range(0, self.num, self.chunk)]
 
     def blocks(self, chunk: slice) -> list[tuple[slice, Tensor, Tensor]]:
-        """(positions, their logits, room for as many) of each block of a chunk."""
+        """Yield (positions, their logits, room for as many) of each block of a chunk."""
         found = []
         for start in range(chunk.start, chunk.stop, self.block):
             stop = min(start + self.block, chunk.stop)
@@ -156,7 +156,7 @@ class _Work:
         return found
 
     def logits(self, chunk: slice) -> None:
-        """First product: logits of a chunk, before the cap."""
+        """Make the first product: logits of a chunk, before the cap."""
         logits_CV = self.logits_CV[: chunk.stop - chunk.start]
         if self.hidden_NH.dtype == torch.float32:
             torch.mm(self.hidden_NH[chunk], self.weight_VH.t(), out=logits_CV)
@@ -166,7 +166,7 @@ class _Work:
             logits_CV += self.bias_V
 
     def products(self, chunk: slice) -> None:
-        """Second and third product: the gradient in ``logits_CV`` to hidden states and, where it learns, to the projection."""
+        """Make the second and third product: the gradient in ``logits_CV`` to hidden states and, where it learns, to the projection."""
         grad_CV = self.logits_CV[: chunk.stop - chunk.start]
         if self.grad_bias_V is not None:
             self.grad_bias_V[: self.projection.num_columns] += grad_CV.sum(0) * self.projection.scale
@@ -182,7 +182,7 @@ class _Work:
 
 
 class _Kept(Protocol):
-    """What the teacher said, at the student's columns."""
+    """Stored targets of the teacher, at the student's columns."""
 
     temperature: float
 
@@ -191,13 +191,13 @@ class _Kept(Protocol):
         ...
 
     def part(self, positions: slice, picked: Tensor, mass_RV: Tensor) -> "_Part":
-        """D and its gradient, from exp(logits / T) of a block; ``mass_RV`` is as it was afterwards."""
+        """Divergence and its gradient, from exp(logits / T) of a block; ``mass_RV`` is as it was afterwards."""
         ...
 
 
 @dataclass(frozen=True)
 class _Part:
-    """D of a block, and its gradient to logits / T: ``factor * mass``, and ``amount`` more at some places.
+    """Divergence of a block, and its gradient to logits / T: ``factor * mass``, and ``amount`` more at some places.
 
     Attributes:
         value: sum of D over the block.

@@ -1,1 +1,1 @@
-"""What a run would find, compute, store and cost, said before it does any of it."""
+"""Plans: what a run would find, compute, store and cost, said before it does any of it."""

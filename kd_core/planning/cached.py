@@ -28,7 +28,7 @@ _POLICY: TypeAdapter[SoftLabels] = TypeAdapter(SoftLabels)
 
 @dataclass(frozen=True)
 class CachedRows:
-    """Rows that a stage asks for, and what its shared table holds of them.
+    """Rows that a stage asks for, and how many of them the row store holds.
 
     Attributes:
         rows: asked for.

@@ -118,7 +118,7 @@ class Counts:
 
 
 def has_gold(source: Source) -> bool:
-    """Whether rows of a source have a worked gold answer."""
+    """Tell whether rows of a source have a worked gold answer."""
     return source.style == "running_totals" if source.kind == "reasoning_gym" else source.gold is not None
 
 

@@ -17,7 +17,7 @@ __all__ = ["feature_notes", "live_teacher_seconds", "reads_states"]
 
 
 def reads_states(known: Known) -> bool:
-    """Whether training reads cached hidden states."""
+    """Tell whether training reads cached hidden states."""
     features = known.basis.recipe.objective.features
     return isinstance(features, HiddenStateFeatures) and features.source == "cached"
 

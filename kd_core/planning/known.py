@@ -1,4 +1,4 @@
-"""All that can be known of a recipe without computing any of it: counts, lengths, cached rows and sizes.
+"""Knowledge of a recipe that needs none of it computed: counts, lengths, cached rows and sizes.
 
 Reads the store and the sources, writes nothing, needs no torch.
 """

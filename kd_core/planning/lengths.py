@@ -53,7 +53,7 @@ class Lengths:
 
     @property
     def assumed(self) -> bool:
-        """Whether no prompt has been read, so that lengths of prompts and gold answers are mere assumptions."""
+        """Tell whether no prompt has been read, so that lengths of prompts and gold answers are mere assumptions."""
         return self.counts.prompts.table is None
 
     def answer_tokens(self, max_tokens: int) -> float:

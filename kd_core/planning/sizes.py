@@ -92,7 +92,7 @@ class Sizes:
         return self.teacher_parameters if model == "teacher" else self.student_parameters
 
     def same_teacher(self, record: Record) -> bool:
-        """Whether the teacher above a record is this recipe's, or of its size."""
+        """Tell whether the teacher above a record is this recipe's, or of its size."""
         if record.upstream["teacher"] == self.basis.nodes["teacher"].fingerprint:
             return True
         teacher = find(self.basis.store, "teacher", record.upstream["teacher"])

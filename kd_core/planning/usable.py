@@ -1,4 +1,4 @@
-"""What a plan says of rows and templates before anything is paid: the share of rows that can be learnt from, and whether a chat
+"""Notes of a plan on rows and templates before anything is paid: the share of rows that can be learnt from, and whether a chat
 template can be used.
 """
 

@@ -1,4 +1,4 @@
-"""Prompts: read from sources, cleaned, without doubles, split by hash, decontaminated against every benchmark."""
+"""Prompts: read from sources, cleaned, without duplicates, split by hash, decontaminated against every benchmark."""
 
 from kd_core.prompts.collect import PromptSet, collect_gold, collect_prompts
 from kd_core.prompts.rows import PROMPT_SCHEMA, PromptRow

@@ -1,6 +1,6 @@
 """What a recipe says of models: who teaches, who learns."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -55,6 +55,14 @@ class Architecture(Frozen):
     """Width of the gated feed-forward part."""
     max_positions: int = Field(default=512, ge=16)
     """Longest sequence, tokens."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _every_head_has_its_own(cls, data: Any) -> Any:
+        """The default written out, so that a recipe which states it is the same one."""
+        if isinstance(data, dict) and data.get("num_kv_heads") is None and "num_heads" in data:
+            return {**data, "num_kv_heads": data["num_heads"]}
+        return data
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:

@@ -103,7 +103,7 @@ class Prompts(Frozen):
     """Where prompts come from and what is removed."""
 
     sources: tuple[Source, ...] = Field(min_length=1)
-    """Sources, read in order; on a doubled prompt the first one wins."""
+    """Sources, read in order; of duplicate prompts the first one wins."""
     split: Split
     """Shares held out for validation and test."""
     max_characters: int = Field(default=20_000, ge=1)

@@ -19,18 +19,25 @@ __all__ = [
     "about_soft_labels",
     "answer_namespace",
     "answer_rows",
+    "sampling_identity",
     "soft_label_key",
     "soft_label_namespace",
 ]
 
 
+def sampling_identity(recipe: Recipe, answers: Answers) -> dict[str, Any]:
+    """How one answer is sampled, as plain data. The likeliest tokens (temperature 0) depend on no seed and no top_p."""
+    if answers.temperature == 0.0:
+        return answers.model_dump(mode="json", exclude={"num_samples", "top_p"})
+    return {**answers.model_dump(mode="json", exclude={"num_samples"}), "seed": recipe.seeds[0]}
+
+
 def about_answers(recipe: Recipe, answers: Answers, teacher: Record) -> dict[str, Any]:
     """Describe what all answers of one row store share: who answers, how it samples, how prompts are worded, the seed."""
-    sampling = answers.model_dump(mode="json", exclude={"num_samples"})
     template = recipe.task.model_dump(mode="json", include={"template", "system"})
     if not isinstance(recipe.teacher, ServerTeacher):
         template["date"] = recipe.task.model_dump(mode="json")["date"]  # a server words its prompts itself
-    return {"teacher": _identity(teacher), "sampling": sampling, **template, "seed": recipe.seeds[0]}
+    return {"teacher": _identity(teacher), "sampling": sampling_identity(recipe, answers), **template}
 
 
 def _identity(teacher: Record) -> dict[str, Any]:

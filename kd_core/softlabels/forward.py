@@ -3,7 +3,7 @@
 Axes: B rows, T tokens of a buffer, N supervised positions, H hidden size, V vocabulary columns.
 
 ``check_teacher`` refuses a teacher that is not itself; ``teacher_forward`` gives the hidden states that predict supervised
-tokens, buffer by buffer. A model that can be packed is (``kd_core.packing``); another is run over rows of equal length, and
+tokens, buffer by buffer. A model that can be packed is (``kd_core.tokens.packing``); another is run over rows of equal length, and
 the log says why. There is no padding either way, and a row's numbers depend on the rows beside it by rounding only.
 ``Head`` turns hidden states into float32 logits, and ``Parity`` compares them with the model's own: a leak between documents, a
 window that is not kept or a head with a scale that is not known here raises before a label is made.

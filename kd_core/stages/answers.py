@@ -44,7 +44,7 @@ AnswerRequest = tuple[str, dict[str, Any]]  # row key, and what is asked
 
 
 def answers_stage(job: Job) -> AnswersSummary:
-    """Files: keys.parquet, the rows of the shared answer table that belong to this recipe; failed.parquet, rows that a server
+    """Files: keys.parquet, the rows of the row store of answers that belong to this recipe; failed.parquet, rows that a server
     failed on, if there are any.
 
     Raises:
@@ -140,7 +140,7 @@ class _ServerEngine:
         self.failed: dict[str, dict[str, Any]] = {}
 
     def order(self, rows: list[AnswerRequest]) -> list[AnswerRequest]:
-        """Every prompt's first sample, then every second: the first failures are those of different prompts.
+        """Put every prompt's first sample before every second: the first failures are those of different prompts.
 
         Prompts that the student cannot read stop the run before any is paid for.
         """
@@ -190,7 +190,7 @@ def _answer_table(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def read_answers(job: Job) -> pa.Table:
-    """All answers of the upstream 'answers' node, verified: in prompt order, and then the rows that failed."""
+    """Read all answers of the upstream 'answers' node, verified: in prompt order, and then the rows that failed."""
     cache, snapshot = frozen_rows(job, "answers")
     found = cache.read(snapshot, job.read_table("answers", "keys.parquet")["key"].to_pylist())
     if "failed.parquet" not in {file.name for file in job.inputs["answers"].files}:

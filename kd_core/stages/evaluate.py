@@ -120,7 +120,7 @@ def _beyond(job: Job, loaded: LoadedModel, suites: dict[str, pa.Table]) -> int:
 
 
 def _models(job: Job) -> list[tuple[int, Record | None]]:
-    """(seed, record) of the models that this node measures; None is the teacher."""
+    """List (seed, record) of the models that this node measures; None is the teacher."""
     if job.node.name == "evaluate.teacher":
         return [(job.recipe.seeds[0], None)]
     if job.node.name == "evaluate.champion":

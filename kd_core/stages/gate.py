@@ -31,7 +31,7 @@ def efficiency(job: Job) -> dict[str, Efficiency]:
 
 
 def collect_evidence(job: Job, *, published_seed: int) -> Evidence:
-    """Everything the gate decides on, given the seed of the student that would be published."""
+    """Collect what the gate decides on, given the seed of the student that would be published."""
     scores = model_scores(job)
     return Evidence(
         scores=scores,
@@ -44,7 +44,7 @@ def collect_evidence(job: Job, *, published_seed: int) -> Evidence:
 
 
 def gate_stage(job: Job) -> GateSummary:
-    """No files: the verdict is in the summary."""
+    """Files: none; the verdict is in the summary."""
     student = least_validation_loss([job.inputs[f"student.{seed}"] for seed in job.recipe.seeds])
     seed = of(student, TrainSummary).seed
     verdict = decide(collect_evidence(job, published_seed=seed), job.recipe.gate)

@@ -32,6 +32,7 @@ from kd_core.recipe import (
     TrainedTeacher,
 )
 from kd_core.recipe.addresses import redact_url
+from kd_core.rows.keys import sampling_identity
 from kd_core.store import Store
 from kd_core.summaries import TrainSummary, of
 from kd_core.teacher.reference import reference_identity
@@ -85,13 +86,21 @@ class _Builder:
     nodes: dict[str, Node] = field(default_factory=dict)
 
     def add(self, name: str, stage: str, identity: dict[str, Any], upstream: dict[str, str]) -> None:
+        identity = _used(identity)
         above = {role: self.nodes[node].fingerprint for role, node in upstream.items()}
         fp = fingerprint({"stage": stage, "identity": identity, "upstream": above})
         self.nodes[name] = Node(name, name.partition(".")[0], stage, identity, upstream, above, fp)
 
 
+def _used(identity: Any) -> Any:
+    """Plain data without what is None: a field that a recipe does not use is not part of it, so a new field moves no node that has none."""
+    if isinstance(identity, dict):
+        return {name: _used(value) for name, value in identity.items() if value is not None}
+    return [_used(value) for value in identity] if isinstance(identity, list) else identity
+
+
 def build_graph(recipe: Recipe, store: Store) -> Graph:
-    """All nodes in an order in which they can be computed.
+    """Draw all nodes in an order in which they can be computed.
 
     Every source is read, for its content hash. The store is read for one thing only: who the champion is, which the gate compares with.
     """
@@ -111,11 +120,11 @@ def build_graph(recipe: Recipe, store: Store) -> Graph:
     above = {"prompts": "prompts", "teacher": "teacher"}
     if recipe.answers is not None:
         sampling = {
-            **recipe.answers.model_dump(mode="json"),
+            **sampling_identity(recipe, recipe.answers),
+            "num_samples": recipe.answers.num_samples,
             "template": task["template"],
             "system": task["system"],
             "date": None if isinstance(recipe.teacher, ServerTeacher) else task["date"],  # a server words its prompts itself
-            "seed": recipe.seeds[0],
         }
         build.add("answers", "answers", sampling, above)
     curate = {

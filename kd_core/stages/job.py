@@ -1,4 +1,4 @@
-"""What a stage function gets, and tables in and out of artifacts."""
+"""Argument of a stage function, with tables in and out of artifacts."""
 
 import io
 from collections.abc import Iterator, Mapping
@@ -59,10 +59,10 @@ class Job:
 
     def champion(self) -> Entry | None:
         """The ledger's entry of the champion that this node was drawn for; None where there was none."""
-        digest = self.node.identity["champion"]
+        digest = self.node.identity.get("champion")
         entries = reversed(history(self.store, self.recipe.publish))
         return None if digest is None else next(entry for entry in entries if entry.artifact.digest == digest)
 
     def summary(self, role: str, kind: type[Kind]) -> Kind:
-        """What an upstream node hands on beside its files."""
+        """Read what an upstream node hands on beside its files."""
         return of(self.inputs[role], kind)

@@ -1,4 +1,4 @@
-"""What child processes of a run have in common: they end with their parent, and their end is told in words."""
+"""Child processes of a run: they end with their parent, and how one ended is told in words."""
 
 import multiprocessing
 import os

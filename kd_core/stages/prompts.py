@@ -22,6 +22,6 @@ def prompts_stage(job: Job) -> PromptsSummary:
 
 
 def _with_whole_benchmarks(recipe: Recipe) -> Recipe:
-    """How much of a suite is measured is the evaluation's business: a changed limit must not move the prompts."""
+    """Lift the limits of suites: how much of one is measured is the evaluation's business, and must not move the prompts."""
     whole = tuple(suite.model_copy(update={"limit": None}) for suite in recipe.evaluation.suites if isinstance(suite, SourceSuite))
     return recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"suites": whole})})

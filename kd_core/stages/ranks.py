@@ -132,7 +132,7 @@ def _rank(
     work: tuple[Recipe, Node, dict[str, Record], Path],
     mouth: Connection,
 ) -> None:
-    """What each process runs."""
+    """Run one rank: the body of each process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the one that started us decides
     end_with_parent()
     recipe, node, inputs, directory = work

@@ -101,7 +101,7 @@ def found_done(recipe: Recipe, store: Store, nodes: Graph, name: str) -> Artifac
 
 
 def rows_are_there(store: Store, record: Record) -> bool:
-    """Whether every shard that a record froze is still committed; True of a stage without shards."""
+    """Tell whether every shard that a record froze is still committed; True for a stage without shards."""
     shards = shards_of(record)
     if shards is None:
         return True

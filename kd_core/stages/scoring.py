@@ -39,7 +39,7 @@ def token_rows(table: pa.Table) -> list[TokenRow]:
 
 
 def usable_rows(job: Job, num_tokens: np.ndarray, first_supervised: np.ndarray, *, student: int | None) -> UsedRows:
-    """Which curated rows the student can learn from.
+    """Find the curated rows that the student can learn from.
 
     Args:
         job: a stage below the teacher.
@@ -64,7 +64,7 @@ def _expect_usable_rows(job: Job, path: Path) -> None:
 
 
 def _lengths(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, first supervised position) of curated rows, some at a time."""
+    """Read (tokens, first supervised position) of curated rows, some at a time."""
     for batch in pq.ParquetFile(path).iter_batches(batch_size=_READ_ROWS, columns=["ids", "first_supervised"]):
         yield pc.list_value_length(batch["ids"]).to_numpy(), batch["first_supervised"].to_numpy()
 
@@ -79,7 +79,7 @@ class CuratedRow:
 
 @dataclass
 class Capture:
-    """One pass of the teacher over the curated rows, into one growing table.
+    """One pass of the teacher over the curated rows, into one row store.
 
     Attributes:
         job: the stage.

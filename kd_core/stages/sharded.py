@@ -1,4 +1,4 @@
-"""What stages share whose rows lie in the row store: what their record says of them, the rows it froze, and progress."""
+"""Common parts of stages whose rows lie in a row store: what their record says of them, the rows it froze, and progress."""
 
 from collections.abc import Sequence
 
@@ -11,14 +11,14 @@ __all__ = ["Progress", "frozen_rows", "sharded_rows"]
 
 
 def sharded_rows(cache: RowCache, snapshot: Snapshot, keys: Sequence[str], computed: int) -> ShardedRows:
-    """What a record says of rows in shards; it freezes the shards that hold them."""
+    """Description of rows in shards, for a record; it freezes the shards that hold them."""
     own = snapshot.of(keys)
     commits = tuple(commit.sha256 for commit in own.commits)
     return ShardedRows(len(keys), computed, cache.namespace, own.size_bytes(), commits)
 
 
 def frozen_rows(job: Job, role: str) -> tuple[RowCache, Snapshot]:
-    """The growing table behind an upstream node, and the shards that its record froze.
+    """The row store behind an upstream node, and the shards that its record froze.
 
     Raises:
         QuarantinedError: one of them is gone.

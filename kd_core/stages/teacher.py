@@ -114,7 +114,7 @@ def _token_row(tokenizer: Any, recipe: Recipe, row: dict[str, Any]) -> TokenRow:
 
 
 def _weights_digest(model: torch.nn.Module) -> str:
-    """32 hex over every weight's bytes, by name."""
+    """Digest of every weight's bytes, by name: 32 hex."""
     return fingerprint({n: sha256_bytes(p.detach().cpu().float().numpy().tobytes()) for n, p in model.state_dict().items()})
 
 

@@ -167,7 +167,7 @@ def _pretrained_student(job: Job, spec: PretrainedStudent) -> LoadedModel:
 
 @contextmanager
 def _training_rows(job: Job, recipe: Recipe) -> Iterator[Rows]:
-    """The arm's rows: soft labels from their shards, anything else from the curated file; every arm numbers them alike."""
+    """Rows of a compared model: soft labels from their shards, else the curated file; all compared models number them alike."""
     keys = job.read_table("soft_labels", "keys.parquet") if "soft_labels" in job.inputs else None
     if recipe.objective.supervision == "soft":
         assert keys is not None, "a soft objective has soft labels upstream"
@@ -196,7 +196,7 @@ def _stored_rows(job: Job, role: str, keys: pa.Table) -> StoredRows:
 
 
 def _feature_task(job: Job, recipe: Recipe, student: LoadedModel) -> FeatureTask | None:
-    """Block pairs and the teacher's side of the arm's features; None if it has none."""
+    """Block pairs and the teacher's side of the model's features; None if it has none."""
     features = recipe.objective.features
     if features is None or recipe.objective.supervision != "soft":
         return None

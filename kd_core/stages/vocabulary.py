@@ -78,7 +78,7 @@ def _row_ids(job: Job) -> Iterator[np.ndarray]:
 
 
 def _texts(job: Job, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, list[int]]]:
-    """(text, its ids) of answers in rows, as the tokenizer would write them, and of all prompts of splits and suites."""
+    """Read (text, its ids) of answers in rows, as the tokenizer would write them, and of all prompts of splits and suites."""
     with job.files(job.inputs["curate"]) as files:
         for name in ("rows.parquet", "validation.parquet"):
             for batch in pq.ParquetFile(files / name).iter_batches(batch_size=_READ_ROWS, columns=["text"]):

@@ -76,7 +76,7 @@ class Workers:
 
     @property
     def ended(self) -> bool:
-        """Whether an error has ended all work."""
+        """Tell whether an error has ended all work."""
         return self._cause is not None
 
     def end(self, cause: BaseException) -> None:
@@ -167,7 +167,7 @@ class _Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether it can be given work."""
+        """Tell whether this worker can be given work."""
         return self._process.is_alive()
 
     def kill(self) -> None:
@@ -212,7 +212,7 @@ class _Forward(logging.Handler):
 
 
 def _serve(line: Connection, recipe: Recipe, slot: _Slot, extra: dict[str, StageFunction]) -> None:
-    """What a worker process runs: nodes one after another, until the line is closed."""
+    """Run a worker process: compute nodes one after another, until the line is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the one that started us decides
     end_with_parent()
     if slot is not None and slot != _ALL_GPUS:

@@ -388,7 +388,7 @@ class S3Store:
         """Size and time of an object, or None if there is none."""
         name = self._read_name(key)
         head = self._call(key, lambda: self._client.head_object(Bucket=self._bucket, Key=name), none_if=(404,))
-        return None if head is None else ObjectInfo(key, head["ContentLength"], head["LastModified"].timestamp(), head["ETag"])
+        return None if head is None else ObjectInfo(key, head["ContentLength"], head["LastModified"].timestamp(), head.get("ETag", ""))
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Every object whose key starts with ``prefix``, sorted by key (some servers list in another order)."""
@@ -401,7 +401,9 @@ class S3Store:
             assert page is not None
             for item in page.get("Contents", ()):
                 if not item["Key"].endswith("/"):  # a marker of an empty directory, not an object of ours
-                    found.append(ObjectInfo(item["Key"].removeprefix(base), item["Size"], item["LastModified"].timestamp(), item["ETag"]))
+                    found.append(
+                        ObjectInfo(item["Key"].removeprefix(base), item["Size"], item["LastModified"].timestamp(), item.get("ETag", ""))
+                    )
             if not page["IsTruncated"]:
                 return iter(sorted(found, key=lambda info: info.key))
             parameters["ContinuationToken"] = page["NextContinuationToken"]

@@ -1,4 +1,4 @@
-"""Which parts of a teacher's width are worth keeping, by how much they write on real rows.
+"""Choice of the parts of a teacher's width that are worth keeping, by how much they write on real rows.
 
 Owns the statistics and the choice. A head or hidden unit counts by the norm of what it adds to the residual stream, mean
 over tokens; a channel by its mean magnitude behind the norms that blocks read it through, summed over them (after
@@ -45,7 +45,7 @@ class Importance:
 
 
 def sample_rows(rows: Rows, num_rows: int, *, max_tokens: int, seed: int) -> list[TokenRow]:
-    """At most ``num_rows`` rows of at most ``max_tokens`` tokens, in their order: a function of rows and seed.
+    """Draw at most ``num_rows`` rows of at most ``max_tokens`` tokens, in their order: a function of rows and seed.
 
     Raises:
         TrainingError: no row is short enough.
@@ -130,7 +130,8 @@ def _largest(values: Tensor, count: int) -> Tensor:
 
 
 def _largest_in_groups(values: Tensor, groups: int, count: int) -> Tensor:
-    """
+    """Find the largest values of each of ``groups`` equal parts, ``count`` of them in all, by index, rising.
+
     >>> _largest_in_groups(torch.tensor([1.0, 9.0, 8.0, 7.0]), 2, 2).tolist()
     [1, 2]
     """

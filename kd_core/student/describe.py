@@ -1,4 +1,4 @@
-"""What a recipe's student costs beside its teacher, before anything is computed and without any weights.
+"""Costs of a recipe's student beside its teacher, before anything is computed and without any weights.
 
 Models are built from their configs on torch's meta device, so that the counts are those of the real classes. Reads
 configs only: of a model on the hub that may fetch its config.json, never its weights.

@@ -45,7 +45,7 @@ _AXES: dict[str, tuple[str | None, str | None]] = {  # what the rows and the col
 
 @dataclass(frozen=True)
 class Keep:
-    """What of a teacher is kept; indices rise, so that kept parts stay in their order.
+    """Parts of a teacher that are kept; indices rise, so that kept parts stay in their order.
 
     Attributes:
         blocks: numbers of the teacher's blocks.
@@ -133,7 +133,7 @@ def _at_most(wanted: int | None, found: int, field: str) -> int:
 
 
 def keep_everything(config: PretrainedConfig, blocks: tuple[int, ...], num_kv_heads: int | None) -> Keep:
-    """All of the width of the named blocks."""
+    """Keep all of the width of the named blocks."""
     heads, units_F = torch.arange(config.num_attention_heads), torch.arange(config.intermediate_size)
     return Keep(blocks, torch.arange(config.hidden_size), [heads] * len(blocks), [units_F] * len(blocks), num_kv_heads)
 

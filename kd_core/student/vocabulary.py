@@ -37,7 +37,7 @@ _GENERATION_IDS = (
 
 
 def kept_tokens(tokenizer: PreTrainedTokenizerBase, seen: Iterable[int], *, num_common: int = 0) -> TokenMap:
-    """What is kept of a tokenizer: ids seen, special and added tokens, whatever spells any text, and what makes all of these.
+    """Find what is kept of a tokenizer: ids seen, special and added tokens, whatever spells any text, and what makes all of these.
 
     Args:
         tokenizer: a BPE or a Unigram.
@@ -73,7 +73,7 @@ def _state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _closed(model: dict[str, Any], wanted: set[int], num_common: int) -> set[int]:
-    """With every token of a BPE all tokens that its merges join, down to those that no merge makes."""
+    """Add to every token of a BPE all tokens that its merges join, down to those that no merge makes."""
     vocab: dict[str, int] = model["vocab"]
     parents: dict[int, list[int]] = {}
     merges = _merges(model)
@@ -91,13 +91,13 @@ def _closed(model: dict[str, Any], wanted: set[int], num_common: int) -> set[int
 
 
 def _merges(model: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(left, right, what they make) of a BPE's merges, in their order."""
+    """List (left, right, what they make) of a BPE's merges, in their order."""
     prefix = len(model["continuing_subword_prefix"] or "")
     return [(a, b, a + b[prefix:]) for a, b in model["merges"]]
 
 
 def _byte_tokens(vocab: Iterable[str]) -> set[str]:
-    """What a tokenizer falls back to, and the mark of a space, which would not come back as a space from its bytes."""
+    """Find what a tokenizer falls back to, and the mark of a space, which would not come back as a space from its bytes."""
     return {_SPACE, *(f"<0x{byte:02X}>" for byte in range(256))}.intersection(vocab)
 
 
@@ -196,7 +196,7 @@ def trim_model(model: PreTrainedModel, token_map: TokenMap) -> PreTrainedModel:
 
 
 def _trimmed_ids(ids: int | Sequence[int] | None, token_map: TokenMap) -> int | list[int] | None:
-    """Ids of a config; one that was removed stands in no text and is dropped."""
+    """Ids of a config; one that was removed stands in no text and is left out."""
     if ids is None:
         return None
     whole = np.array([ids] if isinstance(ids, int) else ids)

@@ -44,11 +44,11 @@ class Average:
             self.exchange()
 
     def state(self) -> list[Tensor]:
-        """For a checkpoint; sliced over ranks as the weights are."""
+        """State for a checkpoint; sliced over ranks as the weights are."""
         return self._average
 
     @torch.no_grad()
     def load(self, state: Sequence[Tensor]) -> None:
-        """From a checkpoint: this rank's slices."""
+        """Take this rank's slices from a checkpoint."""
         for average, saved in zip(self._average, state, strict=True):
             slice_of(average).copy_(saved)

@@ -1,6 +1,6 @@
-"""What each forward pass of a step reads: rows of this rank, cut to a token budget, laid out as the model can take them.
+"""Batches that the forward passes of a step read: rows of this rank, cut to a token budget, laid out as the model can take them.
 
-A model that can be packed (``kd_core.packing``) gets documents end to end on one buffer; another one, and a compiled one,
+A model that can be packed (``kd_core.tokens.packing``) gets documents end to end on one buffer; another one, and a compiled one,
 whose code depends on shapes, gets padded batches of like lengths. Both give the same sums up to rounding. Which rows a step
 holds depends on (seed, step) alone; ranks deal them out in turn, and every rank makes the same number of passes, because the
 passes of a sharded model talk to each other.
@@ -55,7 +55,7 @@ class MicroBatch:
 
 
 class FeatureSource(Protocol):
-    """Where the teacher's inner states come from (``train.features``)."""
+    """Source of the teacher's inner states (``train.features``)."""
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -64,7 +64,7 @@ class FeatureSource(Protocol):
 
     @property
     def packable(self) -> bool:
-        """Whether batches of packed documents can be answered."""
+        """Tell whether batches of packed documents can be answered."""
         ...
 
     def prefetch(self, numbers: Sequence[int]) -> None:
@@ -72,7 +72,7 @@ class FeatureSource(Protocol):
         ...
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Be told of rows that will be read in a while; returns at once."""
+        """Hear of rows that will be read in a while; returns at once."""
         ...
 
     def read(self, numbers: Sequence[int], rows: Sequence[TokenRow], batch: MicroBatch) -> TeacherFeatures:
@@ -86,7 +86,7 @@ class FeatureSource(Protocol):
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows become a batch.
+    """Way in which rows become a batch.
 
     Attributes:
         packed: end to end on one buffer; else padded on the right.
@@ -169,7 +169,7 @@ class Feed:
             raise TrainingError(f"training.batch_rows: {training.batch_rows} rows for {num_ranks} ranks; start at most that many ranks")
 
     def plan(self, step: int, *, soft: bool, features: bool = False) -> StepPlan:
-        """What a step (0-based) reads; rows of later steps begin to be fetched, as asked with their soft labels and features."""
+        """Plan what a step (0-based) reads; rows of later steps begin to be fetched, as asked with their soft labels and features."""
         later = step + PREFETCH_STEPS
         expected = step + EXPECTED_ROWS // self._batch_rows
         if later < expected < self._steps and len(self._kept) > 2 * EXPECTED_ROWS:  # one buffer is fetched whole by its first steps

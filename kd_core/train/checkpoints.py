@@ -85,7 +85,7 @@ class Checkpoints:
                 raise TrainingError(f"{self.store.uri}/{key}: another run writes other bytes here at the same time; end one, and run again")
 
     def load_newest(self, device: "torch.device") -> tuple[int, dict[str, Any]] | None:
-        """(step, state) of the newest whole checkpoint, or None. A damaged one is told, and stays where it is.
+        """Load (step, state) of the newest whole checkpoint, or None. A damaged one is told, and stays where it is.
 
         Raises:
             VersionError: it is of another version.

@@ -1,4 +1,4 @@
-"""Where the teacher's inner states of a training step come from: int8 shards of an earlier stage, or the teacher itself.
+"""Sources of the teacher's inner states for a training step: int8 shards of an earlier stage, or the teacher itself.
 
 Axes: N supervised positions of a micro-batch, L captured blocks, W columns kept.
 
@@ -98,10 +98,10 @@ class LiveTeacher:
         self.packable = unpackable(loaded.model) is None
 
     def prefetch(self, numbers: Sequence[int]) -> None:
-        """Nothing to fetch."""
+        """Do nothing: there is nothing to fetch."""
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Nothing to fetch."""
+        """Do nothing: there is nothing to fetch."""
 
     @torch.no_grad()
     def read(self, numbers: Sequence[int], rows: Sequence[TokenRow], batch: MicroBatch) -> TeacherFeatures:
@@ -122,7 +122,7 @@ class StateRows(Protocol):
         ...
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Be told of rows that will be read in a while."""
+        """Hear of rows that will be read in a while."""
         ...
 
     def read(self, numbers: Sequence[int]) -> list[TokenRow]:
@@ -157,7 +157,7 @@ class CachedStates:
         self._rows.prefetch(numbers, soft=False)
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Be told of rows that will be read in a while."""
+        """Hear of rows that will be read in a while."""
         self._rows.expect(numbers)
 
     def read(self, numbers: Sequence[int], rows: Sequence[TokenRow], batch: MicroBatch) -> TeacherFeatures:

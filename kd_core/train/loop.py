@@ -42,7 +42,7 @@ _SPEED_READINGS = 100
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run reports beside its weights.
+    """Report of a training run, beside its weights.
 
     Attributes:
         metrics: one dict a logged step: step, the objective's parts (loss, hard, soft, feature), gradient_norm (of all
@@ -75,7 +75,7 @@ class TrainingResult:
     spikes: list[int]
 
     def summary(self, *, num_rows: int, used: UsedRows) -> TrainingRun:
-        """What a record says of the run.
+        """Sum up the run for a record.
 
         Args:
             num_rows: given to it.

@@ -43,7 +43,7 @@ class Rows(Protocol):
         ...
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Be told of rows that will be read in a while: fetch them where that lets go of none that is read before; returns at once."""
+        """Hear of rows that will be read in a while: fetch them where that lets go of none that is read before; returns at once."""
         ...
 
     def read(self, numbers: Sequence[int]) -> list[TokenRow]:
@@ -82,10 +82,10 @@ class MemoryRows:
         return np.array([row.first_supervised for row in self.rows], np.int32)
 
     def prefetch(self, numbers: Sequence[int], *, soft: bool) -> None:
-        """Nothing to fetch."""
+        """Do nothing: there is nothing to fetch."""
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Nothing to fetch."""
+        """Do nothing: there is nothing to fetch."""
 
     def read(self, numbers: Sequence[int]) -> list[TokenRow]:
         """Rows, in the order asked for."""
@@ -100,7 +100,7 @@ class MemoryRows:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a training run reads: training rows, and rows for the validation loss (may be empty)."""
+    """Data of a training run: training rows, and rows for the validation loss (may be empty)."""
 
     rows: Rows
     validation: Sequence[TokenRow]

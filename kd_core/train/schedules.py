@@ -55,7 +55,7 @@ def weight_decay(training: Training, step: int) -> float:
 
 
 def best_validation(validation: Validations) -> tuple[int, float] | None:
-    """(step, loss) of the least loss, the first of equals; None without any."""
+    """Find (step, loss) of the least loss, the first of equals; None without any."""
     return min(validation, key=lambda found: found[1], default=None)
 
 
@@ -70,7 +70,7 @@ def without_a_best(validation: Validations) -> int:
 
 
 def reductions(validation: Validations, patience: int) -> int:
-    """How often ``patience`` validations in a row brought no new best; the count starts anew after each time.
+    """Count how often ``patience`` validations in a row brought no new best; the count starts anew after each time.
 
     >>> reductions([(1, 3.0), (2, 3.1), (3, 3.2), (4, 3.3), (5, 2.0), (6, 2.1)], 2)
     1

@@ -23,7 +23,7 @@ __all__ = ["part_of", "shall_shard", "shard", "slice_of", "whole"]
 
 
 def shall_shard(run: Run, num_ranks: int) -> bool:
-    """Whether weights are sliced: ``run.shard_weights`` or the launcher asks for it, and there is more than one rank.
+    """Tell whether weights are sliced: ``run.shard_weights`` or the launcher asks for it, and there is more than one rank.
 
     Raises:
         TrainingError: the launcher asks for a kind of FSDP that is not done here, or ``run.compile`` is on.
@@ -72,12 +72,12 @@ def shard(module: nn.Module, blocks: list[str], *, device: torch.device, num_ran
 
 
 def slice_of(tensor: Tensor) -> Tensor:
-    """This rank's part, sharing memory; all of a tensor that is not sliced."""
+    """Slice of a tensor on this rank, sharing memory; all of a tensor that is not sliced."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """All of a tensor, on the CPU. All ranks must ask for it together if it is sliced.
+    """Gather all of a tensor, on the CPU. All ranks must ask for it together if it is sliced.
 
     Args:
         tensor: sliced or not; or this rank's part of one

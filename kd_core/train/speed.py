@@ -1,4 +1,4 @@
-"""How fast a run is, and how near to what its matrix products could be.
+"""Speed of a training run, and how near it is to what its matrix products could be.
 
 The share of the GEMM rate counts 6 floating-point operations a weight and token (forward, and two products backward; 4 for a weight
 that stands still) for matrices of the backbone over all tokens, padding included, and for the output projection over supervised

@@ -1,4 +1,4 @@
-"""What changes while a model is trained, and the few things that are done with it: gradients, a step, a validation, a checkpoint.
+"""State of a training run, and the few things that are done with it: gradients, a step, a validation, a checkpoint.
 
 Sums over ranks are made here and nowhere else. All ranks decide alike, because all see the same reduced numbers. Ranks hold whole
 copies of the weights, or slices of a second copy (``run.shard_weights``), from which the model given gets its weights at the end.
@@ -320,7 +320,7 @@ class TrainingState:
         return step
 
     def any_rank(self, said: bool) -> bool:
-        """Whether one of the ranks says so; all get the same answer."""
+        """Tell whether one of the ranks says so; all get the same answer."""
         if self._accelerator.num_processes == 1:
             return said
         return bool(self._over_ranks(torch.tensor([float(said)], device=self._accelerator.device)).item())

@@ -12,7 +12,7 @@ __all__ = ["Stop", "sigterm_waits"]
 
 @dataclass
 class Stop:
-    """Whether SIGTERM has come."""
+    """Note of whether SIGTERM has come."""
 
     requested: bool = False
 

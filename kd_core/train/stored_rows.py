@@ -43,7 +43,7 @@ _DECODERS = 2
 
 @dataclass(frozen=True)
 class Group:
-    """Some neighbouring rows.
+    """Neighbouring rows of one row group.
 
     Attributes:
         ids: token ids of all of them, one after the other, int32.
@@ -63,7 +63,7 @@ class Group:
 
     @classmethod
     def of(cls, table: pa.Table, model: Any) -> "Group":
-        """From columns ids, first_supervised and perhaps targets or states."""
+        """Make a group from columns ids, first_supervised and perhaps targets or states."""
         lists = _whole(table["ids"])
         offsets = lists.offsets.to_numpy()
         targets, states = (_blobs(_whole(table[name])) if name in table.column_names else None for name in ("targets", "states"))
@@ -216,7 +216,7 @@ class StoredRows:
         return float(self._rows_of_group[self._group[begins]].sum()) * BUFFER_BLOCKS * BLOCK_ROWS / max(1, len(self._group))
 
     def _ask(self, numbers: Sequence[int]) -> _Asked:
-        """Where each row is, or will be: groups that are not at hand are fetched side by side."""
+        """Find where each row is, or will be: groups that are not at hand are fetched side by side."""
         index = list(numbers)
         groups = self._group[index].tolist()
         wanted = sorted(set(groups))
@@ -239,7 +239,7 @@ class StoredRows:
         return [asked.result().tokens(row) for asked, row in self._ask(numbers)]
 
     def targets(self, numbers: Sequence[int]) -> Targets:
-        """Soft labels of rows, in the order asked for; those of a prefetched batch are decoded already."""
+        """Soft labels of rows, in the order asked for; those of a batch that was decoded ahead are there already."""
         ahead = self._ahead.pop(tuple(numbers), None)
         return _decode(self._ask(numbers)) if ahead is None else ahead.result()
 

@@ -30,7 +30,7 @@ def trimmed_row(row: TokenRow, token_map: TokenMap) -> TokenRow:
 
 
 class TrimmedRows:
-    """``rows``, in the student's ids."""
+    """Training rows in the student's ids."""
 
     def __init__(self, rows: Rows, token_map: TokenMap) -> None:
         self._rows, self._token_map = rows, token_map
@@ -41,7 +41,7 @@ class TrimmedRows:
         self._rows.prefetch(numbers, soft=soft)
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Be told of rows that will be read in a while."""
+        """Hear of rows that will be read in a while."""
         self._rows.expect(numbers)
 
     def read(self, numbers: Sequence[int]) -> list[TokenRow]:
@@ -65,7 +65,7 @@ class FullFeatures:
         self._source.prefetch(numbers)
 
     def expect(self, numbers: Sequence[int]) -> None:
-        """Be told of rows that will be read in a while."""
+        """Hear of rows that will be read in a while."""
         self._source.expect(numbers)
 
     def read(self, numbers: Sequence[int], rows: Sequence[TokenRow], batch: MicroBatch) -> TeacherFeatures:

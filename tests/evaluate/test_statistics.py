@@ -163,9 +163,9 @@ def test_comparison_refuses_other_items_and_says_how_many():
 
 def test_incomplete_tables_are_refused():
     scores = table((0, 1), pass_at_1=[[1.0, 1.0]] * 5)
-    with pytest.raises(KDError, match="5 items x 2 seeds need one row each; 1 are missing and 0 are doubled"):
+    with pytest.raises(KDError, match="5 items x 2 seeds need one row each; 1 are missing and 0 are there more than once"):
         estimate(scores.slice(0, 9), "pass_at_1", suite="test", confidence=0.95)
-    with pytest.raises(KDError, match="0 are missing and 1 are doubled"):
+    with pytest.raises(KDError, match="0 are missing and 1 are there more than once"):
         estimate(pa.concat_tables([scores, scores.slice(0, 1)]), "pass_at_1", suite="test", confidence=0.95)
 
 

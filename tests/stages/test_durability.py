@@ -12,8 +12,7 @@ from kd_core.recipe import Recipe
 from kd_core.recipe.files import load_recipe
 from kd_core.rows.table import RowCache
 from kd_core.softlabels.hidden import decode_states
-from kd_core.stages import soft_labels
-from kd_core.stages import soft_labels as scoring
+from kd_core.stages import scoring, soft_labels
 from kd_core.stages.graph import build_graph
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore

@@ -123,7 +123,7 @@ def test_a_bucket_answers_as_a_directory_does(there, finished, s3_environment):
     endpoint, where = s3_environment.urls["s3"], f"s3://{s3_environment.bucket}/cache-cli"
     bucket = open_store(where, S3Options(endpoint=endpoint))
     local = LocalStore(finished.store)
-    for prefix in ("rows/", "artifacts/answers/", "artifacts/soft_labels/"):
+    for prefix in ("rows/", "artifacts/", "ledger/"):
         for info in local.list(prefix):
             assert bucket.create(info.key, local.get(info.key))
     for words in (
