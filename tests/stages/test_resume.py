@@ -273,11 +273,9 @@ def test_a_clock_that_jumps_changes_nothing(copy, finished, monkeypatch):
     made = run_node(recipe, build_graph(recipe, store), "student.0", store=store, tick=silent, extra={})
     after = record(recipe, copy.store, "student.0")
     assert made.digest == before.digest
-    assert (after.summary["training"]["steps"], after.summary["training"]["kept_step"]) == (
-        before.summary["training"]["steps"],
-        before.summary["training"]["kept_step"],
-    )
-    assert [line["step"] for line in after.summary["training"]["speed"]] == [line["step"] for line in before.summary["training"]["speed"]]
+    mine, theirs = after.summary["training"], before.summary["training"]
+    assert (mine["steps"], mine["kept_step"]) == (theirs["steps"], theirs["kept_step"])
+    assert [line["step"] for line in mine["speed"]] == [line["step"] for line in theirs["speed"]]
     assert objects(copy.store, "") >= {after.key}
     assert not (copy.store / "checkpoints").exists() or objects(copy.store, "checkpoints") == set()
 
