@@ -7,11 +7,13 @@ TORCH ?=
 STAMP := $(VENV)/.installed$(TORCH:%=-%)
 PINNED := $(shell grep '^torch==' constraints.txt)
 BUILD = $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH) '$(PINNED)+$(TORCH)')
+# Processes that tests run in, each with servers of its own
+WORKERS ?= 2
 # One test data directory, if you have one: see CONTRIBUTING.md
 export KD_TEST_DATA
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test drills check bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
@@ -29,8 +31,11 @@ demo: $(STAMP) ## distil a student here and now, and end with a report
 	$(BIN)/kd run recipes/quickstart.yaml
 	$(BIN)/kd report recipes/quickstart.yaml
 
-test: $(STAMP) ## all tests that need no GPU and no network
-	$(BIN)/pytest
+test: $(STAMP) ## all tests that need no GPU and no network, but for the drills
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m 'not drill'
+
+drills: $(STAMP) ## kills, restarts and whole stacks: half a minute or more each
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m drill
 
 check: $(STAMP) ## ruff, strict types, layering, documents
 	$(BIN)/ruff check .

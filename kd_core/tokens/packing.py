@@ -123,9 +123,11 @@ def equal_length_batches(lengths: Sequence[int], budget_tokens: int) -> Iterator
     >>> list(equal_length_batches([2, 5, 3, 2], 6))
     [[1], [2], [0, 3]]
     """
-    for batch in pack_batches(lengths, budget_tokens):
-        for _, run in groupby(batch, key=lambda i: lengths[i]):
-            yield list(run)
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    for length, run in groupby(longest_first, key=lambda i: lengths[i]):
+        rows = list(run)
+        together = max(1, budget_tokens // length)
+        yield from (rows[start : start + together] for start in range(0, len(rows), together))
 
 
 def unpackable(model: PreTrainedModel) -> str | None:

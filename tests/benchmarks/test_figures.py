@@ -75,6 +75,7 @@ def test_a_peers_sample_survives_its_object() -> None:
     assert int(one["counts"].sum()) == 25 * sum(row.num_supervised for row in rows)
 
 
+@pytest.mark.drill
 @pytest.mark.slow
 @pytest.mark.stack
 @pytest.mark.timeout(1800)  # half a minute on a quiet machine; on a busy one it measures nothing, and must not fail for that

@@ -102,6 +102,7 @@ def test_math500_solutions_verify_against_their_answers_and_not_against_the_next
     assert {pair for pair in by_next if pair[0] != pair[1]} == {("5", "x=5")}
 
 
+@pytest.mark.drill
 @pytest.mark.slow
 def test_of_all_pairs_of_math500_answers_only_these_are_equal() -> None:
     answers = sorted({row["answer"] for row in lines(data("math500/test.jsonl"))})

@@ -87,6 +87,7 @@ def _asks_for_credentials(address: str, *paths: str) -> None:
             assert reply.status_code in (400, 401, 403, 405), (method, address + path, reply.status_code)
 
 
+@pytest.mark.drill
 @pytest.mark.stack
 def test_an_object_store_keeps_its_data_when_its_ports_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in ("write", "read"):
@@ -131,6 +132,7 @@ pull:
 """
 
 
+@pytest.mark.drill
 @pytest.mark.stack
 @pytest.mark.slow
 def test_the_whole_stack_comes_up_once_runs_a_flow_and_goes_down_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

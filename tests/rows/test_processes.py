@@ -130,6 +130,7 @@ def assert_shared(uri: str, s3: dict[str, str], folder: Path, num_workers: int) 
     assert len(begun(folder)) <= 1.5 * num_rows / SHARD_ROWS, "workers did each other's work"
 
 
+@pytest.mark.drill
 def test_thirty_kills_lose_nothing_that_was_committed(tmp_path: Path) -> None:
     """Two workers are killed at a random moment, thirty times; each kill costs at most the shards that were not committed yet."""
     seed = int.from_bytes(os.urandom(4))

@@ -145,6 +145,7 @@ def test_born_again_at_the_teachers_size(planned) -> None:
     assert first_step(recipe)["hard"] == pytest.approx(math.log(17), abs=0.2), "it starts from nothing: 17 columns alike"
 
 
+@pytest.mark.drill
 def test_a_student_starts_as_its_teacher_and_then_teaches_the_next_one(planned, kd: Callable[..., Any]) -> None:
     held = "objective={supervision: soft, hard_weight: 0.5, soft_weight: 0.5}"
     copied = (*BORN_AGAIN, "student={kind: from_teacher}", held, ANY, "evaluation.compare=[teacher]")

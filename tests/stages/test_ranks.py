@@ -33,6 +33,7 @@ def on_two(copy, *overrides: str) -> tuple[Recipe, LocalStore, Record]:
     return recipe, store, student
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("sharded", ["false", "true"])
 def test_two_processes_train_the_student_of_one(copy, finished, sharded: str) -> None:
     recipe, store, before = on_two(copy, f"run.shard_weights={sharded}")
@@ -52,6 +53,7 @@ def test_two_processes_train_the_student_of_one(copy, finished, sharded: str) ->
     assert ticks[-1].done == before.summary["training"]["steps"]
 
 
+@pytest.mark.drill
 def test_a_rank_that_is_killed_ends_the_run_by_name_and_one_process_goes_on(copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, store, before = on_two(copy)
     monkeypatch.setenv("KD_FAILPOINT", f"train.step:12:hold={tmp_path}")
@@ -87,6 +89,7 @@ def test_what_a_rank_raises_is_raised_here(copy) -> None:
         )
 
 
+@pytest.mark.drill
 def test_an_interrupt_ends_all_processes(copy, kd_process, tmp_path: Path) -> None:
     process, ranks = held_in_training(copy, kd_process, tmp_path / "held")
     process.send_signal(signal.SIGINT)
@@ -96,6 +99,7 @@ def test_an_interrupt_ends_all_processes(copy, kd_process, tmp_path: Path) -> No
     assert gone(ranks)
 
 
+@pytest.mark.drill
 def test_ranks_do_not_outlive_who_started_them(copy, kd_process, tmp_path: Path) -> None:
     process, ranks = held_in_training(copy, kd_process, tmp_path / "held")
     process.kill()

@@ -89,6 +89,7 @@ def test_a_stage_that_breaks_goes_on_where_it_was(copy, monkeypatch, point, node
 # ------------------------------------------------------------------------------------------- kill -9 and signals
 
 
+@pytest.mark.drill
 @pytest.mark.slow
 def test_a_run_killed_six_times_ends_with_the_bytes_of_an_unbroken_one(copy, finished, kd_process, monkeypatch):
     """SIGKILL to the real program, each time the same command: what was finished is never done again."""
@@ -147,6 +148,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
         time.sleep(0.02)
 
 
+@pytest.mark.drill
 @pytest.mark.slow
 def test_an_interrupted_run_says_how_to_go_on_and_goes_on(copy, kd, kd_process, tmp_path):
     """Twice in the twelfth step that a process makes, where it is held: after step 12, and after step 22."""
@@ -280,6 +282,7 @@ def test_a_clock_that_jumps_changes_nothing(copy, finished, monkeypatch):
     assert not (copy.store / "checkpoints").exists() or objects(copy.store, "checkpoints") == set()
 
 
+@pytest.mark.drill
 @pytest.mark.slow
 def test_sigterm_reaches_the_ranks_and_leaves_a_checkpoint(copy, finished, kd_process):
     """Each rank has the signal in step 13; they agree where to end, and the next run goes on there."""

@@ -11,6 +11,7 @@ from kd_core.store import open_store
 pytestmark = [pytest.mark.stack, pytest.mark.slow]
 
 
+@pytest.mark.drill
 def test_a_bucket_holds_what_a_local_store_holds(copy, kd, s3_environment):
     where = f"s3://{s3_environment.bucket}/end-to-end"
     words = ["run", "--local", "--json", copy.recipe_file, "--set", f"run.store={where}"]

@@ -169,6 +169,7 @@ def test_slots_on_cpus(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     assert slots(parallel=5, threads=16) == 5
 
 
+@pytest.mark.drill
 @dataclass
 class _Heard:
     begun: list[str] = field(default_factory=list)
@@ -205,6 +206,7 @@ def test_a_run_side_by_side_leaves_the_same_bytes(small_recipe: Path, tmp_path: 
     assert heard[1] > 1
 
 
+@pytest.mark.drill
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_ended_in_the_middle_of_two_leaves_no_process_and_goes_on(

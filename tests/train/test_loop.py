@@ -159,6 +159,7 @@ def test_packed_documents_and_padded_rows_give_the_same_loss_and_gradient(studen
         assert logged[name] == pytest.approx(logged_padded[name], rel=1e-5)
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("change", [{"activation_checkpointing": True}, pytest.param({"compile": True}, marks=COMPILED)])
 def test_what_run_asks_for_changes_no_result(student, data, tmp_path, change: dict[str, Any]) -> None:
     plain, other = copy.deepcopy(student), copy.deepcopy(student)

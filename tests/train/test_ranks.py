@@ -61,6 +61,7 @@ def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
         torch.testing.assert_close(found["model"][name], value, rtol=0.0, atol=WEIGHTS, msg=name)
 
 
+@pytest.mark.drill
 @pytest.mark.slow
 def test_two_ranks_are_one_and_each_goes_on_from_the_other_s_checkpoint(tmp_path: Path) -> None:
     alone, alone_best = train_one(tmp_path / "alone", {}), train_one(tmp_path / "best", BEST)
@@ -98,6 +99,7 @@ def test_two_ranks_are_one_and_each_goes_on_from_the_other_s_checkpoint(tmp_path
         assert_alike(resumed, on_one)
 
 
+@pytest.mark.drill
 @pytest.mark.slow
 def test_slices_know_tied_embeddings_adapters_schedules_and_recomputed_blocks(tmp_path: Path) -> None:
     runs = {
@@ -114,6 +116,7 @@ def test_slices_know_tied_embeddings_adapters_schedules_and_recomputed_blocks(tm
     assert (decays[0], decays[-1]) == (0.0, 0.5)
 
 
+@pytest.mark.drill
 @pytest.mark.slow
 def test_features_and_their_projections_are_the_same_on_two_ranks(tmp_path: Path) -> None:
     """Copies and slices; a weight that is zero for some steps leaves no rank waiting; one rank goes on from the slices of two."""

@@ -224,6 +224,7 @@ def test_help_is_fast_to_import_and_names_every_command():
         assert f" {command} " in done.stdout
 
 
+@pytest.mark.drill
 @pytest.mark.slow
 def test_two_runs_of_one_recipe_at_once_share_the_work_or_adopt_it(small_recipe, finished, kd, kd_process, tmp_path):
     """Into one empty store and one empty registry: both end well, there is one of everything, with the bytes of a lone run."""
