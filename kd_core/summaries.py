@@ -163,7 +163,6 @@ class TrainingRun(_Closed):
         resumed_from: step of the checkpoint that the finishing process started from; 0 for none.
         supervised_tokens: trained on, over all steps.
         validation_nll: of the kept weights, nats a token; None without validation rows.
-        final: last logged step: step, losses (nats a token), gradient norm, learning rate, weights.
         skipped_steps: steps (1-based) whose gradients were not finite.
         loss_spikes: steps (1-based) whose loss stood out.
         packed: whether documents were packed; False: padded.
@@ -178,7 +177,6 @@ class TrainingRun(_Closed):
     resumed_from: int
     supervised_tokens: int
     validation_nll: float | None
-    final: Mapping[str, float]
     skipped_steps: tuple[int, ...]
     loss_spikes: tuple[int, ...]
     packed: bool

@@ -89,7 +89,6 @@ class TrainingResult:
             resumed_from=self.resumed_from,
             supervised_tokens=self.supervised_tokens,
             validation_nll=self.validation_nll,
-            final=self.metrics[-1],
             skipped_steps=tuple(self.skipped),
             loss_spikes=tuple(self.spikes),
             packed=self.packed,
