@@ -64,7 +64,7 @@ class Workers:
         self._recipe, self._slots, self._extra = recipe, slots, extra
         self._changed = threading.Condition()
         self._free = list(range(len(slots)))
-        self._waiting_for_one = 0
+        self._waiting_for_one: list[int] = []
         self._workers: dict[int, _Worker] = {}
         self._cause: BaseException | None = None
 
@@ -99,7 +99,8 @@ class Workers:
         Raises:
             KDError: what the node raised, that its process died, or what ended all work.
         """
-        taken = self._claim(everything=_needs_all(self._recipe, nodes[name], self._slots[0]))
+        everything = _needs_all(self._recipe, nodes[name], self._slots[0])
+        taken = self._claim(list(nodes).index(name), everything=everything)
         try:
             slot = self._slots[taken[0]] if len(taken) == 1 or self._slots[0] is None else _ALL_GPUS
             begun()
@@ -113,21 +114,23 @@ class Workers:
                 self._free = sorted([*self._free, *taken])
                 self._changed.notify_all()
 
-    def _claim(self, *, everything: bool) -> list[int]:
-        """Take one free slot, or all of them once no node waits for just one."""
+    def _claim(self, order: int, *, everything: bool) -> list[int]:
+        """Take one free slot, the first node of the graph first; or all of them once no node waits for just one."""
         with self._changed:
-            self._waiting_for_one += not everything
+            if not everything:
+                self._waiting_for_one.append(order)
             try:
                 while self._cause is None:
                     if everything and len(self._free) == len(self._slots) and not self._waiting_for_one:
                         taken, self._free = self._free, []
                         return taken
-                    if not everything and self._free:
+                    if not everything and self._free and order == min(self._waiting_for_one):
                         return [self._free.pop(0)]
                     self._changed.wait()
                 raise self._cause
             finally:
-                self._waiting_for_one -= not everything
+                if not everything:
+                    self._waiting_for_one.remove(order)
                 self._changed.notify_all()
 
     def _worker(self, place: int, slot: _Slot) -> "_Worker":
