@@ -46,7 +46,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Libraries that read the environment when they are imported must find the clean one; a pretended device is for a whole session."""
+    """Libraries that read the environment when they are imported must find the clean one; a pretended device is for a whole session.
+
+    A shell ignores SIGINT for what it runs in the background, and the processes that tests start and interrupt would inherit that.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in [name for name in os.environ if name.startswith(_FOREIGN)]:
         del os.environ[name]
     os.environ.update(_CLEAN)

@@ -5,7 +5,8 @@ slot (a GPU, or ``run.threads`` cores), or all of them: a training run on severa
 cores that are busy with something else would falsify. What a node computes does not depend on what runs beside it, so the bytes
 are those of a run one node at a time.
 
-The first error ends everything, as it does in a run of one process: finished shards and checkpoints are kept.
+The first error ends everything, as it does in a run of one process: workers are asked to end first, so that answers which are paid and
+the step that was just trained are kept, and killed if they take too long over it.
 """
 
 import logging
@@ -13,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -32,6 +34,8 @@ from kd_core.store import Store, open_store
 
 __all__ = ["Workers", "device_slots"]
 
+_ENDING_SECONDS = 10.0
+"""For workers that are asked to end: a step to its end, requests that are paid, and a commit."""
 _ALL_GPUS = "all"
 _Slot = str | None
 """What a worker sees: the name of one GPU, all of them, or (None) only CPUs."""
@@ -80,12 +84,16 @@ class Workers:
         return self._cause is not None
 
     def end(self, cause: BaseException) -> None:
-        """Kill every worker. All calls of ``run`` that wait or come later raise the first cause."""
+        """End every worker. All calls of ``run`` that wait or come later raise the first cause."""
         with self._changed:
             self._cause = self._cause or cause
             self._changed.notify_all()
-        for worker in self._workers.values():
-            worker.kill()
+        workers = list(self._workers.values())
+        for worker in workers:
+            worker.ask_to_end()
+        until = time.monotonic() + _ENDING_SECONDS
+        for worker in workers:
+            worker.end(max(0.0, until - time.monotonic()))
 
     def run(self, nodes: Graph, name: str, *, begun: Callable[[], None], tick: Ticker) -> Artifact:
         """Compute a node in a worker process, as soon as its slots are free.
@@ -136,11 +144,11 @@ class Workers:
     def _worker(self, place: int, slot: _Slot) -> "_Worker":
         if slot == _ALL_GPUS:  # workers that hold memory on single GPUs would be in its way
             for other in self._workers.values():
-                other.kill()
+                other.end(0.0)
         worker = self._workers.get(place)
         if worker is None or worker.slot != slot or not worker.alive:
             if worker is not None:
-                worker.kill()
+                worker.end(0.0)
             with self._changed:
                 if self._cause is not None:
                     raise self._cause
@@ -158,7 +166,7 @@ class _DeadWorkerError(KDError):
 
 
 class _Worker:
-    """One process that computes nodes, and the line to it. Used by one thread at a time; ``kill`` by any."""
+    """One process that computes nodes, and the line to it. Used by one thread at a time, and ended by any."""
 
     def __init__(self, recipe: Recipe, slot: _Slot, extra: Mapping[str, StageFunction]) -> None:
         self.slot = slot
@@ -173,8 +181,13 @@ class _Worker:
         """Tell whether this worker can be given work."""
         return self._process.is_alive()
 
-    def kill(self) -> None:
-        """End it now; its open shard or steps since the newest checkpoint are lost."""
+    def ask_to_end(self) -> None:
+        """Send SIGTERM: what is paid or trained is kept, and nothing else is begun."""
+        self._process.terminate()
+
+    def end(self, seconds: float) -> None:
+        """Wait until it has ended, for so long at most; then kill it, and its open shard or steps since a checkpoint are lost."""
+        self._process.join(seconds)
         self._process.kill()
         self._process.join()
 
@@ -217,6 +230,7 @@ class _Forward(logging.Handler):
 def _serve(line: Connection, recipe: Recipe, slot: _Slot, extra: dict[str, StageFunction]) -> None:
     """Run a worker process: compute nodes one after another, until the line is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the one that started us decides
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stages know an interrupt, and keep what they have
     end_with_parent()
     if slot is not None and slot != _ALL_GPUS:
         os.environ["CUDA_VISIBLE_DEVICES"] = slot  # read when CUDA starts, which nothing has done yet
@@ -224,7 +238,7 @@ def _serve(line: Connection, recipe: Recipe, slot: _Slot, extra: dict[str, Stage
     logger.addHandler(_Forward(line))
     logger.propagate = False
     store = open_store(recipe.run.store, recipe.run.s3)
-    with suppress(EOFError):
+    with suppress(EOFError, KeyboardInterrupt):
         while True:
             nodes, name = line.recv()
             line.send(_compute(recipe, nodes, name, store, line, extra))

@@ -67,9 +67,12 @@ def alone(job: Job) -> Ran:
 
 
 def hang(job: Job) -> Ran:
-    """Run until killed."""
-    _here(job)
-    _until(lambda: False)
+    """Run until ended, and keep what is there then, as a stage keeps answers that are paid."""
+    folder = _here(job)
+    try:
+        _until(lambda: False)
+    finally:
+        (folder / "kept").touch()
     return Ran()
 
 
@@ -145,6 +148,7 @@ def test_what_measures_speed_runs_alone_on_cpus(recipe: Recipe, tmp_path: Path) 
 def test_the_first_error_ends_the_others_and_is_what_all_say(recipe: Recipe, tmp_path: Path) -> None:
     found = _run(recipe, _graph(tmp_path / "meeting", "hang", "fail"))
     assert [str(error) for error in found] == ["no such luck"] * 2
+    assert (tmp_path / "meeting" / "kept").exists(), "it was asked to end before it was killed"
     assert all(_is_gone(int(path.read_text())) for path in (tmp_path / "meeting").glob("*.pid"))
 
 
