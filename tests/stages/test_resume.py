@@ -164,6 +164,8 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(copy, kd, kd_process, 
         process = kd_process(*words, KD_FAILPOINT=f"train.step:12:hold={held}")
         wait_for(lambda held=held: any(held.iterdir()), process)
         process.send_signal(number)
+        if number == signal.SIGTERM:  # which waits for the end of the step
+            next(held.iterdir()).unlink()
         out, err = process.communicate(timeout=120)
         assert (process.returncode, out) == (130, "")
         [line] = [line for line in err.splitlines() if not line.startswith(("+ ", "= "))]
@@ -176,7 +178,8 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(copy, kd, kd_process, 
     called = kd(*again, "--json")
     assert called.code == 0, called.err
     assert (
-        record(load_recipe(copy.recipe_file, changes[1::2]), copy.store, "student.0").summary["training"]["resumed_from"] == stopped == 20
+        record(load_recipe(copy.recipe_file, changes[1::2]), copy.store, "student.0").summary["training"]["resumed_from"] == stopped == 22,
+        "SIGTERM left a checkpoint after the step at work",
     )
 
 
