@@ -177,10 +177,8 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(copy, kd, kd_process, 
     assert (training["status"], training["resumes_at_step"]) == ("started", stopped)
     called = kd(*again, "--json")
     assert called.code == 0, called.err
-    assert (
-        record(load_recipe(copy.recipe_file, changes[1::2]), copy.store, "student.0").summary["training"]["resumed_from"] == stopped == 22,
-        "SIGTERM left a checkpoint after the step at work",
-    )
+    summary = record(load_recipe(copy.recipe_file, changes[1::2]), copy.store, "student.0").summary
+    assert summary["training"]["resumed_from"] == stopped == 22, "SIGTERM left a checkpoint after the step at work"
 
 
 # ------------------------------------------------------------------------------------------- damaged bytes
