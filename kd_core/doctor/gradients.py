@@ -84,7 +84,7 @@ def _padded(batch: MicroBatch, padding: int) -> MicroBatch:
 
 
 def norm(gradient: Gradient) -> float:
-    """Of all of it as one vector."""
+    """Euclidean norm of all parameters' gradients as one vector."""
     return math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
 
 

@@ -102,7 +102,7 @@ def _prompt_counts(store: Store, prompts: Record) -> dict[str, dict[str, int]]:
 
 
 def _licences(recipe: Recipe) -> tuple[str | None, str | None]:
-    """Of the teacher, and of the weights that the student started from."""
+    """Find the licences of the teacher and of the weights that the student started from; None where one is not known."""
     teacher = model_licence(recipe.teacher) if isinstance(recipe.teacher, PretrainedTeacher) else None
     if isinstance(recipe.student, PretrainedStudent):
         return teacher, model_licence(recipe.student)

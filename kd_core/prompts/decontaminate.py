@@ -88,7 +88,7 @@ def _common(runs: Sequence[Hashes]) -> Hashes:
 
 
 def groups(wordings: Sequence[Wording]) -> list[int]:
-    """For each prompt the number of its group: the first prompt that it is connected to by copies of copies."""
+    """Number the group of each prompt: the first prompt that it is connected to by copies of copies."""
     parents = list(range(len(wordings)))
 
     def root(i: int) -> int:
