@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnswersSummary",
+    "ClassifierIdentity",
     "CurateSummary",
     "EvaluateSummary",
     "GateSummary",
@@ -107,6 +108,25 @@ class ServerIdentity(_Closed):
     engine: Literal["server"]
     model: str
     revision: str
+
+
+@dataclass(frozen=True)
+class ClassifierIdentity(_Closed):
+    """Identity of a teacher that tells classes apart; part of the identity of its rows.
+
+    Attributes:
+        engine: what runs it.
+        weights: what pins them, as for a model that writes text.
+        processor: fingerprint of what prepares its inputs, 32 hex.
+        classes: names of its columns, in their order.
+        dtype: in which it runs.
+    """
+
+    engine: Literal["classifier"]
+    weights: Mapping[str, Any]
+    processor: str
+    classes: tuple[str, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -273,7 +293,7 @@ class TeacherSummary(_Closed):
         training: how the recipe trained it; None where it did not.
     """
 
-    teacher: Annotated[ModelIdentity | ServerIdentity, Field(discriminator="engine")]
+    teacher: Annotated[ModelIdentity | ServerIdentity | ClassifierIdentity, Field(discriminator="engine")]
     parameters: int | None
     bytes: int | None
     max_positions: int | None

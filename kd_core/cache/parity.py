@@ -21,9 +21,9 @@ from kd_core.softlabels.capture import score_rows
 from kd_core.softlabels.targets import Targets
 from kd_core.stages.graph import build_graph, open_node
 from kd_core.stages.job import Job
-from kd_core.stages.teacher import load_teacher
 from kd_core.store import Store
 from kd_core.store.scratch import scratch
+from kd_core.task_kinds.generation import load_text_teacher
 from kd_core.tokens.batches import TokenRow
 
 __all__ = ["Bounds", "Parity", "RowParity", "compare", "live_parity"]
@@ -127,7 +127,7 @@ def live_parity(recipe: Recipe, store: Store, *, num_rows: int, tick: Ticker = s
     }
     wanted = [(key, TokenRow(tuple(row["ids"][0].as_py()), row["first_supervised"][0].as_py())) for key, row in rows.items()]
     with scratch() as directory:
-        teacher = load_teacher(Job(recipe, node, store, {"teacher": record}, directory, silent))
+        teacher = load_text_teacher(Job(recipe, node, store, {"teacher": record}, directory, silent))
     live = score_rows(teacher, wanted, policy=policy, micro_batch_tokens=recipe.run.micro_batch_tokens)
     tick(Tick(len(keys), len(keys), "rows"))
     bounds = _BOUNDS.get(teacher.model.dtype, _BOUNDS_16_BIT)

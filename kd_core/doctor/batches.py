@@ -14,7 +14,7 @@ from kd_core.softlabels import Targets, concatenate
 from kd_core.softlabels.targets import move
 from kd_core.tokens.batches import TokenRow, collate
 from kd_core.tokens.packing import unpackable
-from kd_core.train.batches import Layout
+from kd_core.train.batches import Layout, TokenLayout
 
 __all__ = ["check_batch_split", "check_half_precision", "check_objective", "check_packing", "check_padding"]
 
@@ -38,7 +38,7 @@ class _Batch:
     def layout(self, *, packed: bool, budget_tokens: int | None = None) -> Layout:
         """All rows in one batch, or cut to a budget."""
         whole = len(self.rows) * max(len(row.ids) for row in self.rows)
-        return Layout(packed, whole if budget_tokens is None else budget_tokens, self.student.device)
+        return TokenLayout(packed, whole if budget_tokens is None else budget_tokens, self.student.device)
 
     def run(
         self, layout: Layout, *, padding: int = 0, bf16: bool = False, weights: StepWeights | None = None

@@ -16,7 +16,7 @@ from kd_core.losses import StepWeights, fused_loss, soft_divergence
 from kd_core.softlabels import Targets, concatenate
 from kd_core.softlabels.targets import DenseTargets, SampledTargets, move
 from kd_core.tokens.batches import collate
-from kd_core.train.batches import Layout
+from kd_core.train.batches import TokenLayout
 from kd_core.train.objective_model import ObjectiveModel
 
 __all__ = ["check_mass_outside", "check_slope"]
@@ -88,7 +88,7 @@ def check_slope(subject: Subject) -> str:
     rows = [subject.rows[i] for i in subject.few]
     stored = concatenate([subject.targets[i] for i in subject.few]) if soft else None
     model = ObjectiveModel(student.model, num_columns=student.num_columns, divergence=recipe.objective.divergence)
-    batch = Layout(packed=False, budget_tokens=1, device=student.device).batch(rows, stored)
+    batch = TokenLayout(packed=False, budget_tokens=1, device=student.device).batch(rows, stored)
     if type(student.model.get_output_embeddings()) is not torch.nn.Linear:
         raise Skipped("the head is no plain linear projection")
     with torch.no_grad():

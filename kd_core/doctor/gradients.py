@@ -14,7 +14,7 @@ from kd_core.softlabels import Targets, concatenate
 from kd_core.teacher.models import LoadedModel
 from kd_core.tokens.batches import TokenRow
 from kd_core.tokens.packing import isolated_documents
-from kd_core.train.batches import Layout, MicroBatch
+from kd_core.train.batches import Layout, MicroBatch, TokenLayout
 from kd_core.train.objective_model import ObjectiveModel
 
 __all__ = ["Gradient", "distance", "hard_gradient", "loss_and_gradient", "norm"]
@@ -67,7 +67,7 @@ def loss_and_gradient(
 
 def hard_gradient(student: LoadedModel, rows: Sequence[TokenRow]) -> tuple[float, Gradient]:
     """Mean cross-entropy of rows, padded in one batch, and its gradient."""
-    whole = Layout(packed=False, budget_tokens=len(rows) * max(len(row.ids) for row in rows), device=student.device)
+    whole = TokenLayout(packed=False, budget_tokens=len(rows) * max(len(row.ids) for row in rows), device=student.device)
     loss, _, gradient = loss_and_gradient(student, rows, None, _HARD, ForwardKL(kind="forward_kl"), layout=whole)
     return loss, gradient
 

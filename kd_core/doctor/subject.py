@@ -23,16 +23,18 @@ from kd_core.recipe import (
     ServerTeacher,
     SoftLabels,
     StudentFromConfig,
+    StudentFromTeacher,
     TopK,
+    TrainedTeacher,
     schedule_values,
 )
 from kd_core.softlabels import Targets, decode_rows, encode_rows, parse_model
 from kd_core.softlabels.capture import row_key, score_rows
 from kd_core.stages.graph import build_graph
 from kd_core.stages.job import Job
-from kd_core.stages.teacher import load_teacher
 from kd_core.store import Store
 from kd_core.student.make import new_model, student_from_teacher
+from kd_core.task_kinds.generation import load_text_teacher
 from kd_core.teacher.models import LoadedModel, load_model, load_tokenizer, pick_device
 from kd_core.tokens.batches import TokenRow
 from kd_core.tokens.encoding import character_tokenizer, encode_gold, encode_prompt, num_columns
@@ -112,13 +114,15 @@ def _teacher(recipe: Recipe, store: Store) -> tuple[LoadedModel | None, Record |
     spec, node = recipe.teacher, build_graph(recipe, store)["teacher"]
     if isinstance(spec, ServerTeacher):
         return None, None, ""
+    _ = recipe.text_task  # raises for a recipe whose student writes no text
     record = find(store, node.stage, node.fingerprint)
     if record is not None:
-        return load_teacher(Job(recipe, node, store, {"teacher": record}, Path(), silent)), record, ""
+        return load_text_teacher(Job(recipe, node, store, {"teacher": record}, Path(), silent)), record, ""
     device = pick_device(recipe.run.device)
     if isinstance(spec, PretrainedTeacher):
         loaded = load_model(spec, device=device, tokenizer=load_tokenizer(spec))
         return loaded, None, ""
+    assert isinstance(spec, TrainedTeacher), "the recipe allows no other teacher of text"
     tokenizer = character_tokenizer(spec.tokenizer)
     model = new_model(spec.architecture, tokenizer, seed=recipe.seeds[0])
     loaded = LoadedModel(model.to(device).eval().requires_grad_(False), tokenizer, num_columns(tokenizer))
@@ -147,6 +151,7 @@ def _student(recipe: Recipe, teacher: LoadedModel | None, rows: Sequence[TokenRo
             model = new_model(spec.architecture, teacher.tokenizer, seed=recipe.seeds[0])
             loaded = LoadedModel(model, teacher.tokenizer, num_columns(teacher.tokenizer))
         else:
+            assert isinstance(spec, StudentFromTeacher), "the recipe allows no other student of text"
             model = student_from_teacher(teacher, spec, rows=lambda num_rows: rows[:num_rows])
             loaded = LoadedModel(model, teacher.tokenizer, teacher.num_columns)
     loaded.model.float().to(pick_device(recipe.run.device)).eval().requires_grad_(True)
@@ -159,9 +164,9 @@ def _rows(recipe: Recipe, tokenizer: Any) -> tuple[tuple[str, ...], tuple[TokenR
     golds = [row for row in prompts if row["gold"]]
     candidates: list[tuple[str, TokenRow]] = []
     for prompt in (golds or prompts)[:_CANDIDATES]:
-        ids = encode_prompt(tokenizer, prompt["prompt"], recipe.task)
+        ids = encode_prompt(tokenizer, prompt["prompt"], recipe.text_task)
         row = (
-            TokenRow((*ids, *encode_gold(tokenizer, prompt["gold"], recipe.task)), len(ids))
+            TokenRow((*ids, *encode_gold(tokenizer, prompt["gold"], recipe.text_task)), len(ids))
             if golds
             else TokenRow(tuple(ids), max(1, len(ids) // 2))
         )

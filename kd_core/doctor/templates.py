@@ -4,7 +4,7 @@ from kd_core.doctor.findings import Skipped
 from kd_core.doctor.subject import Subject
 from kd_core.errors import SourceError, TeacherError
 from kd_core.recipe import Recipe
-from kd_core.stages.teacher import rows_tokenizer
+from kd_core.task_kinds.generation import rows_tokenizer
 from kd_core.tokens.encoding import encode_answer, encode_prompt, end_token
 from kd_core.tokens.templates import check_template, control_tokens, opens_thought
 
@@ -13,14 +13,14 @@ __all__ = ["check_chat_template", "check_control_tokens"]
 
 def check_chat_template(recipe: Recipe) -> str:
     """The template takes the recipe's system message and prompts, asks for no other day than task.date, and says how a turn ends."""
-    if recipe.task.template == "plain":
+    if recipe.text_task.template == "plain":
         raise Skipped("task.template: plain uses none")
-    return check_template(rows_tokenizer(recipe), recipe.task)
+    return check_template(rows_tokenizer(recipe), recipe.text_task)
 
 
 def check_control_tokens(subject: Subject) -> str:
     """A control token that a prompt or an answer spells stays text; only the template and the end of an answer write control ids."""
-    tokenizer, task = subject.student.tokenizer, subject.recipe.task
+    tokenizer, task = subject.student.tokenizer, subject.recipe.text_task
     spelt = control_tokens(tokenizer)
     control = {int(tokenizer.convert_tokens_to_ids(token)) for token in spelt}
     text, end = subject.texts[0], end_token(tokenizer, task)
@@ -44,4 +44,4 @@ def check_control_tokens(subject: Subject) -> str:
 
 
 def _thinks(subject: Subject) -> bool:
-    return subject.recipe.task.template == "chat" and subject.has_gold and opens_thought(subject.student.tokenizer)
+    return subject.recipe.text_task.template == "chat" and subject.has_gold and opens_thought(subject.student.tokenizer)

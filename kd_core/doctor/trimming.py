@@ -25,12 +25,12 @@ def check_trimmed_vocabulary(subject: Subject) -> str:
     spec, student = subject.recipe.student.vocabulary, subject.student
     if spec is None:
         raise Skipped("the student keeps all tokens")
-    prompts = [(text, encode_prompt(student.tokenizer, text, subject.recipe.task)) for text in subject.texts]
+    prompts = [(text, encode_prompt(student.tokenizer, text, subject.recipe.text_task)) for text in subject.texts]
     seen = {i for ids in [*(row.ids for row in subject.rows), *(ids for _, ids in prompts)] for i in ids}
     token_map = kept_tokens(student.tokenizer, seen, num_common=spec.num_common)
     tokenizer = trim_tokenizer(student.tokenizer, token_map)
     for text, theirs in prompts:
-        if token_map.restore(np.array(encode_prompt(tokenizer, text, subject.recipe.task))).tolist() != theirs:
+        if token_map.restore(np.array(encode_prompt(tokenizer, text, subject.recipe.text_task))).tolist() != theirs:
             raise TeacherError(
                 f"the trimmed tokenizer reads {text[:40]!r} as other tokens than the whole one; leave student.vocabulary out"
             )

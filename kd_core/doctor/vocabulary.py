@@ -27,13 +27,15 @@ def check_tokenizers(subject: Subject) -> str:
     ours = vars(tokenizer_identity(student.tokenizer))
     if teacher is not None:
         theirs = vars(tokenizer_identity(teacher.tokenizer))
-        differ = [name for name in ours if ours[name] != theirs[name] and (name != "template" or subject.recipe.task.template == "chat")]
+        differ = [
+            name for name in ours if ours[name] != theirs[name] and (name != "template" or subject.recipe.text_task.template == "chat")
+        ]
         if differ:
             raise TeacherError(
                 f"teacher's and student's tokenizers differ in {', '.join(differ)}; use a student with the teacher's tokenizer"
             )
         for text in subject.texts:
-            pair = [encode_prompt(model.tokenizer, text, subject.recipe.task) for model in (teacher, student)]
+            pair = [encode_prompt(model.tokenizer, text, subject.recipe.text_task) for model in (teacher, student)]
             if pair[0] != pair[1]:
                 raise TeacherError(f"teacher and student read {text[:40]!r} as different tokens: {pair[0][:12]} and {pair[1][:12]}")
     notes = [
@@ -41,7 +43,7 @@ def check_tokenizers(subject: Subject) -> str:
         for name, model in (("teacher", teacher), ("student", student))
         if model is not None
     ]
-    template = f"template {ours['template'][:8]}" if subject.recipe.task.template == "chat" else "no template"
+    template = f"template {ours['template'][:8]}" if subject.recipe.text_task.template == "chat" else "no template"
     return f"{'; '.join(notes)}; {template}, end token {ours['eos']}"
 
 
@@ -60,7 +62,7 @@ def _columns(name: str, loaded: LoadedModel) -> str:
 
 def check_supervision(subject: Subject) -> str:
     """Every answer token counts once, no other does, and a gold answer teaches its end."""
-    rows, end = subject.rows, end_token(subject.student.tokenizer, subject.recipe.task)
+    rows, end = subject.rows, end_token(subject.student.tokenizer, subject.recipe.text_task)
     beyond = [i for row in rows for i in row.ids if i >= subject.student.num_columns]
     if beyond:
         raise SourceError(
@@ -107,7 +109,7 @@ def check_used_rows(subject: Subject) -> str:
 
 def check_end_token(subject: Subject) -> str:
     """The student learns to stop: a small step down the loss of end tokens alone makes them more likely."""
-    student, end = subject.student, end_token(subject.student.tokenizer, subject.recipe.task)
+    student, end = subject.student, end_token(subject.student.tokenizer, subject.recipe.text_task)
     if student.model.get_input_embeddings().padding_idx == end:
         raise TrainingError(
             f"the embedding of the end token {end} is a padding_idx, which never learns; make the student with kd_core.student"
@@ -155,7 +157,7 @@ def check_truncated_answers(subject: Subject) -> str:
     with pq.ParquetFile(key, filesystem=files) as rows:
         groups = range(min(_CURATED_GROUPS, rows.num_row_groups))
         table = rows.read_row_groups(groups, columns=["finish_reason", "ids"])
-    ends = {int(subject.student.tokenizer.eos_token_id), end_token(subject.student.tokenizer, subject.recipe.task)}
+    ends = {int(subject.student.tokenizer.eos_token_id), end_token(subject.student.tokenizer, subject.recipe.text_task)}
     cut = [ids for reason, ids in zip(table["finish_reason"].to_pylist(), table["ids"].to_pylist(), strict=True) if reason == "length"]
     ended = sum(ids[-1] in ends for ids in cut)
     numbers = f"{len(cut)} of {table.num_rows} curated rows met max_tokens, {ended} of them with an end token"

@@ -11,6 +11,7 @@ the same pieces, and cut to the tokens that the student has. Sums are divided by
 model, so that a loss a token is the loss of the same text.
 """
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ from kd_core.tokens.encoding import decode_answer, encode_gold, encode_prompt, t
 
 __all__ = ["Measured", "measure"]
 
+_LOG = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -42,11 +45,15 @@ class Measured:
         tokens_per_second: generated tokens a second where answers were sampled, else scored tokens a second; on this
             machine, in this run.
         undecided_samples: samples that could not be graded; pass_at_1 counts them as not right.
+        items_beyond_positions: items that may need more tokens than the model was made for.
+        guesses: of classes: suite, item_id, seed, the likeliest classes and their probabilities; None for generated text.
     """
 
     scores: pa.Table
     tokens_per_second: float
     undecided_samples: int
+    items_beyond_positions: int
+    guesses: pa.Table | None = None
 
 
 def measure(
@@ -90,7 +97,20 @@ def measure(
         tick(Tick(len(rows), total, "items"))
     table = pa.Table.from_pylist([{name: row.get(name) for name in SCORE_SCHEMA.names} for row in rows], schema=SCORE_SCHEMA)
     rate = generated / generating if generating > 0.0 else scored / max(scoring, 1e-9)
-    return Measured(table, rate, undecided)
+    beyond = _beyond(loaded, suites, answers=answers, task=task)
+    return Measured(table, rate, undecided, beyond)
+
+
+def _beyond(loaded: LoadedModel, suites: Mapping[str, pa.Table], *, answers: Answers | None, task: Task) -> int:
+    """Items whose prompt with its gold answer, or with the longest sampled one, has more tokens than the model has positions."""
+    positions, found = loaded.max_positions, 0
+    for item in (item for table in suites.values() for item in table.to_pylist() if positions is not None):
+        gold = len(encode_gold(loaded.tokenizer, item["gold"], task)) if item["gold"] else 0
+        longest = max(gold, 0 if answers is None else answers.max_tokens)
+        found += len(encode_prompt(loaded.tokenizer, item["prompt"], task)) + longest > (positions or 0)
+    if found:
+        _LOG.warning("%d items may need more than the model's %d positions, for which it was not made", found, positions)
+    return found
 
 
 def _sample(

@@ -28,6 +28,8 @@ SCORE_SCHEMA = pa.schema(
         pa.field("item_id", pa.string(), nullable=False),
         pa.field("seed", pa.int64(), nullable=False),
         ("pass_at_1", pa.float64()),
+        ("accuracy", pa.float64()),
+        ("unseen_recall", pa.float64()),
         ("nll_sum", pa.float64()),
         ("kl_sum", pa.float64()),
         ("agreement_sum", pa.float64()),
@@ -38,7 +40,8 @@ SCORE_SCHEMA = pa.schema(
 )
 """One row per (suite, item_id, seed) of one model. Sums run over the supervised tokens of the item's gold answer, of
 which there are ``tokens``; they are null for items without one (kl and agreement also without a teacher that scores).
-``pass_at_1`` is the share of right answers among the samples, ``truncated`` the share that met the token limit, ``text``
+``accuracy`` is 1 where the class is right, ``unseen_recall`` the same on items of classes that the student never saw, and null
+on others. ``pass_at_1`` is the share of right answers among the samples, ``truncated`` the share that met the token limit, ``text``
 the first sample; null where nothing was generated."""
 
 Form = Literal["share", "per_token", "token_share"]
@@ -56,6 +59,7 @@ class Metric:
         higher_is_better: direction of improvement.
         label: name for people.
         meaning: one line for a newcomer.
+        of_some: whether it is about some items by what they are: others are not missing.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Metric:
     higher_is_better: bool
     label: str
     meaning: str
+    of_some: bool = False
 
 
 METRICS: Mapping[str, Metric] = MappingProxyType(
@@ -71,6 +76,16 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         metric.name: metric
         for metric in (
             Metric("pass_at_1", "pass_at_1", "share", True, "pass@1", "Share of answers that are right; higher is better."),
+            Metric("accuracy", "accuracy", "share", True, "Accuracy", "Share of items whose class is right; higher is better."),
+            Metric(
+                "unseen_recall",
+                "unseen_recall",
+                "share",
+                True,
+                "Recall of the unseen",
+                "Share right among items of classes that were never in the student's rows; higher is better.",
+                of_some=True,
+            ),
             Metric("nll", "nll_sum", "per_token", False, "NLL", "Surprise at the gold answer, nats a token; lower is better."),
             Metric(
                 "kl",
@@ -279,6 +294,8 @@ class _Grid:
 def _grid(scores: pa.Table, metric: str, suite: str) -> _Grid | None:
     chosen = metric_of(metric)
     rows = scores.filter(pc.equal(scores["suite"], suite))
+    if chosen.of_some:
+        rows = rows.filter(pc.is_valid(rows[chosen.column]))
     if rows.num_rows == 0:
         return None
     items, item_of_row = np.unique(np.array(rows["item_id"].to_pylist(), dtype=object), return_inverse=True)

@@ -18,7 +18,16 @@ from kd_core.evaluate.charts import label_of
 from kd_core.evaluate.statistics import metric_of
 from kd_core.export.lineage import Lineage
 from kd_core.export.parity import Parity
-from kd_core.recipe import DatasetSource, PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, SourceSuite, TrainedTeacher
+from kd_core.recipe import (
+    DatasetSource,
+    PretrainedStudent,
+    PretrainedTeacher,
+    Recipe,
+    ServerTeacher,
+    SourceSuite,
+    TrainedClassifier,
+    TrainedTeacher,
+)
 from kd_core.recipe.core_yaml import write_yaml
 from kd_core.summaries import CurateSummary, PromptsSummary, TeacherSummary, of
 
@@ -157,6 +166,9 @@ def _teacher(lineage: Lineage) -> str:
         case PretrainedTeacher():
             revision = f" at {_code(teacher.revision)}" if teacher.revision else ""
             return f"{_code(_model_name(teacher.model))}{revision}{counted}, run in {teacher.dtype}. {licence}"
+        case TrainedClassifier():
+            begun = "from scratch" if teacher.model is None else f"from {_code(_model_name(teacher.model))}"
+            return f"A classifier trained by this recipe {begun} on the gold data above{counted}. {licence}"
         case ServerTeacher():
             return f"{_code(teacher.model)}, version {_code(teacher.revision)}, behind a server: only its texts were seen. {licence}"
 

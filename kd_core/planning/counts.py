@@ -17,7 +17,18 @@ from kd_core.artifacts import read_bytes
 from kd_core.evaluate.suites import expect_measurable, suite_items
 from kd_core.planning.basis import Basis
 from kd_core.prompts import collect_prompts, estimate_rows
-from kd_core.recipe import DatasetSource, HeldOutSuite, Source, SourceSuite, TrainedTeacher
+from kd_core.recipe import (
+    DatasetSource,
+    FileSource,
+    FolderSource,
+    HeldOutSuite,
+    ReasoningGymSource,
+    ScikitLearnSource,
+    Source,
+    SourceSuite,
+    TrainedClassifier,
+    TrainedTeacher,
+)
 from kd_core.summaries import CurateSummary, of
 
 __all__ = ["Counts", "PromptCounts", "has_gold"]
@@ -93,7 +104,9 @@ class Counts:
     def teacher_rows(self) -> int | None:
         """Gold rows that a trained teacher learns from, before duplicates and held-out ones are taken out."""
         teacher = self.basis.recipe.teacher
-        return _total(estimate_rows(source) for source in teacher.sources) if isinstance(teacher, TrainedTeacher) else None
+        if not isinstance(teacher, TrainedTeacher | TrainedClassifier):
+            return None
+        return _total(estimate_rows(source) for source in teacher.sources or self.basis.recipe.prompts.sources)
 
     @property
     def answer_rows(self) -> int | None:
@@ -119,7 +132,13 @@ class Counts:
 
 def has_gold(source: Source) -> bool:
     """Tell whether rows of a source have a worked gold answer."""
-    return source.style == "running_totals" if source.kind == "reasoning_gym" else source.gold is not None
+    match source:
+        case ReasoningGymSource():
+            return source.style == "running_totals"
+        case FileSource() | DatasetSource():
+            return source.gold is not None
+        case FolderSource() | ScikitLearnSource():
+            return True  # an image's folder, or its target, is its class
 
 
 def _total(numbers: Iterable[int | None]) -> int | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from kd_core.errors import RecipeError
 from kd_core.planning.costs import forward_seconds
 from kd_core.planning.known import Known
-from kd_core.recipe import HiddenStateFeatures, PretrainedStudent, StudentFromConfig
+from kd_core.recipe import HiddenStateFeatures, NewClassifier, PretrainedStudent, StudentFromConfig
 from kd_core.recipe.block_pairs import block_pairs
 from kd_core.teacher.sizes import stored_size
 
@@ -62,7 +62,7 @@ def _student_blocks(known: Known) -> int | None:
     if isinstance(student, PretrainedStudent):
         size = stored_size(student)
         return None if size is None else len(size.blocks)
-    if known.sizes.teacher_size is None:
+    if known.sizes.teacher_size is None or isinstance(student, NewClassifier):
         return None
     try:
         return len(student.kept_blocks(len(known.sizes.teacher_size.blocks)))

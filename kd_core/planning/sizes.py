@@ -6,7 +6,7 @@ from functools import cached_property
 from kd_core.artifacts import Record, find
 from kd_core.errors import RecipeError
 from kd_core.planning.basis import Basis, teacher_columns
-from kd_core.recipe import PretrainedStudent, PretrainedTeacher, ServerTeacher, StudentFromConfig, TrainedTeacher
+from kd_core.recipe import NewClassifier, PretrainedStudent, PretrainedTeacher, ServerTeacher, StudentFromConfig, Task, TrainedTeacher
 from kd_core.stages.graph import champion
 from kd_core.summaries import TeacherSummary, TrainSummary, VocabularySummary, of
 from kd_core.teacher.columns import stored_columns
@@ -27,7 +27,7 @@ class Sizes:
         teacher = self.basis.recipe.teacher
         if isinstance(teacher, TrainedTeacher):
             return llama_size(teacher.architecture, len(teacher.tokenizer.alphabet) + 2)
-        return stored_size(teacher) if isinstance(teacher, PretrainedTeacher) else None
+        return stored_size(teacher) if isinstance(teacher, PretrainedTeacher) and isinstance(self.basis.recipe.task, Task) else None
 
     @cached_property
     def teacher_parameters(self) -> int | None:
@@ -44,7 +44,9 @@ class Sizes:
             return len(teacher.tokenizer.alphabet) + 2
         if isinstance(teacher, ServerTeacher):
             return None
-        return stored_columns(teacher) if record is None else teacher_columns(record)
+        if record is not None:
+            return teacher_columns(record)
+        return stored_columns(teacher) if isinstance(teacher, PretrainedTeacher) and isinstance(self.basis.recipe.task, Task) else None
 
     @property
     def kept_tokens(self) -> int | None:
@@ -60,6 +62,8 @@ class Sizes:
             RecipeError: the teacher cannot be made into such a student.
         """
         student = self.basis.recipe.student
+        if isinstance(student, NewClassifier) or not isinstance(self.basis.recipe.task, Task):
+            return self._trained_parameters
         if isinstance(student, StudentFromConfig):
             columns = self.num_columns if student.vocabulary is None else self.kept_tokens
             return None if columns is None else llama_size(student.architecture, columns).parameters()
@@ -82,6 +86,12 @@ class Sizes:
         if student.narrower or student.num_kv_heads or student.share_embeddings or student.vocabulary:
             return None  # kd student describe counts these, from the config
         return self.teacher_size.parameters(blocks)
+
+    @property
+    def _trained_parameters(self) -> int | None:
+        """Parameters of a student that was trained; None before."""
+        records = (self.basis.records[f"student.{seed}"] for seed in self.basis.recipe.seeds)
+        return next((of(record, TrainSummary).parameters for record in records if record is not None), None)
 
     def evaluated_parameters(self, model: str) -> int | None:
         """Parameters of the model behind 'evaluate.<model>'."""

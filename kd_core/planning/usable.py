@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from kd_core.planning.known import Known
-from kd_core.recipe import PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, StudentFromConfig, TrainedTeacher
+from kd_core.recipe import PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, StudentFromConfig, Task, TrainedTeacher
 from kd_core.summaries import RowLimit, TeacherSummary, UsedRows, of
 from kd_core.teacher.reference import locate
 from kd_core.tokens.lengths import row_limit, used_rows
@@ -18,6 +18,8 @@ __all__ = ["row_notes", "template_notes"]
 
 def row_notes(known: Known) -> Iterator[str]:
     """One sentence on the rows within training.max_tokens: counted after curation, estimated from gold answers before."""
+    if not isinstance(known.basis.recipe.task, Task):
+        return  # classes are told apart whatever an input's length is
     training, limit = known.basis.recipe.training, _limit(known)
     used, exact = _used(known, limit), known.cached.curated is not None
     if used is not None:
@@ -66,13 +68,13 @@ def template_notes(recipe: Recipe) -> Iterator[str]:
     Raises:
         SourceError, RecipeError: the template cannot be used as the recipe asks.
     """
-    if recipe.task.template == "plain":
+    if not isinstance(recipe.task, Task) or recipe.task.template == "plain":
         return
     ref = recipe.teacher if not isinstance(recipe.teacher, ServerTeacher) else recipe.student
     if isinstance(ref, PretrainedTeacher | PretrainedStudent) and locate(ref) is None:
         yield f"template: {ref.model} is on the hub and not fetched for a plan; kd doctor looks at its chat template"
         return
-    from kd_core.stages.teacher import rows_tokenizer  # with transformers: seconds that only a recipe with a chat template pays
+    from kd_core.task_kinds.generation import rows_tokenizer  # with transformers: seconds that only a recipe with a chat template pays
     from kd_core.tokens.templates import check_template
 
-    yield f"template: {check_template(rows_tokenizer(recipe), recipe.task)}"
+    yield f"template: {check_template(rows_tokenizer(recipe), recipe.text_task)}"

@@ -24,7 +24,7 @@ from kd_core.planning.costs import (
 from kd_core.planning.features import live_teacher_seconds, reads_states
 from kd_core.planning.known import Known
 from kd_core.planning.soft_labels import estimate, scoring_rate
-from kd_core.recipe import Recipe, ServerTeacher, TrainedTeacher, Training
+from kd_core.recipe import PretrainedTeacher, Recipe, ServerTeacher, TrainedTeacher, Training
 from kd_core.stages.graph import Node
 from kd_core.summaries import (
     AnswersSummary,
@@ -91,13 +91,14 @@ def _teacher(known: Known, missing: Sequence[Node]) -> Work:
     teacher, parameters = known.basis.recipe.teacher, known.sizes.teacher_parameters
     if isinstance(teacher, ServerTeacher):
         return Work(rows=None, rows_cached=None)
-    if not isinstance(teacher, TrainedTeacher):
+    if isinstance(teacher, PretrainedTeacher):
         return Work(None, None, 0, None, None if parameters is None else load_seconds(parameters))
-    architecture = teacher.architecture.model_dump(mode="json")
+    own = teacher.model_dump(mode="json")
 
     def measure(record: Record) -> tuple[float, float] | None:
         run = of(record, TeacherSummary).training
-        return None if run is None or record.identity["architecture"] != architecture else _trained(record, run)
+        alike = all(record.identity.get(name) == own.get(name) for name in ("architecture", "family", "config"))
+        return _trained(record, run) if run is not None and alike else None
 
     rate = measured_seconds(known.basis.finished("teacher"), measure)
     return _training(known, teacher.training, parameters, known.lengths.teacher_row_tokens, rate, rows=known.counts.teacher_rows)

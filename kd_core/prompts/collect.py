@@ -8,7 +8,7 @@ decides. So a new row moves others only if it is a near copy of them and its id 
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -20,7 +20,7 @@ from kd_core.prompts.cleaning import Side, clean, normalise, prompt_id, side_of
 from kd_core.prompts.decontaminate import Wording, groups, index_suite, overlap, set_aside_common, wording
 from kd_core.prompts.rows import PromptRow, RawRow, to_table
 from kd_core.prompts.sources import read_source
-from kd_core.recipe import HeldOutSuite, Recipe, S3Options, Source, SourceSuite, Split, Suite, Task
+from kd_core.recipe import AnyTask, HeldOutSuite, Recipe, S3Options, Source, SourceSuite, Split, Suite, Task
 
 __all__ = ["CLEANING_VERSION", "PromptSet", "collect_gold", "collect_prompts"]
 
@@ -49,17 +49,25 @@ class PromptSet:
 _Rows = dict[str, PromptRow]  # by normalised prompt, in order of the sources
 
 
-def collect_prompts(recipe: Recipe) -> PromptSet:
+Keep = Callable[[bytes], str]
+"""Keeps an image and gives its hash."""
+
+
+def collect_prompts(recipe: Recipe, keep: Keep | None = None) -> PromptSet:
     """Read, clean, split and decontaminate the prompts of a recipe, and collect its suites.
+
+    Args:
+        recipe: the recipe.
+        keep: takes the images; needed where prompts are images.
 
     Raises:
         SourceError: a source cannot be read, nothing is left to train on, or a suite is empty.
     """
     prompts, task, s3 = recipe.prompts, recipe.task, recipe.run.s3
     counts: Counter[str] = Counter(dict.fromkeys(("read", "empty", "too_long", "duplicate", "train", "validation", "test"), 0))
-    reader = _read_sources(prompts.sources, where="prompts.sources", task=task, s3=s3)
+    reader = _read_sources(prompts.sources, where="prompts.sources", task=task, s3=s3, keep=keep)
     rows = _clean_rows(reader, counts, max_characters=prompts.max_characters)
-    benchmarks = _read_suites(recipe.evaluation.suites, counts, task=task, s3=s3)
+    benchmarks = _read_suites(recipe.evaluation.suites, counts, task=task, s3=s3, keep=keep)
     kept = _held_apart(rows.values(), benchmarks, counts, split=prompts.split)
     counts.update(row.split for row in kept)
     if not counts["train"]:
@@ -73,7 +81,14 @@ def collect_prompts(recipe: Recipe) -> PromptSet:
 
 
 def collect_gold(
-    sources: Sequence[Source], *, task: Task, split: Split, suites: Sequence[Suite], max_characters: int, s3: S3Options
+    sources: Sequence[Source],
+    *,
+    task: AnyTask,
+    split: Split,
+    suites: Sequence[Suite],
+    max_characters: int,
+    s3: S3Options,
+    keep: Keep | None = None,
 ) -> tuple[pa.Table, dict[str, int]]:
     """Gold data of a trained teacher: rows with a worked gold answer, on the train side by hash, off every benchmark.
 
@@ -84,6 +99,7 @@ def collect_gold(
         suites: the recipe's suites; those of kind source are read and their overlaps removed.
         max_characters: longest prompt, characters.
         s3: how to reach s3:// files.
+        keep: takes the images; needed where prompts are images.
 
     A near copy of a prompt in `prompts.sources` that is held out there is not seen here: only its very words are, by their hash.
 
@@ -95,9 +111,9 @@ def collect_gold(
         SourceError: a source cannot be read, or nothing is left.
     """
     counts: Counter[str] = Counter(dict.fromkeys(("read", "empty", "too_long", "no_gold", "duplicate", "held_out", "train"), 0))
-    reader = _read_sources(sources, where="teacher.sources", task=task, s3=s3)
+    reader = _read_sources(sources, where="teacher.sources", task=task, s3=s3, keep=keep)
     rows = _clean_rows(reader, counts, max_characters=max_characters, gold_only=True)
-    kept = _held_apart(rows.values(), _read_suites(suites, Counter(), task=task, s3=s3), counts, split=split)
+    kept = _held_apart(rows.values(), _read_suites(suites, Counter(), task=task, s3=s3, keep=keep), counts, split=split)
     learnt = [row for row in kept if row.split == "train"]
     counts["held_out"] = len(kept) - len(learnt)
     counts["train"] = len(learnt)
@@ -108,9 +124,23 @@ def collect_gold(
     return to_table(learnt), dict(counts)
 
 
-def _read_sources(sources: Iterable[Source], *, where: str, task: Task, s3: S3Options) -> Iterator[tuple[str, RawRow]]:
+def _read_sources(
+    sources: Iterable[Source], *, where: str, task: AnyTask, s3: S3Options, keep: Keep | None
+) -> Iterator[tuple[str, RawRow]]:
     for i, source in enumerate(sources):
-        yield from _with_references(read_source(source, where=f"{where}.{i}", s3=s3), task, where=f"{where}.{i}")
+        yield from _read_one(source, where=f"{where}.{i}", task=task, s3=s3, keep=keep)
+
+
+def _read_one(source: Source, *, where: str, task: AnyTask, s3: S3Options, keep: Keep | None) -> Iterator[tuple[str, RawRow]]:
+    """Rows of a source; an image's prompt is its hash, and a class is its own reference."""
+    if isinstance(task, Task):
+        yield from _with_references(read_source(source, where=where, s3=s3), task, where=where)
+        return
+    for label, row in read_source(source, where=where, s3=s3, images=task.input == "image"):
+        if row.media is not None:
+            assert keep is not None, "whoever collects images keeps them"
+            row = replace(row, prompt=keep(row.media), media=None)
+        yield label, replace(row, reference=row.gold)
 
 
 def _with_references(rows: Iterable[tuple[str, RawRow]], task: Task, *, where: str) -> Iterator[tuple[str, RawRow]]:
@@ -167,13 +197,13 @@ def _clean_or_none(text: str | None, at: str) -> str | None:
     return clean(text) or None
 
 
-def _read_suites(suites: Sequence[Suite], counts: Counter[str], *, task: Task, s3: S3Options) -> dict[str, _Rows]:
+def _read_suites(suites: Sequence[Suite], counts: Counter[str], *, task: AnyTask, s3: S3Options, keep: Keep | None) -> dict[str, _Rows]:
     """All items of every source suite, before any limit: a longer suite later must not have been trained on."""
     found: dict[str, _Rows] = {}
     for i, suite in enumerate(suites):
         if isinstance(suite, SourceSuite):
             where = f"evaluation.suites.{i}.source"
-            reader = _with_references(read_source(suite.source, where=where, s3=s3), task, where=where)
+            reader = _read_one(suite.source, where=where, task=task, s3=s3, keep=keep)
             own: Counter[str] = Counter()
             found[suite.name] = _clean_rows(reader, own, max_characters=None)
             counts.update({f"{reason}.{suite.name}": own[reason] for reason in ("empty", "duplicate")})

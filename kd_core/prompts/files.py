@@ -31,7 +31,7 @@ from kd_core.recipe import S3Options
 if TYPE_CHECKING:
     from kd_core.store import Store
 
-__all__ = ["SourceFile", "file_rows", "file_sha256", "find_source_files"]
+__all__ = ["SourceFile", "file_rows", "file_sha256", "find_source_files", "local_file"]
 
 _WILDCARDS = frozenset("*?[")
 _GZIP = b"\x1f\x8b"
@@ -88,7 +88,12 @@ def _find_local(path: str) -> list[SourceFile]:
     paths = [base]
     if not base.exists() and _WILDCARDS & set(path):
         paths = [Path(name) for name in sorted(glob.glob(str(base), recursive=True))]
-    return [SourceFile(str(file), file.name, _state_of(file), partial(_open_path, file)) for file in paths if file.is_file()]
+    return [local_file(file) for file in paths if file.is_file()]
+
+
+def local_file(path: Path) -> SourceFile:
+    """A file on this machine."""
+    return SourceFile(str(path), path.name, _state_of(path), partial(_open_path, path))
 
 
 def _state_of(file: Path) -> tuple[object, ...]:

@@ -12,12 +12,13 @@ __all__ = ["PROMPT_SCHEMA", "PromptRow", "RawRow", "to_table"]
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """What a source says, before cleaning; `at` names file and line for messages."""
+    """What a source says, before cleaning; `at` names file and line for messages, `media` is the prompt where that is an image."""
 
     at: str
     prompt: str | None
     gold: str | None
     reference: str | None
+    media: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class PromptRow:
 
     Attributes:
         prompt_id: 32 hex over the normalised prompt.
-        prompt: the cleaned text.
+        prompt: the cleaned text; of an image the SHA-256 of its file, 64 hex digits.
         gold: the worked gold answer, or None.
         reference: the final answer to verify against, or None.
         split: the side it falls on, by hash of its text.

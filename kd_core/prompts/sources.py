@@ -1,6 +1,6 @@
-"""The three kinds of source behind three questions: which rows, which identity, about how many.
+"""The kinds of source behind three questions: which rows, which identity, about how many.
 
-Owns the dispatch and the Hugging Face data sets; files and generated families have modules of their own. Identity is
+Owns the dispatch and the Hugging Face data sets; files, images and generated families have modules of their own. Identity is
 content: a moved file is the same file, and a data set is its pinned revision.
 """
 
@@ -11,43 +11,52 @@ from pathlib import Path
 from typing import Any
 
 from kd_core.errors import SourceError
-from kd_core.prompts.files import file_rows, file_sha256, find_source_files
+from kd_core.fingerprint import fingerprint
+from kd_core.prompts.files import file_rows, file_sha256, find_source_files, local_file
 from kd_core.prompts.generated import generate_rows
+from kd_core.prompts.images import SCIKIT_LEARN_ROWS, folder_identity, folder_rows, named_image, scikit_learn_identity, scikit_learn_rows
 from kd_core.prompts.rows import RawRow
 from kd_core.prompts.templates import Template, compile_template, fill
 from kd_core.prompts.values import batch_rows
-from kd_core.recipe import DatasetSource, FileSource, ReasoningGymSource, S3Options, Source
+from kd_core.recipe import DatasetSource, FileSource, FolderSource, ReasoningGymSource, S3Options, ScikitLearnSource, Source
 
 __all__ = ["estimate_rows", "read_source", "source_identity"]
 
 
-def read_source(source: Source, *, where: str, s3: S3Options) -> Iterator[tuple[str, RawRow]]:
+def read_source(source: Source, *, where: str, s3: S3Options, images: bool = False) -> Iterator[tuple[str, RawRow]]:
     """Every row of a source with its label ('file:train.jsonl', 'dataset:openai/gsm8k', 'reasoning_gym:chain_sum').
 
     Args:
         source: the source as the recipe states it.
         where: the recipe's path to it, such as 'prompts.sources.0', for messages.
         s3: how to reach s3:// files.
+        images: whether the prompts of a table are paths of images, seen from it.
 
     Raises:
         SourceError: it cannot be read, or has another form than stated.
     """
     match source:
         case FileSource():
-            yield from islice(_file_source_rows(source, where, s3), source.limit)
+            rows = islice(_file_source_rows(source, where, s3), source.limit)
+            yield from (_with_images(rows, source, where, s3) if images else rows)
         case DatasetSource():
             yield from ((f"dataset:{source.id}", row) for row in _dataset_rows(source, where))
         case ReasoningGymSource():
             yield from ((f"reasoning_gym:{source.task}", row) for row in generate_rows(source, where=where))
+        case FolderSource():
+            yield from ((f"folder:{Path(source.path).name}", row) for row in folder_rows(source, where=where))
+        case ScikitLearnSource():
+            yield from ((f"scikit_learn:{source.dataset}", row) for row in scikit_learn_rows(source))
 
 
-def source_identity(source: Source, *, s3: S3Options, where: str = "source") -> dict[str, Any]:
+def source_identity(source: Source, *, s3: S3Options, where: str = "source", images: bool = False) -> dict[str, Any]:
     """Plain data that decides a source's rows, for the fingerprint; reads files, never the network of a data set.
 
     Args:
         source: the source as the recipe states it.
         s3: how to reach s3:// files.
         where: the recipe's path to it, for messages.
+        images: whether the prompts of a table are paths of images, whose content then counts too.
 
     Returns:
         Its kind and own fields; for files the sha256 and base name of each, instead of the path.
@@ -60,16 +69,23 @@ def source_identity(source: Source, *, s3: S3Options, where: str = "source") -> 
             _templates(source, where)
             files = find_source_files(source.path, where=where, s3=s3)
             content = [{"name": file.name, "sha256": file_sha256(file)} for file in files]
-            return {"files": content, **source.model_dump(mode="json", exclude={"path"})}
+            pictures = _image_hashes(source, where, s3) if images else None
+            return {"files": content, **source.model_dump(mode="json", exclude={"path"}), "images": pictures}
         case DatasetSource():
             _templates(source, where)
             return source.model_dump(mode="json")
         case ReasoningGymSource():
             return {"version": metadata.version("reasoning-gym"), **source.model_dump(mode="json")}
+        case FolderSource():
+            return folder_identity(source, where=where)
+        case ScikitLearnSource():
+            return scikit_learn_identity(source)
 
 
 def estimate_rows(source: Source) -> int | None:
     """How many rows at most, without reading anything; None where only reading would tell."""
+    if isinstance(source, ScikitLearnSource):
+        return min(num for num in (SCIKIT_LEARN_ROWS[source.dataset], source.limit) if num is not None)
     return source.num if isinstance(source, ReasoningGymSource) else source.limit
 
 
@@ -86,6 +102,28 @@ def _file_source_rows(source: FileSource, where: str, s3: S3Options) -> Iterator
     for file in find_source_files(source.path, where=where, s3=s3):
         for row in file_rows(file, prompt=prompt, gold=gold, reference=reference):
             yield f"file:{file.name}", row
+
+
+def _with_images(rows: Iterator[tuple[str, RawRow]], source: FileSource, where: str, s3: S3Options) -> Iterator[tuple[str, RawRow]]:
+    """Rows whose prompt is a path, with the image that lies there."""
+    if source.path.startswith("s3://"):
+        raise SourceError(f"{where}.path: images that a table on s3:// names are not read; copy table and images here, or use a folder")
+    for label, row in rows:
+        media = None if not row.prompt else named_image(row.prompt, beside=_file_of(row.at), at=row.at)
+        yield label, RawRow(row.at, None, row.gold, row.reference, media)
+
+
+def _file_of(at: str) -> str:
+    """The file of a row's place: 'a/rows.csv:3' or 'a/rows.json row 3 (line 4)'."""
+    return at.rpartition(" row ")[0] if " row " in at else at.rpartition(":")[0]
+
+
+def _image_hashes(source: FileSource, where: str, s3: S3Options) -> str:
+    """Fingerprint of the images that a table names, in its order."""
+    paths = (
+        Path(_file_of(row.at)).parent / row.prompt for _, row in islice(_file_source_rows(source, where, s3), source.limit) if row.prompt
+    )
+    return fingerprint([file_sha256(local_file(path)) if path.is_file() else None for path in paths])
 
 
 def _dataset_rows(source: DatasetSource, where: str) -> Iterator[RawRow]:

@@ -25,6 +25,7 @@ from kd_core.recipe.models import (
     CharacterTokenizer,
     ModelRef,
     Narrower,
+    NewClassifier,
     PretrainedStudent,
     PretrainedTeacher,
     ServerTeacher,
@@ -32,8 +33,10 @@ from kd_core.recipe.models import (
     StudentFromConfig,
     StudentFromTeacher,
     Teacher,
+    TrainedClassifier,
     TrainedTeacher,
     Vocabulary,
+    WordPieces,
 )
 from kd_core.recipe.objective import (
     BlockPair,
@@ -53,7 +56,19 @@ from kd_core.recipe.objective import (
     TotalVariation,
     schedule_values,
 )
-from kd_core.recipe.prompts import DatasetSource, FileSource, Prompts, ReasoningGymSource, Source, Split, Task
+from kd_core.recipe.prompts import (
+    AnyTask,
+    ClassificationTask,
+    DatasetSource,
+    FileSource,
+    FolderSource,
+    Prompts,
+    ReasoningGymSource,
+    ScikitLearnSource,
+    Source,
+    Split,
+    Task,
+)
 from kd_core.recipe.recipe import ARMS, Arm, Recipe
 from kd_core.recipe.run import Run, S3Options
 from kd_core.recipe.teaching import Answers, Curate, Dense, HiddenStates, Sampled, SoftLabels, TopK
@@ -63,12 +78,14 @@ __all__ = [
     "ARMS",
     "Adapter",
     "Answers",
+    "AnyTask",
     "Architecture",
     "Arm",
     "BetterThan",
     "BlockPair",
     "Ceiling",
     "CharacterTokenizer",
+    "ClassificationTask",
     "Constant",
     "Curate",
     "DatasetSource",
@@ -79,6 +96,7 @@ __all__ = [
     "Features",
     "FileSource",
     "Floor",
+    "FolderSource",
     "ForwardKL",
     "Gate",
     "HeldOutSuite",
@@ -88,6 +106,7 @@ __all__ = [
     "LearningRateSchedule",
     "ModelRef",
     "Narrower",
+    "NewClassifier",
     "NotWorseThanChampion",
     "Objective",
     "Piecewise",
@@ -105,6 +124,7 @@ __all__ = [
     "S3Options",
     "Sampled",
     "Schedule",
+    "ScikitLearnSource",
     "ServerTeacher",
     "SkewKL",
     "SoftLabels",
@@ -119,9 +139,11 @@ __all__ = [
     "Teacher",
     "TopK",
     "TotalVariation",
+    "TrainedClassifier",
     "TrainedTeacher",
     "Training",
     "Vocabulary",
     "WarmupStableDecay",
+    "WordPieces",
     "schedule_values",
 ]

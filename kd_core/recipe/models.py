@@ -1,6 +1,6 @@
 """What a recipe says of models: who teaches, who learns."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,7 @@ __all__ = [
     "CharacterTokenizer",
     "ModelRef",
     "Narrower",
+    "NewClassifier",
     "PretrainedStudent",
     "PretrainedTeacher",
     "ServerTeacher",
@@ -21,8 +22,10 @@ __all__ = [
     "StudentFromConfig",
     "StudentFromTeacher",
     "Teacher",
+    "TrainedClassifier",
     "TrainedTeacher",
     "Vocabulary",
+    "WordPieces",
 ]
 
 
@@ -83,7 +86,7 @@ class Architecture(Frozen):
 
 
 class ModelRef(Frozen):
-    """A pre-trained causal language model."""
+    """A pre-trained model."""
 
     model: str
     """A local directory, pkg://package/path.gguf inside an installed package, or a hub id (then `revision` is required)."""
@@ -115,6 +118,62 @@ class TrainedTeacher(Frozen):
     """How it is trained."""
 
 
+ConfigValue = bool | int | float | str | list[int] | list[float] | list[str]
+"""A setting of a model's config."""
+
+
+class WordPieces(Frozen):
+    """The commonest words of the teacher's texts, and single characters that spell all others: for text models made from scratch."""
+
+    size: int = Field(default=4096, ge=64, le=1_000_000)
+    """Most words and characters that are kept."""
+
+
+class NewClassifier(Frozen):
+    """A classifier with random weights, of any family that transformers knows."""
+
+    kind: Literal["new_classifier"]
+    family: str
+    """Model type in transformers: vit, resnet, convnext, bert, distilbert ..."""
+    config: dict[str, ConfigValue] = Field(default_factory=dict)
+    """Settings of the family's config by their names there, such as hidden_size and num_hidden_layers; others keep their defaults."""
+    vocabulary: ClassVar[None] = None  # what other students may have
+    adapter: ClassVar[None] = None
+
+
+class TrainedClassifier(Frozen):
+    """A classifier that this project trains first, from gold data: from random weights, or from a pre-trained model that is tuned."""
+
+    kind: Literal["trained_classifier"]
+    sources: tuple[Source, ...] | None = Field(default=None, min_length=1)
+    """Gold data; rows without a class are dropped and counted. None: the recipe's own prompts.sources, without what is held out there."""
+    family: str | None = None
+    """Model type in transformers, for random weights: vit, resnet, convnext, bert, distilbert ..."""
+    config: dict[str, ConfigValue] = Field(default_factory=dict)
+    """Settings of the family's config by their names there; others keep their defaults."""
+    word_pieces: WordPieces = WordPieces()
+    """Tokenizer of a new text model; images have none, and a tuned model brings its own."""
+    model: str | None = None
+    """A pre-trained model to tune: a local directory, or a hub id (then `revision` is required)."""
+    revision: Revision | None = None
+    """Commit of the hub repository, 40 hex digits."""
+    training: Training
+    """How it is trained."""
+
+    @model_validator(mode="after")
+    def _begins_with_one(self) -> Self:
+        if (self.family is None) == (self.model is None):
+            raise ValueError("a teacher begins with new weights of a `family` or with those of a `model`; give one of the two")
+        if self.model is not None and self.config:
+            raise ValueError("config: a pre-trained model has its own; leave it out")
+        return self
+
+    @property
+    def reference(self) -> ModelRef | None:
+        """The pre-trained model that is tuned; None with random weights."""
+        return None if self.model is None else ModelRef(model=self.model, revision=self.revision)
+
+
 class ServerTeacher(Frozen):
     """A text-only teacher behind an OpenAI-compatible server: sequence-level distillation. Its address is run.teacher_url."""
 
@@ -127,7 +186,7 @@ class ServerTeacher(Frozen):
     """Price of generated tokens, in your currency, for the plan."""
 
 
-Teacher = Annotated[PretrainedTeacher | TrainedTeacher | ServerTeacher, Field(discriminator="kind")]
+Teacher = Annotated[PretrainedTeacher | TrainedTeacher | TrainedClassifier | ServerTeacher, Field(discriminator="kind")]
 
 
 class Vocabulary(Frozen):
@@ -267,4 +326,4 @@ class PretrainedStudent(ModelRef):
     """Which tokens the student keeps; None keeps all."""
 
 
-Student = Annotated[StudentFromConfig | StudentFromTeacher | PretrainedStudent, Field(discriminator="kind")]
+Student = Annotated[StudentFromConfig | StudentFromTeacher | PretrainedStudent | NewClassifier, Field(discriminator="kind")]

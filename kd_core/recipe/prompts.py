@@ -1,18 +1,32 @@
 """What a recipe says of its task and of where prompts come from."""
 
 import datetime
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from kd_core.recipe.fields import Fraction, Frozen, Revision
 
-__all__ = ["DatasetSource", "FileSource", "Prompts", "ReasoningGymSource", "Source", "Split", "Task"]
+__all__ = [
+    "AnyTask",
+    "ClassificationTask",
+    "DatasetSource",
+    "FileSource",
+    "FolderSource",
+    "Prompts",
+    "ReasoningGymSource",
+    "ScikitLearnSource",
+    "Source",
+    "Split",
+    "Task",
+]
 
 
 class Task(Frozen):
-    """How a prompt becomes tokens and an answer becomes right or wrong."""
+    """Generated text: how a prompt becomes tokens and an answer becomes right or wrong."""
 
+    kind: Literal["generation"] = Field(default="generation", exclude_if=lambda value: value == "generation")
+    """The student writes text."""
     template: Literal["plain", "chat"]
     """plain: the prompt's own text. chat: the tokenizer's chat template, with the generation prompt added. Control tokens that a prompt
     spells stay text in both."""
@@ -24,6 +38,31 @@ class Task(Frozen):
     """The final answer is what follows the last occurrence of this text (GSM8K: '####'); None: the whole answer."""
     verifier: Literal["math", "exact"]
     """math: equal as numbers or LaTeX (math-verify). exact: equal after trimming white space."""
+
+
+class ClassificationTask(Frozen):
+    """Classes: a text or an image in, a probability for each class out. A row's gold answer is the name of its class.
+
+    A training row without one is learnt by the class that the teacher finds likeliest.
+    """
+
+    kind: Literal["classification"]
+    """The student tells classes apart."""
+    input: Literal["text", "image"]
+    """What is classified: the prompt's own text; or an image, whose path a file's prompt is, seen from that file."""
+
+
+def _kind_of_task(task: Any) -> str:
+    """The tag of a task, given as data or as a model: generation where it says none."""
+    kind = task.get("kind", "generation") if isinstance(task, dict) else getattr(task, "kind", "generation")
+    return str(kind)
+
+
+AnyTask = Annotated[
+    Annotated[Task, Tag("generation")] | Annotated[ClassificationTask, Tag("classification")],
+    Discriminator(_kind_of_task),
+]
+"""Every kind of task; what the stages do for one is its file in ``kd_core.task_kinds``."""
 
 
 class FileSource(Frozen):
@@ -80,7 +119,27 @@ class ReasoningGymSource(Frozen):
     """question: the task's own text, no worked gold. running_totals (chain_sum only): '7+5-9=' with the worked gold '7+5=12,12-9=3#3'."""
 
 
-Source = Annotated[FileSource | DatasetSource | ReasoningGymSource, Field(discriminator="kind")]
+class FolderSource(Frozen):
+    """Images in a folder with one folder a class; images that lie beside these folders have no class."""
+
+    kind: Literal["folder"]
+    path: str
+    """The folder: PATH/<class>/<image>, for PNG, JPEG, WebP, BMP, GIF and TIFF. Names that begin with a dot are passed over."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use the first `limit` images in the order of their names, each class in turn; None uses all."""
+
+
+class ScikitLearnSource(Frozen):
+    """Images that the scikit-learn package brings along."""
+
+    kind: Literal["scikit_learn"]
+    dataset: Literal["digits"]
+    """digits: 1,797 handwritten digits, 8 x 8 grey pixels, classes '0' to '9'."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use the first `limit` images; None uses all."""
+
+
+Source = Annotated[FileSource | DatasetSource | ReasoningGymSource | FolderSource | ScikitLearnSource, Field(discriminator="kind")]
 
 
 class Split(Frozen):

@@ -5,11 +5,23 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from kd_core.errors import RecipeError
 from kd_core.recipe.evaluation import BetterThan, Ceiling, Evaluation, Floor, Gate, HeldOutSuite
 from kd_core.recipe.fields import Frozen, Slug
-from kd_core.recipe.models import PretrainedTeacher, ServerTeacher, Student, StudentFromConfig, StudentFromTeacher, Teacher, TrainedTeacher
+from kd_core.recipe.models import (
+    NewClassifier,
+    PretrainedStudent,
+    PretrainedTeacher,
+    ServerTeacher,
+    Student,
+    StudentFromConfig,
+    StudentFromTeacher,
+    Teacher,
+    TrainedClassifier,
+    TrainedTeacher,
+)
 from kd_core.recipe.objective import ForwardKL, HiddenStateFeatures, Objective, Ramp, RelationFeatures, schedule_values
-from kd_core.recipe.prompts import Prompts, Task
+from kd_core.recipe.prompts import AnyTask, ClassificationTask, FolderSource, Prompts, ScikitLearnSource, Task
 from kd_core.recipe.run import Run
 from kd_core.recipe.teaching import Answers, Curate, Dense, HiddenStates, Sampled, SoftLabels, TopK
 from kd_core.recipe.training import Training
@@ -32,8 +44,8 @@ class Recipe(Frozen):
     """For readers."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(min_length=1)
     """One student (and one of each compared model) is trained a seed; the first also seeds the teacher and its answers."""
-    task: Task
-    """Template, answer form and verifier."""
+    task: AnyTask
+    """What the student shall do: generated text with template, answer form and verifier, or classes."""
     prompts: Prompts
     """Prompts for the teacher."""
     teacher: Teacher
@@ -81,6 +93,27 @@ class Recipe(Frozen):
         return tuple(arm for arm in ARMS if arm == "student" or arm in self.evaluation.compare)
 
     @property
+    def text_task(self) -> Task:
+        """The task of a recipe whose student writes text.
+
+        Raises:
+            RecipeError: it is of another kind.
+        """
+        if not isinstance(self.task, Task):
+            raise RecipeError(f"task.kind: {self.task.kind} is of no use here: this is for recipes whose student writes text")
+        return self.task
+
+    @property
+    def metrics(self) -> frozenset[str]:
+        """Names of the metrics that this recipe measures."""
+        names = {"nll"}
+        if isinstance(self.task, ClassificationTask):
+            names |= {"accuracy"} if self.curate.leave_out_classes is None else {"accuracy", "unseen_recall"}
+        elif self.evaluation.generate is not None:
+            names |= {"pass_at_1"}
+        return frozenset(names if isinstance(self.teacher, ServerTeacher) else names | {"kl", "agreement"})
+
+    @property
     def trusts_code(self) -> bool:
         """Whether code of the teacher's repository may run: its model's, and its tokenizer's, which students inherit."""
         return isinstance(self.teacher, PretrainedTeacher) and self.teacher.trust_remote_code
@@ -88,6 +121,7 @@ class Recipe(Frozen):
 
 def _unsupported(recipe: Recipe) -> Iterator[str]:
     """Every combination that would be meaningless or silently wrong, as 'path: what is wrong; what is allowed'."""
+    yield from _unsupported_kinds(recipe)
     yield from _unsupported_targets(recipe)
     yield from _unsupported_features(recipe)
     yield from _unsupported_states(recipe)
@@ -126,10 +160,39 @@ def _unsupported(recipe: Recipe) -> Iterator[str]:
     yield from _unsupported_rules(recipe)
 
 
+def _unsupported_kinds(recipe: Recipe) -> Iterator[str]:
+    """Parts of a recipe that its kind of task has no use for, or lacks."""
+    sources = enumerate(recipe.prompts.sources)
+    images = [f"prompts.sources.{i}" for i, source in sources if isinstance(source, FolderSource | ScikitLearnSource)]
+    if not isinstance(recipe.task, ClassificationTask):
+        if images:
+            yield f"{images[0]}: images need task.kind: classification with input: image"
+        if isinstance(recipe.teacher, TrainedClassifier) or isinstance(recipe.student, NewClassifier):
+            yield "task.kind: generation, and a classifier writes no text; use task: {kind: classification, input: text} (or image)"
+        if recipe.curate.leave_out_classes is not None:
+            yield "curate.leave_out_classes: generated text has no classes; leave it out, or use task.kind: classification"
+        return
+    if images and recipe.task.input == "text":
+        yield f"{images[0]}: holds images, and task.input is text; use input: image"
+    if not isinstance(recipe.teacher, TrainedClassifier | PretrainedTeacher):
+        yield f"teacher.kind: {recipe.teacher.kind} is no classifier; use trained_classifier or pretrained"
+    if not isinstance(recipe.student, NewClassifier | PretrainedStudent) or recipe.student.adapter or recipe.student.vocabulary:
+        yield "student: a classifier is new_classifier, or pretrained without adapter and vocabulary"
+    unused = {
+        "answers": recipe.answers,
+        "hidden_states": recipe.hidden_states,
+        "objective.features": recipe.objective.features,
+        "evaluation.generate": recipe.evaluation.generate,
+    }
+    for name, value in unused.items():
+        if value is not None:
+            yield f"{name}: task.kind: classification has no use for it; set it to null"
+    if recipe.run.num_processes > 1:
+        yield "run.num_processes: a classifier is trained by one process; use 1, and run.parallel for seeds side by side"
+
+
 def _unsupported_rules(recipe: Recipe) -> Iterator[str]:
-    metrics = {"nll"} if recipe.evaluation.generate is None else {"nll", "pass_at_1"}
-    if not isinstance(recipe.teacher, ServerTeacher):
-        metrics |= {"kl", "agreement"}
+    metrics = set(recipe.metrics)
     suites = [suite.name for suite in recipe.evaluation.suites]
     for i, rule in enumerate(recipe.gate.rules):
         where = f"gate.rules[{i}]"

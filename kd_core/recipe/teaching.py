@@ -41,6 +41,8 @@ class Curate(Frozen):
     """Worked gold answers mixed in (the first in hash order); None: all there are, 0: none."""
     max_answers_per_prompt: int | None = Field(default=None, ge=1)
     """Distinct kept answers a prompt; None keeps all."""
+    leave_out_classes: tuple[str, ...] | None = Field(default=None, min_length=1, exclude_if=lambda value: value is None)
+    """Classes that the student never sees a row of, neither by the gold class nor by the teacher's; None leaves out none."""
 
 
 class _Refusable(Frozen):

@@ -34,9 +34,10 @@ def sampling_identity(recipe: Recipe, answers: Answers) -> dict[str, Any]:
 
 def about_answers(recipe: Recipe, answers: Answers, teacher: Record) -> dict[str, Any]:
     """Describe what all answers of one row store share: who answers, how it samples, how prompts are worded, the seed."""
-    template = recipe.task.model_dump(mode="json", include={"template", "system"})
+    task = recipe.text_task.model_dump(mode="json")
+    template = {name: task[name] for name in ("template", "system")}
     if not isinstance(recipe.teacher, ServerTeacher):
-        template["date"] = recipe.task.model_dump(mode="json")["date"]  # a server words its prompts itself
+        template["date"] = task["date"]  # a server words its prompts itself
     return {"teacher": _identity(teacher), "sampling": sampling_identity(recipe, answers), **template}
 
 

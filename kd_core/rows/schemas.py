@@ -5,7 +5,7 @@ Plain columns stand beside the one binary column, so that a query engine answers
 
 import pyarrow as pa
 
-__all__ = ["ANSWER_SCHEMA", "CODEC_MODEL", "HIDDEN_STATE_SCHEMA", "ROW_TABLES", "SOFT_LABEL_SCHEMA"]
+__all__ = ["ANSWER_SCHEMA", "CODEC_MODEL", "CURATED_SCHEMA", "HIDDEN_STATE_SCHEMA", "ROW_TABLES", "SOFT_LABEL_SCHEMA"]
 
 CODEC_MODEL = b"kd.codec_model"
 """Key in the footer of a soft-label shard under which the codec's model is, that decodes its targets."""
@@ -48,3 +48,16 @@ HIDDEN_STATE_SCHEMA = pa.schema([*_SCORED_ROW, pa.field("states", pa.binary(), n
 
 ROW_TABLES = {"answers": ANSWER_SCHEMA, "soft_labels": SOFT_LABEL_SCHEMA, "hidden_states": HIDDEN_STATE_SCHEMA}
 """Columns of the rows of each table."""
+
+CURATED_SCHEMA = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),  # 'teacher' or 'gold'
+        pa.field("sample_index", pa.int32(), nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("first_supervised", pa.int32(), nullable=False),
+    ]
+)
+"""A row that a student learns from, or is validated on."""

@@ -21,8 +21,8 @@ from kd_core.rows.table import RowCache
 from kd_core.rows.work import Packed, work_in_shards
 from kd_core.stages.job import Job
 from kd_core.stages.sharded import Progress, frozen_rows, sharded_rows
-from kd_core.stages.teacher import load_teacher, rows_tokenizer
 from kd_core.summaries import AnswersSummary
+from kd_core.task_kinds.generation import load_text_teacher, rows_tokenizer
 from kd_core.teacher.generate import generate
 from kd_core.teacher.models import LoadedModel, load_tokenizer
 from kd_core.teacher.replies import ServerAnswer
@@ -112,11 +112,11 @@ class _LocalEngine:
     def order(self, rows: list[AnswerRequest]) -> list[AnswerRequest]:
         """Prompts of like length share a batch: padding is waste."""
         for _, row in rows:
-            row["prompt_ids"] = encode_prompt(self.tokenizer, row["prompt"], self.job.recipe.task)
+            row["prompt_ids"] = encode_prompt(self.tokenizer, row["prompt"], self.job.recipe.text_task)
         return sorted(rows, key=lambda item: (len(item[1]["prompt_ids"]), item[0]))
 
     def answer(self, shard: list[AnswerRequest]) -> pa.Table:
-        self._loaded = self._loaded or load_teacher(self.job)
+        self._loaded = self._loaded or load_text_teacher(self.job)
         out: list[dict[str, Any]] = []
         step = self.job.recipe.run.generate_rows
         for start in range(0, len(shard), step):
@@ -145,9 +145,9 @@ class _ServerEngine:
         Prompts that the student cannot read stop the run before any is paid for.
         """
         tokenizer = rows_tokenizer(self.job.recipe)
-        check_template(tokenizer, self.job.recipe.task)
+        check_template(tokenizer, self.job.recipe.text_task)
         for prompt in {row["prompt"] for _, row in rows}:
-            encode_prompt(tokenizer, prompt, self.job.recipe.task)
+            encode_prompt(tokenizer, prompt, self.job.recipe.text_task)
         return sorted(rows, key=lambda item: item[1]["sample_index"])
 
     def answer(self, shard: list[AnswerRequest]) -> pa.Table:
@@ -172,7 +172,7 @@ class _ServerEngine:
                 url=self.url,
                 prompts=[(row["prompt"], row["sample_index"]) for _, row in shard],
                 answers=self.answers,
-                task=self.job.recipe.task,
+                task=self.job.recipe.text_task,
                 seed=self.job.recipe.seeds[0],
                 concurrency=self.job.recipe.run.teacher_concurrency,
                 on_done=done,

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from kd_core.artifacts import Record, find, workspace
 from kd_core.errors import ArtifactError
-from kd_core.evaluate.measure import Measured, measure
+from kd_core.evaluate.measure import Measured
 from kd_core.evaluate.statistics import METRICS, Estimate, estimate
 from kd_core.evaluate.suites import suite_items
 from kd_core.ledger import Entry, current
@@ -15,11 +15,9 @@ from kd_core.progress import Ticker
 from kd_core.recipe import Recipe, ServerTeacher
 from kd_core.stages.graph import build_graph, open_node
 from kd_core.stages.job import Job
-from kd_core.stages.teacher import load_teacher
 from kd_core.store import Store
 from kd_core.summaries import EvaluateSummary
-from kd_core.teacher.models import LoadedModel, load_directory, load_tokenizer, pick_device
-from kd_core.tokens.encoding import encode_gold, encode_prompt
+from kd_core.task_kinds import TaskModel, kind_of
 
 __all__ = ["evaluate_stage", "measure_one"]
 
@@ -27,9 +25,10 @@ _LOG = logging.getLogger(__name__)
 
 
 def evaluate_stage(job: Job) -> EvaluateSummary:
-    """Files: scores.parquet, one row an item and seed."""
+    """Files: scores.parquet, one row an item and seed; of classes guesses.parquet, the likeliest classes of each."""
     suites, teacher = _suites(job), _scorer(job)
     scores: list[pa.Table] = []
+    guesses: list[pa.Table] = []
     sizes: dict[str, int] = {}
     rates: list[float] = []
     undecided = 0
@@ -41,8 +40,11 @@ def evaluate_stage(job: Job) -> EvaluateSummary:
         scores.append(found.scores)
         rates.append(found.tokens_per_second)
         undecided += found.undecided_samples
-        sizes = {"parameters": loaded.num_parameters, "bytes": loaded.num_bytes, "items_beyond_positions": _beyond(job, loaded, suites)}
+        guesses += [] if found.guesses is None else [found.guesses]
+        sizes = {"parameters": loaded.num_parameters, "bytes": loaded.num_bytes, "items_beyond_positions": found.items_beyond_positions}
     job.write_table("scores.parquet", pa.concat_tables(scores))
+    if guesses:
+        job.write_table("guesses.parquet", pa.concat_tables(guesses))
     items = sum(table.num_rows for table in suites.values())
     return EvaluateSummary(**sizes, items=items, seeds=len(models), tokens_per_second=sum(rates) / len(rates), undecided_samples=undecided)
 
@@ -67,7 +69,6 @@ def measure_one(recipe: Recipe, store: Store, model: str, *, tick: Ticker) -> di
     inputs = {role: open_node(store, nodes[role]) for role in ("prompts", "teacher")}
     with workspace() as directory:
         job = Job(recipe, nodes["evaluate.student"], store, inputs, directory, tick)
-        device = pick_device(recipe.run.device)
         if model == "champion":
             holder = current(store, recipe.publish)
             if holder is None:
@@ -76,7 +77,7 @@ def measure_one(recipe: Recipe, store: Store, model: str, *, tick: Ticker) -> di
                 )
             loaded = _load(job, _champion_record(store, holder))
         else:
-            loaded = load_directory(Path(model), device=device, tokenizer=load_tokenizer(Path(model)))
+            loaded = kind_of(recipe).load(job, Path(model))
         scores = _measure(job, loaded, _suites(job), _scorer(job), recipe.seeds[0]).scores
     confidence = recipe.evaluation.confidence
     found = {(s.name, m): estimate(scores, m, suite=s.name, confidence=confidence) for s in recipe.evaluation.suites for m in METRICS}
@@ -87,36 +88,13 @@ def _suites(job: Job) -> dict[str, pa.Table]:
     return suite_items(job.recipe, lambda name: job.read_table("prompts", name))
 
 
-def _scorer(job: Job) -> LoadedModel | None:
+def _scorer(job: Job) -> TaskModel | None:
     """The teacher whose distribution models are compared with; None where it only speaks text."""
-    return None if isinstance(job.recipe.teacher, ServerTeacher) else load_teacher(job)
+    return None if isinstance(job.recipe.teacher, ServerTeacher) else kind_of(job.recipe).load_teacher(job)
 
 
-def _measure(job: Job, loaded: LoadedModel, suites: dict[str, pa.Table], teacher: LoadedModel | None, seed: int) -> Measured:
-    recipe = job.recipe
-    return measure(
-        loaded,
-        suites,
-        seed=seed,
-        answers=recipe.evaluation.generate,
-        task=recipe.task,
-        run=recipe.run,
-        teacher=teacher,
-        tick=job.tick,
-    )
-
-
-def _beyond(job: Job, loaded: LoadedModel, suites: dict[str, pa.Table]) -> int:
-    """Items whose prompt with its gold answer, or with the longest sampled one, has more tokens than the model has positions."""
-    task, generate, positions = job.recipe.task, job.recipe.evaluation.generate, loaded.max_positions
-    found = 0
-    for item in (item for table in suites.values() for item in table.to_pylist() if positions is not None):
-        gold = len(encode_gold(loaded.tokenizer, item["gold"], task)) if item["gold"] else 0
-        answer = max(gold, 0 if generate is None else generate.max_tokens)
-        found += len(encode_prompt(loaded.tokenizer, item["prompt"], task)) + answer > (positions or 0)
-    if found:
-        _LOG.warning("%s: %d items may need more than the model's %d positions, for which it was not made", job.node.name, found, positions)
-    return found
+def _measure(job: Job, loaded: TaskModel, suites: dict[str, pa.Table], teacher: TaskModel | None, seed: int) -> Measured:
+    return kind_of(job.recipe).measure(job, loaded, suites, teacher=teacher, seed=seed)
 
 
 def _models(job: Job) -> list[tuple[int, Record | None]]:
@@ -137,7 +115,6 @@ def _champion_record(store: Store, holder: Entry) -> Record:
     return record
 
 
-def _load(job: Job, record: Record) -> LoadedModel:
+def _load(job: Job, record: Record) -> TaskModel:
     with job.files(record) as files:
-        tokenizer = load_tokenizer(files / "model", trust_remote_code=job.recipe.trusts_code)
-        return load_directory(files / "model", device=pick_device(job.recipe.run.device), tokenizer=tokenizer)
+        return kind_of(job.recipe).load(job, files / "model")

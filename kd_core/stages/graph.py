@@ -23,12 +23,16 @@ from kd_core.prompts.collect import CLEANING_VERSION
 from kd_core.prompts.sources import source_identity
 from kd_core.recipe import (
     Arm,
+    ClassificationTask,
     HiddenStateFeatures,
     PretrainedStudent,
     PretrainedTeacher,
     Recipe,
     ServerTeacher,
+    Source,
     SourceSuite,
+    Task,
+    TrainedClassifier,
     TrainedTeacher,
 )
 from kd_core.recipe.addresses import redact_url
@@ -108,11 +112,12 @@ def build_graph(recipe: Recipe, store: Store) -> Graph:
     benchmarks = _benchmarks_identity(recipe)
     task = recipe.task.model_dump(mode="json")
     prompts = {
-        "sources": [source_identity(s, s3=recipe.run.s3, where=f"prompts.sources.{i}") for i, s in enumerate(recipe.prompts.sources)],
+        "sources": _sources_identity(recipe, recipe.prompts.sources, where="prompts.sources"),
         "split": recipe.prompts.split.model_dump(mode="json"),
         "max_characters": recipe.prompts.max_characters,
         "benchmarks": benchmarks,
-        "answer_marker": task["answer_marker"],
+        "answer_marker": task.get("answer_marker"),
+        "input": task.get("input"),
         "cleaning": CLEANING_VERSION,
     }
     build.add("prompts", "prompts", prompts, {})
@@ -138,8 +143,9 @@ def build_graph(recipe: Recipe, store: Store) -> Graph:
         own = reference_identity(recipe.student) if isinstance(recipe.student, PretrainedStudent) else None
         kept = recipe.student.vocabulary.model_dump(mode="json", exclude={"least_kept_mass"})
         build.add("vocabulary", "vocabulary", {"vocabulary": kept, "tokenizer": own}, {**above, "curate": "curate"})
+    rows_of = {"curate": "curate", **_inputs_of(recipe)}
     if recipe.soft_labels is not None and recipe.objective.supervision == "soft":
-        build.add("soft_labels", "soft_labels", recipe.soft_labels.model_dump(mode="json"), {"curate": "curate", "teacher": "teacher"})
+        build.add("soft_labels", "soft_labels", recipe.soft_labels.model_dump(mode="json"), {**rows_of, "teacher": "teacher"})
     if recipe.hidden_states is not None:
         wanted = recipe.hidden_states.model_dump(mode="json")
         if recipe.soft_labels is not None and recipe.soft_labels.max_refused_rows > 0:
@@ -174,7 +180,7 @@ def _add_training(build: _Builder, recipe: Recipe, arm: Arm, seed: int) -> None:
         "training": recipe.training.model_dump(mode="json", exclude={"least_rows_share"}),
         "seed": seed,
     }
-    upstream = {"curate": "curate", "teacher": "teacher"}
+    upstream = {"curate": "curate", "teacher": "teacher", **_inputs_of(recipe)}
     if recipe.student.vocabulary is not None:
         upstream["vocabulary"] = "vocabulary"
     if soft or (arm == "ablation_hard" and recipe.soft_labels is not None and recipe.soft_labels.max_refused_rows > 0):
@@ -182,6 +188,16 @@ def _add_training(build: _Builder, recipe: Recipe, arm: Arm, seed: int) -> None:
     if soft and isinstance(features, HiddenStateFeatures) and features.source == "cached":
         upstream["hidden_states"] = "hidden_states"
     build.add(f"{arm}.{seed}", "train", identity, upstream)
+
+
+def _inputs_of(recipe: Recipe) -> dict[str, str]:
+    """The node that holds what rows refer to by hash, for whoever reads rows; nothing where a row says all itself."""
+    return {} if isinstance(recipe.task, Task) else {"prompts": "prompts"}
+
+
+def _sources_identity(recipe: Recipe, sources: Sequence[Source], *, where: str) -> list[dict[str, Any]]:
+    images = isinstance(recipe.task, ClassificationTask) and recipe.task.input == "image"
+    return [source_identity(s, s3=recipe.run.s3, where=f"{where}.{i}", images=images) for i, s in enumerate(sources)]
 
 
 def _evaluation_identity(recipe: Recipe) -> dict[str, Any]:
@@ -219,7 +235,7 @@ def _evaluated(recipe: Recipe) -> tuple[str, ...]:
 def _benchmarks_identity(recipe: Recipe) -> list[dict[str, Any]]:
     """Suites with a source of their own: prompts that overlap with them are removed, whatever their limit."""
     return [
-        {"name": suite.name, "source": source_identity(suite.source, s3=recipe.run.s3, where=f"evaluation.suites.{i}.source")}
+        {"name": suite.name, "source": _sources_identity(recipe, [suite.source], where=f"evaluation.suites.{i}.source")[0]}
         for i, suite in enumerate(recipe.evaluation.suites)
         if isinstance(suite, SourceSuite)
     ]
@@ -229,9 +245,11 @@ def _teacher_identity(recipe: Recipe, benchmarks: list[dict[str, Any]]) -> dict[
     teacher = recipe.teacher
     if isinstance(teacher, PretrainedTeacher):
         return {"kind": teacher.kind, "reference": reference_identity(teacher), "trust_remote_code": teacher.trust_remote_code}
-    if isinstance(teacher, TrainedTeacher):
+    if isinstance(teacher, TrainedTeacher | TrainedClassifier):
         own = teacher.model_dump(mode="json", exclude={"sources": True, "training": {"least_rows_share"}})
-        sources = [source_identity(s, s3=recipe.run.s3, where=f"teacher.sources.{i}") for i, s in enumerate(teacher.sources)]
+        sources = _sources_identity(recipe, teacher.sources or recipe.prompts.sources, where="teacher.sources")
+        if isinstance(teacher, TrainedClassifier) and teacher.reference is not None:
+            own |= {"model": None, "revision": None, "reference": reference_identity(teacher.reference)}
         kept = recipe.prompts.model_dump(mode="json", include={"split", "max_characters"})
         task = recipe.task.model_dump(mode="json", exclude={"verifier"})
         return {

@@ -13,6 +13,7 @@ from kd_core.softlabels.hidden import HiddenRow, capture_hidden, encode_states
 from kd_core.stages.job import Job
 from kd_core.stages.scoring import Capture, CuratedRow
 from kd_core.summaries import ScoringSummary
+from kd_core.task_kinds import TaskModel
 from kd_core.teacher.models import LoadedModel
 
 __all__ = ["hidden_states_stage"]
@@ -27,8 +28,9 @@ def hidden_states_stage(job: Job) -> ScoringSummary:
     cache.describe(about)
     capture = Capture(job, cache)
 
-    def compute(teacher: LoadedModel, shard: list[tuple[str, CuratedRow]]) -> list[tuple[CuratedRow, HiddenRow]]:
+    def compute(teacher: TaskModel, shard: list[tuple[str, CuratedRow]]) -> list[tuple[CuratedRow, HiddenRow]]:
         rows = [(key, row.tokens) for key, row in shard]
+        assert isinstance(teacher, LoadedModel), "the recipe allows hidden states of text models only"
         found = capture_hidden(teacher, rows, wanted=wanted, micro_batch_tokens=run.micro_batch_tokens)
         capture.refused.update(found.refused)
         of = dict(shard)

@@ -2,17 +2,17 @@
 
 from kd_core.evaluate.suites import expect_measurable, suite_items
 from kd_core.progress import Tick
-from kd_core.prompts import collect_prompts
 from kd_core.recipe import Recipe, SourceSuite
 from kd_core.stages.job import Job
 from kd_core.summaries import PromptsSummary
+from kd_core.task_kinds import kind_of
 
 __all__ = ["prompts_stage"]
 
 
 def prompts_stage(job: Job) -> PromptsSummary:
-    """Files: prompts.parquet; suite-<name>.parquet, whole, of each benchmark with a source of its own."""
-    found = collect_prompts(_with_whole_benchmarks(job.recipe))
+    """Files: prompts.parquet; suite-<name>.parquet, whole, of each benchmark with a source of its own; what rows refer to by hash."""
+    found = kind_of(job.recipe).collect(_with_whole_benchmarks(job.recipe), job.directory)
     tables = {"prompts.parquet": found.table, **{f"suite-{name}.parquet": items for name, items in found.suites.items()}}
     expect_measurable(job.recipe, suite_items(job.recipe, tables.__getitem__))
     for name, table in tables.items():

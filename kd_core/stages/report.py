@@ -194,7 +194,7 @@ def _samples(job: Job, scores: dict[str, pa.Table], suite: str) -> list[Sample]:
         text = texts[name].get(item["prompt_id"])
         if text is None:
             return None
-        return SampleAnswer(name, text, None if item["reference"] is None else verify(text, item["reference"], job.recipe.task))
+        return SampleAnswer(name, text, None if item["reference"] is None else verify(text, item["reference"], job.recipe.text_task))
 
     found = []
     for item in items:

@@ -20,9 +20,8 @@ from kd_core.rows.table import RowCache, Snapshot
 from kd_core.rows.work import Packed, work_in_shards
 from kd_core.stages.job import Job
 from kd_core.stages.sharded import Progress, sharded_rows
-from kd_core.stages.teacher import load_teacher
 from kd_core.summaries import CurateSummary, ScoringSummary, TeacherSummary, UsedRows
-from kd_core.teacher.models import LoadedModel
+from kd_core.task_kinds import TaskModel, kind_of
 from kd_core.tokens.batches import TokenRow
 from kd_core.tokens.lengths import expect_enough, row_limit, used_rows
 
@@ -97,15 +96,15 @@ class Capture:
 
     def run(
         self,
-        compute: Callable[[LoadedModel, list[tuple[str, CuratedRow]]], Found],
+        compute: Callable[[TaskModel, list[tuple[str, CuratedRow]]], Found],
         pack: Callable[[Found], Packed],
     ) -> tuple[Snapshot, int]:
         """Score what is missing; the teacher is loaded at the first missing row."""
-        job, loaded = self.job, list[LoadedModel]()
+        job, loaded = self.job, list[TaskModel]()
 
         def work(shard: list[tuple[str, CuratedRow]]) -> Found:
             if not loaded:
-                loaded.append(load_teacher(job))
+                loaded.append(kind_of(job.recipe).load_teacher(job))
             return compute(loaded[0], shard)
 
         progress = Progress(job, job.summary("curate", CurateSummary).rows, "rows")

@@ -10,12 +10,12 @@ from kd_core.rows.keys import about_soft_labels
 from kd_core.rows.schemas import CODEC_MODEL, SOFT_LABEL_SCHEMA
 from kd_core.rows.table import RowCache, Shard
 from kd_core.rows.work import Packed
-from kd_core.softlabels.capture import ScoredRow, score_rows
+from kd_core.softlabels.capture import ScoredRow
 from kd_core.softlabels.codec import encode_rows
 from kd_core.stages.job import Job
 from kd_core.stages.scoring import Capture, CuratedRow
 from kd_core.summaries import ScoringSummary
-from kd_core.teacher.models import LoadedModel
+from kd_core.task_kinds import TaskModel, kind_of
 
 __all__ = ["soft_labels_stage"]
 
@@ -27,11 +27,11 @@ def soft_labels_stage(job: Job) -> ScoringSummary:
     about = about_soft_labels(policy, job.inputs["teacher"])
     cache = RowCache(job.store, "soft_labels", fingerprint(about))
     cache.describe(about)
-    capture = Capture(job, cache)
+    capture, kind = Capture(job, cache), kind_of(job.recipe)
 
-    def compute(teacher: LoadedModel, shard: list[tuple[str, CuratedRow]]) -> list[tuple[CuratedRow, ScoredRow]]:
+    def compute(teacher: TaskModel, shard: list[tuple[str, CuratedRow]]) -> list[tuple[CuratedRow, ScoredRow]]:
         rows = [(key, row.tokens) for key, row in shard]
-        found = score_rows(teacher, rows, policy=policy, micro_batch_tokens=run.micro_batch_tokens)
+        found = kind.score(teacher, rows, policy, micro_batch_tokens=run.micro_batch_tokens)
         capture.refused.update(found.refused)
         of = dict(shard)
         return [(of[scored.key], scored) for scored in found.scored]

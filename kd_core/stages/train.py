@@ -10,10 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from transformers import PreTrainedTokenizerBase
 
 from kd_core.errors import SoftLabelError, TrainingError
-from kd_core.recipe import Arm, HiddenStateFeatures, PretrainedStudent, Recipe, ServerTeacher, StudentFromConfig, StudentFromTeacher
+from kd_core.recipe import Arm, HiddenStateFeatures, Recipe
 from kd_core.recipe.block_pairs import block_pairs
 from kd_core.rows.range_cache import RangeCache
 from kd_core.softlabels.forward import decoder_blocks
@@ -22,18 +21,13 @@ from kd_core.stages.job import Job
 from kd_core.stages.ranks import on_ranks
 from kd_core.stages.scoring import token_rows, usable_rows
 from kd_core.stages.sharded import frozen_rows
-from kd_core.stages.teacher import load_teacher
-from kd_core.student.activations import sample_rows
-from kd_core.student.adapters import add_adapters, merge_adapters
+from kd_core.student.adapters import merge_adapters
 from kd_core.student.describe import teacher_config
-from kd_core.student.make import new_model, student_from_teacher, trainable
-from kd_core.student.vocabulary import trim_model
-from kd_core.summaries import ModelIdentity, TeacherSummary, TrainSummary, TrimmedVocabulary
-from kd_core.teacher.models import LoadedModel, load_model, load_tokenizer, pick_device, save_model
-from kd_core.tokens.batches import TokenRow
-from kd_core.tokens.encoding import num_columns, tokenizer_identity
+from kd_core.summaries import TrainSummary, TrimmedVocabulary
+from kd_core.task_kinds import TaskModel, kind_of
+from kd_core.task_kinds.generation import load_text_teacher
 from kd_core.tokens.lengths import expect_enough
-from kd_core.tokens.token_map import TokenMap, read_token_map
+from kd_core.tokens.token_map import TokenMap
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.features import CachedStates, FeatureTask, LiveTeacher
 from kd_core.train.history import to_jsonl
@@ -60,7 +54,8 @@ def _learn(job: Job, rank: int) -> TrainSummary:
     recipe = job.recipe.arm(arm)
     seed = int(job.node.name.rpartition(".")[2])
     validation = token_rows(job.read_table("curate", "validation.parquet"))
-    student = _make_student(job, seed)
+    kind = kind_of(recipe)
+    student = kind.student(job, seed)
     features = _feature_task(job, recipe, student)
     vocabulary: TrimmedVocabulary | None = None
     with _training_rows(job, recipe) as rows:
@@ -85,11 +80,12 @@ def _learn(job: Job, rank: int) -> TrainSummary:
             checkpoints=Checkpoints(job.store, job.node.fingerprint, recipe.run.keep_checkpoints),
             tick=job.tick,
             features=features,
+            reading=kind.reading(student),
         )
         num_rows = len(rows.num_tokens)
     merge_adapters(student.model)
     if rank == 0:
-        save_model(student, job.directory)
+        kind.save(student, job.directory)
         (job.directory / "metrics.jsonl").write_text(to_jsonl(result.metrics))
     return TrainSummary(
         arm=arm,
@@ -100,38 +96,6 @@ def _learn(job: Job, rank: int) -> TrainSummary:
         vocabulary=vocabulary,
         feature_blocks=None if features is None else tuple((pair.student, pair.teacher) for pair in features.pairs),
     )
-
-
-def _make_student(job: Job, seed: int) -> LoadedModel:
-    spec = job.recipe.student
-    if isinstance(spec, StudentFromTeacher):
-        teacher = load_teacher(job)
-
-        def rows(num_rows: int) -> list[TokenRow]:
-            with job.files(job.inputs["curate"]) as files:
-                curated = file_rows(files / "rows.parquet", None)
-                return sample_rows(curated, num_rows, max_tokens=job.recipe.training.max_tokens, seed=seed)
-
-        student = LoadedModel(student_from_teacher(teacher, spec, rows=rows), teacher.tokenizer, teacher.num_columns)
-    elif isinstance(spec, StudentFromConfig):
-        tokenizer, token_map = _tokenizer(job)
-        return LoadedModel(new_model(spec.architecture, tokenizer, seed=seed), tokenizer, num_columns(tokenizer), token_map)
-    else:
-        student = _pretrained_student(job, spec)
-    if spec.vocabulary is not None:
-        tokenizer, token_map = _tokenizer(job)
-        assert token_map is not None, "the vocabulary stage writes one"
-        student = LoadedModel(trim_model(student.model, token_map), tokenizer, num_columns(tokenizer), token_map)
-    if spec.adapter is not None:
-        add_adapters(student.model, spec.adapter, seed=seed)
-    return student
-
-
-def _tokenizer(job: Job) -> tuple[PreTrainedTokenizerBase, TokenMap | None]:
-    """The teacher's, or what the vocabulary stage kept."""
-    role, folder = ("vocabulary", "tokenizer") if "vocabulary" in job.inputs else ("teacher", "model")
-    with job.files(job.inputs[role]) as files:
-        return load_tokenizer(files / folder, trust_remote_code=job.recipe.trusts_code), read_token_map(files / folder)
 
 
 def _kept_mass(recipe: Recipe, rows: Rows, token_map: TokenMap, *, seed: int) -> float:
@@ -151,18 +115,6 @@ def _kept_mass(recipe: Recipe, rows: Rows, token_map: TokenMap, *, seed: int) ->
             "num_common, give more rows, or lower least_kept_mass"
         )
     return found
-
-
-def _pretrained_student(job: Job, spec: PretrainedStudent) -> LoadedModel:
-    tokenizer = load_tokenizer(spec)
-    if not isinstance(job.recipe.teacher, ServerTeacher):
-        teacher, ours = job.summary("teacher", TeacherSummary).teacher, tokenizer_identity(tokenizer)
-        assert isinstance(teacher, ModelIdentity), "a teacher that is no server runs here"
-        if (teacher.tokenizer.vocabulary, teacher.tokenizer.probe) != (ours.vocabulary, ours.probe):
-            raise TrainingError("teacher and student have different tokenizers; use a student with the teacher's tokenizer")
-    loaded = load_model(spec, device=pick_device("cpu"), tokenizer=tokenizer)
-    trainable(loaded.model)
-    return loaded
 
 
 @contextmanager
@@ -195,7 +147,7 @@ def _stored_rows(job: Job, role: str, keys: pa.Table) -> StoredRows:
     return StoredRows(groups, groups.group, groups.row, **sizes)
 
 
-def _feature_task(job: Job, recipe: Recipe, student: LoadedModel) -> FeatureTask | None:
+def _feature_task(job: Job, recipe: Recipe, student: TaskModel) -> FeatureTask | None:
     """Block pairs and the teacher's side of the model's features; None if it has none."""
     features = recipe.objective.features
     if features is None or recipe.objective.supervision != "soft":
@@ -210,7 +162,7 @@ def _feature_task(job: Job, recipe: Recipe, student: LoadedModel) -> FeatureTask
         )
         task = FeatureTask(features, pairs, CachedStates(_state_rows(job), pairs))
     else:
-        teacher = load_teacher(job)
+        teacher = load_text_teacher(job)
         teacher_blocks = len(decoder_blocks(teacher.model))
         pairs = block_pairs(features, student_blocks=student_blocks, teacher_blocks=teacher_blocks, captured=None)
         task = FeatureTask(features, pairs, LiveTeacher(teacher, features, pairs))

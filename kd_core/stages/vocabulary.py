@@ -86,7 +86,7 @@ def _texts(job: Job, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, 
                 yield from zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True)
     for file in job.inputs["prompts"].files:
         for prompt in job.read_table("prompts", file.name)["prompt"].to_pylist():
-            yield prompt, encode_prompt(tokenizer, prompt, job.recipe.task)
+            yield prompt, encode_prompt(tokenizer, prompt, job.recipe.text_task)
 
 
 def _expect_same_reading(job: Job, full: PreTrainedTokenizerBase, trimmed: PreTrainedTokenizerBase, token_map: TokenMap) -> None:

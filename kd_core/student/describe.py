@@ -12,7 +12,17 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from kd_core.recipe import Adapter, PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, StudentFromConfig, TrainedTeacher
+from kd_core.recipe import (
+    Adapter,
+    PretrainedStudent,
+    PretrainedTeacher,
+    Recipe,
+    ServerTeacher,
+    StudentFromConfig,
+    StudentFromTeacher,
+    TrainedClassifier,
+    TrainedTeacher,
+)
 from kd_core.student.adapters import adapter_parameters
 from kd_core.student.make import new_config
 from kd_core.student.shrink import head_size, shrunk_config
@@ -80,6 +90,7 @@ def describe(recipe: Recipe, *, kept_tokens: int | None = None) -> Description:
         RecipeError: the teacher cannot give such a student.
         TeacherError: a model's config cannot be read.
     """
+    _ = recipe.text_task  # raises for a recipe whose student writes no text
     teacher = teacher_config(recipe)
     spec, dtype = recipe.student, torch.float32
     if isinstance(recipe.teacher, PretrainedTeacher):
@@ -89,7 +100,7 @@ def describe(recipe: Recipe, *, kept_tokens: int | None = None) -> Description:
     elif isinstance(spec, StudentFromConfig):
         student = new_config(spec.architecture, _num_columns(recipe))
     else:
-        assert teacher is not None, "the recipe allows no from_teacher beside a server teacher"
+        assert isinstance(spec, StudentFromTeacher) and teacher is not None, "the recipe allows no other student of text"  # noqa: PT018
         student = shrunk_config(teacher, spec)
     adapter = None if isinstance(spec, StudentFromConfig) else spec.adapter
     if kept_tokens is not None:
@@ -110,7 +121,7 @@ def teacher_config(recipe: Recipe) -> PretrainedConfig | None:
             return new_config(recipe.teacher.architecture, _num_columns(recipe))
         case PretrainedTeacher():
             return read_config(Place.of(recipe.teacher)).get_text_config()
-        case ServerTeacher():
+        case ServerTeacher() | TrainedClassifier():
             return None
 
 

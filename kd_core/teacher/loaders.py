@@ -15,7 +15,17 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
@@ -23,7 +33,18 @@ from kd_core.errors import TeacherError
 from kd_core.recipe import ModelRef, PretrainedTeacher
 from kd_core.teacher.reference import locate
 
-__all__ = ["UNREADABLE", "Place", "empty_model", "one_line", "quiet", "read_config", "read_model", "read_tokenizer"]
+__all__ = [
+    "UNREADABLE",
+    "Place",
+    "empty_model",
+    "one_line",
+    "quiet",
+    "read_classifier",
+    "read_config",
+    "read_model",
+    "read_processor",
+    "read_tokenizer",
+]
 
 UNREADABLE = (OSError, ValueError, ArithmeticError, ImportError, RuntimeError, KeyError, SafetensorError, StrictDataclassError)
 """What other libraries raise at files that are no model."""
@@ -106,6 +127,33 @@ def read_model(place: Place, **options: Any) -> PreTrainedModel:
             place.location, trust_remote_code=place.trust_remote_code, **place.options, **safe, **options
         )
     return model
+
+
+def read_classifier(place: Place, *, images: bool, **options: Any) -> PreTrainedModel:
+    """A classifier of images or texts with its weights, of safetensors; further options are those of transformers.
+
+    Raises:
+        TeacherError: it cannot be read.
+    """
+    auto = AutoModelForImageClassification if images else AutoModelForSequenceClassification
+    with quiet(place.location):
+        _refuse_borrowed_code(place)
+        model: PreTrainedModel = auto.from_pretrained(
+            place.location, trust_remote_code=place.trust_remote_code, **place.options, use_safetensors=True, **options
+        )
+    return model
+
+
+def read_processor(place: Place, *, images: bool) -> Any:
+    """What prepares a classifier's inputs: its image processor, or its tokenizer.
+
+    Raises:
+        TeacherError: it cannot be read.
+    """
+    if not images:
+        return read_tokenizer(place)
+    with quiet(place.location, failure=": its image processor cannot be loaded"):
+        return AutoImageProcessor.from_pretrained(place.location, trust_remote_code=place.trust_remote_code, **place.options, backend="pil")
 
 
 def empty_model(config: PretrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:

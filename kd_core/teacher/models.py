@@ -23,6 +23,7 @@ from kd_core.tokens.token_map import TokenMap, read_token_map, write_token_map
 
 __all__ = [
     "LoadedModel",
+    "ModelFacts",
     "load_directory",
     "load_model",
     "load_tokenizer",
@@ -35,21 +36,10 @@ _LEAK = 0.01
 """Of the logits' spread: a causal model is exact but for the order of its sums."""
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model ready to run.
-
-    Attributes:
-        model: with a language-modelling head.
-        tokenizer: its own.
-        num_columns: logit columns that mean something.
-        token_map: its ids against the tokenizer that its own was trimmed from; None where nothing was trimmed.
-    """
+class ModelFacts:
+    """Sizes of a model, and where it is; for dataclasses that hold one."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    num_columns: int
-    token_map: TokenMap | None = None
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +55,23 @@ class LoadedModel:
     def num_bytes(self) -> int:
         """Bytes of the distinct parameters in their dtype."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+
+@dataclass(frozen=True)
+class LoadedModel(ModelFacts):
+    """A model that writes text, ready to run.
+
+    Attributes:
+        model: with a language-modelling head.
+        tokenizer: its own.
+        num_columns: logit columns that mean something.
+        token_map: its ids against the tokenizer that its own was trimmed from; None where nothing was trimmed.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    num_columns: int
+    token_map: TokenMap | None = None
 
     @property
     def max_positions(self) -> int | None:

@@ -22,7 +22,7 @@ from kd_core.tokens.batches import TokenRow, collate, padded_batches, sent
 from kd_core.tokens.packing import pack_batches, pack_rows
 from kd_core.train.row_order import BLOCK_ROWS, BUFFER_BLOCKS, Rows, step_rows
 
-__all__ = ["EXPECTED_ROWS", "PREFETCH_STEPS", "FeatureSource", "Feed", "Layout", "MicroBatch", "StepPlan", "dealt_batches"]
+__all__ = ["EXPECTED_ROWS", "PREFETCH_STEPS", "FeatureSource", "Feed", "Layout", "MicroBatch", "StepPlan", "TokenLayout", "dealt_batches"]
 
 PREFETCH_STEPS = 4
 """A batch is decoded while so many are trained on."""
@@ -37,8 +37,8 @@ class MicroBatch:
     Attributes:
         inputs: keyword arguments of the model's backbone.
         predict_at: rows and positions whose output predicts a supervised token, two int64 tensors of shape (N,): a mask would have to
-            be counted on the device, and the host to wait for it.
-        labels_N: those tokens, int64, in the same order.
+            be counted on the device, and the host to wait for it. Of classes, every row and position 0.
+        labels_N: those tokens, or classes, int64, in the same order.
         num_tokens: tokens that are run, padding included.
         targets: soft labels of the same positions; None without soft supervision.
         share: 1, or 0 for a batch that is repeated so that all ranks make as many passes.
@@ -84,9 +84,31 @@ class FeatureSource(Protocol):
         ...
 
 
+class Layout(Protocol):
+    """Way in which rows become a batch."""
+
+    @property
+    def packed(self) -> bool:
+        """Tell whether documents lie end to end on one buffer."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are run."""
+        ...
+
+    def cut(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Numbers of the rows of each batch, given the rows' tokens."""
+        ...
+
+    def batch(self, rows: Sequence[TokenRow], targets: Targets | None = None, *, share: float = 1.0) -> MicroBatch:
+        """Rows, in this order, as one batch."""
+        ...
+
+
 @dataclass(frozen=True)
-class Layout:
-    """Way in which rows become a batch.
+class TokenLayout:
+    """Way in which rows of tokens become a batch.
 
     Attributes:
         packed: end to end on one buffer; else padded on the right.

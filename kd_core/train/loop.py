@@ -22,10 +22,10 @@ from kd_core.progress import Tick, Ticker
 from kd_core.recipe import Objective, Run, Training
 from kd_core.summaries import TrainingRun, UsedRows
 from kd_core.teacher.models import pick_device
-from kd_core.tokens.packing import unpackable
-from kd_core.train.batches import Feed, Layout
+from kd_core.train.batches import Feed
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.features import FeatureTask
+from kd_core.train.reading import Reading, TokenReading
 from kd_core.train.row_order import TrainingData
 from kd_core.train.schedules import Validations, learning_rate, weight_decay, without_a_best
 from kd_core.train.sharding import shall_shard
@@ -109,11 +109,12 @@ def train(
     checkpoints: Checkpoints,
     tick: Ticker,
     features: FeatureTask | None = None,
+    reading: Reading | None = None,
 ) -> TrainingResult:
     """Train ``model`` in place.
 
     Args:
-        model: a causal language model in float32; parameters that need no gradient stay as they are.
+        model: in float32; parameters that need no gradient stay as they are.
         data: rows, soft labels, validation rows.
         num_columns: logit columns that count; the rest is cut off before normalising.
         training: steps, batch, optimiser, schedule, what is kept.
@@ -123,6 +124,7 @@ def train(
         checkpoints: where the state is kept.
         tick: progress.
         features: what the objective's features need: block pairs and the teacher's side; None where it has none.
+        reading: how the model reads rows; None: token rows, as a causal language model.
 
     Raises:
         TrainingError: no rows, more non-finite gradients than allowed, a model whose logits cannot be made here, or SIGTERM: then there
@@ -134,8 +136,8 @@ def train(
     accelerator = Accelerator(cpu=pick_device(run.device).type == "cpu", mixed_precision="no")
     num_ranks = accelerator.num_processes
     refuse_unsupported(accelerator, training, data)
-    packed = unpackable(model) is None and not run.compile and (features is None or features.source.packable)
-    layout = Layout(packed, run.micro_batch_tokens, accelerator.device)
+    reading = reading or TokenReading()
+    layout = reading.layout(model, run, accelerator.device, packable=features is None or features.source.packable)
     source, rank = None if features is None else features.source, accelerator.process_index
     feed = Feed(data.rows, training, layout, seed=seed, rank=rank, num_ranks=num_ranks, features=source)
     state = TrainingState(
@@ -144,6 +146,7 @@ def train(
         training=training,
         objective=objective,
         accelerator=accelerator,
+        reading=reading,
         sharded=shall_shard(run, num_ranks),
         features=features,
         seed=seed,
@@ -151,11 +154,11 @@ def train(
     start = state.resume(checkpoints)
     state.check(feed.first_rows(start, 2), layout)
     products = torch.bfloat16 if training.dtype == "bfloat16" else torch.float32
-    meter = Meter(model, num_columns=num_columns, device=accelerator.device, dtype=products)
+    meter = Meter(reading.flops(model, num_columns), device=accelerator.device, dtype=products)
     history, done = state.history, start
     tick(Tick(start, training.steps, "steps"))
     stopped = False
-    with sigterm_waits() as stop, as_trained(state.model, packed=packed, run=run):
+    with sigterm_waits() as stop, as_trained(state.model, reading.backbone(state.model), packed=layout.packed, run=run):
         for step in range(start, training.steps):
             weights = step_weights(objective, step=step, steps=training.steps)
             rate, decay = learning_rate(training, step, history.validation), weight_decay(training, step)
@@ -196,7 +199,7 @@ def train(
         supervised_tokens=history.supervised_tokens,
         seconds=time.perf_counter() - began,
         resumed_from=start,
-        packed=packed,
+        packed=layout.packed,
         skipped=history.skipped,
         spikes=history.spikes,
     )

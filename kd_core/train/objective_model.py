@@ -93,6 +93,10 @@ class ObjectiveModel(nn.Module):
             hidden_NH: Tensor = self.model.get_decoder()(**batch.inputs).last_hidden_state[batch.predict_at]
         return hidden_NH.to(torch.bfloat16) if bf16 else hidden_NH
 
+    def check(self, rows: list[TokenRow], layout: Layout) -> None:
+        """``check_logits`` of this model."""
+        check_logits(self, rows, layout)
+
     def projection(self) -> Projection:
         """The output projection, if it is a plain linear one."""
         head, config = self.model.get_output_embeddings(), self.model.config.get_text_config()

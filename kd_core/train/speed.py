@@ -7,25 +7,38 @@ tokens. Attention scores and a live teacher are left out, so it is a lower bound
 
 import resource
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-__all__ = ["Meter", "gemm_rate", "peak_memory_bytes"]
+__all__ = ["Flops", "Meter", "gemm_rate", "peak_memory_bytes", "text_flops"]
 
 _SIZE = 512
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of a forward and backward pass: of the backbone a token, and of the head a supervised token."""
+
+    token: int
+    supervised: int
+
+
+def text_flops(model: PreTrainedModel, num_columns: int) -> Flops:
+    """Operations of a causal language model's matrix products."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    backbone = [p for p in model.get_decoder().parameters() if p.ndim >= 2 and p is not embedding]
+    return Flops(sum(_flops(p) * p.numel() for p in backbone), _flops(head) * num_columns * head.shape[-1])
 
 
 class Meter:
     """Counts tokens between two readings."""
 
-    def __init__(self, model: PreTrainedModel, *, num_columns: int, device: torch.device, dtype: torch.dtype) -> None:
-        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        backbone = [p for p in model.get_decoder().parameters() if p.ndim >= 2 and p is not embedding]
-        self._flops_token = sum(_flops(p) * p.numel() for p in backbone)
-        self._flops_supervised = _flops(head) * num_columns * head.shape[-1]
-        self._device, self._rate = device, gemm_rate(device, dtype)
+    def __init__(self, flops: Flops | None, *, device: torch.device, dtype: torch.dtype) -> None:
+        self._flops, self._device = flops, device
+        self._rate = None if flops is None else gemm_rate(device, dtype)
         self._tokens = self._supervised = 0
         self._since = time.perf_counter()
 
@@ -35,16 +48,17 @@ class Meter:
         self._supervised += supervised
 
     def read(self) -> dict[str, float]:
-        """Rates of this rank since the last reading."""
+        """Rates of this rank since the last reading; no gemm_share where operations are not known."""
         now = time.perf_counter()
         seconds = now - self._since
-        flops = self._flops_token * self._tokens + self._flops_supervised * self._supervised
         found = {
             "tokens_per_second": self._tokens / seconds,
             "supervised_tokens_per_second": self._supervised / seconds,
-            "gemm_share": flops / seconds / self._rate,
             "peak_memory_bytes": float(peak_memory_bytes(self._device)),
         }
+        if self._flops is not None and self._rate is not None:
+            flops = self._flops.token * self._tokens + self._flops.supervised * self._supervised
+            found["gemm_share"] = flops / seconds / self._rate
         self._tokens, self._supervised, self._since = 0, 0, now
         return found
 

@@ -28,7 +28,8 @@ from kd_core.train.batches import Feed, Layout, StepPlan, dealt_batches
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.features import FeatureTask
 from kd_core.train.history import History
-from kd_core.train.objective_model import ObjectiveModel, check_logits, validation_sums
+from kd_core.train.objective_model import ObjectiveModel, validation_sums
+from kd_core.train.reading import Reading
 from kd_core.train.row_order import TrainingData
 from kd_core.train.schedules import best_validation
 from kd_core.train.sharding import part_of, shard, slice_of, whole
@@ -76,11 +77,10 @@ def refuse_unsupported(accelerator: Accelerator, training: Training, data: Train
 
 
 @contextlib.contextmanager
-def as_trained(model: PreTrainedModel, *, packed: bool, run: Run) -> Iterator[None]:
+def as_trained(model: PreTrainedModel, backbone: nn.Module, *, packed: bool, run: Run) -> Iterator[None]:
     """Within: the model is in training mode, with the attention, checkpointing and compilation that ``run`` asks for."""
     if run.activation_checkpointing and not model.supports_gradient_checkpointing:
         raise TrainingError(f"run.activation_checkpointing: {type(model).__name__} has no support for it; set it to false")
-    backbone = model.get_decoder()
     model.train()
     with isolated_documents(model) if packed else contextlib.nullcontext():
         try:
@@ -106,6 +106,7 @@ class TrainingState:
         training: Training,
         objective: Objective,
         accelerator: Accelerator,
+        reading: Reading,
         sharded: bool = False,
         features: FeatureTask | None = None,
         seed: int = 0,
@@ -114,7 +115,7 @@ class TrainingState:
         self._accelerator, self._training, self._sharded, self._given = accelerator, training, sharded, model
         self.model = copy.deepcopy(model) if sharded else model
         self.feature_loss = None if features is None else features.loss(self.model, seed=seed)
-        self.objective_model = ObjectiveModel(
+        self.objective_model = reading.objective_model(
             self.model,
             num_columns=num_columns,
             divergence=objective.divergence,
@@ -203,9 +204,9 @@ class TrainingState:
     # ------------------------------------------------------------------------------------------ validation
 
     def check(self, rows: list[TokenRow], layout: Layout) -> None:
-        """``check_logits`` of the model; all ranks with the same rows."""
+        """Compare our logits with the model's own; all ranks with the same rows."""
         self.objective_model.eval()
-        self._within(lambda model: check_logits(model, rows, layout))
+        self._within(lambda model: model.check(rows, layout))
 
     def validate(self, step: int, rows: Sequence[TokenRow], layout: Layout) -> dict[str, float]:
         """Loss of the weights that would be kept after ``step`` steps; noted, and its weights held if they are the best.

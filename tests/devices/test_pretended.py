@@ -12,7 +12,7 @@ import torch
 from kd_core.losses import StepWeights
 from kd_core.losses.divergences import FORWARD_KL
 from kd_core.tokens.batches import TokenRow
-from kd_core.train.batches import Layout
+from kd_core.train.batches import TokenLayout
 from kd_core.train.objective_model import ObjectiveModel
 
 DEVICE = "pretended"
@@ -90,7 +90,7 @@ def test_what_waits_is_counted_by_its_line(waits: Counter[str], does: Callable[[
 def test_labels_that_are_left_on_the_cpu_are_found(waits: Counter[str], tiny_model: Callable[..., Any]) -> None:
     """The fault that this device was made for, planted."""
     model = tiny_model().model.requires_grad_(True).to(DEVICE)
-    batch = Layout(packed=False, budget_tokens=64, device=torch.device(DEVICE)).batch([TokenRow((9, 12, 7, 14, 3, 1), 3)])
+    batch = TokenLayout(packed=False, budget_tokens=64, device=torch.device(DEVICE)).batch([TokenRow((9, 12, 7, 14, 3, 1), 3)])
     objective, weights = ObjectiveModel(model, num_columns=17, divergence=FORWARD_KL), StepWeights(1.0, 0.0, 1.0)
     objective(batch, weights)
     with pytest.raises(RuntimeError, match="is on cpu, and another one on pretended"):

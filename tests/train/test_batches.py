@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kd_core.errors import SoftLabelError, TrainingError
 from kd_core.recipe import Training
 from kd_core.tokens.batches import TokenRow
-from kd_core.train.batches import Feed, Layout
+from kd_core.train.batches import Feed, TokenLayout
 from kd_core.train.row_order import MemoryRows
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def rows_of(lengths: list[int]) -> list[TokenRow]:
     packed=st.booleans(),
 )
 def test_ranks_share_the_rows_of_a_step(lengths: list[int], batch_rows: int, num_ranks: int, budget: int, packed: bool) -> None:
-    rows, layout = rows_of(lengths), Layout(packed, budget, CPU)
+    rows, layout = rows_of(lengths), TokenLayout(packed, budget, CPU)
     training = Training(steps=9, batch_rows=batch_rows, learning_rate=0.1)
     alone = Feed(MemoryRows(rows), training, layout, seed=3)
     ranks = [Feed(MemoryRows(rows), training, layout, seed=3, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
@@ -54,7 +54,7 @@ def test_ranks_share_the_rows_of_a_step(lengths: list[int], batch_rows: int, num
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_batch_predicts_its_labels(packed: bool) -> None:
     rows = [TokenRow((5, 6, 7, 8), 2), TokenRow((9, 4), 1)]
-    batch = Layout(packed, 100, CPU).batch(rows)
+    batch = TokenLayout(packed, 100, CPU).batch(rows)
     assert batch.labels_N.tolist() == [7, 8, 4]
     assert batch.inputs["input_ids"][batch.predict_at].tolist() == [6, 7, 9]
     assert batch.num_tokens == (6 if packed else 8)
@@ -68,7 +68,7 @@ def test_nothing_is_fetched_for_steps_that_never_come() -> None:
         def prefetch(self, numbers: Sequence[int], *, soft: bool) -> None:
             asked.append(tuple(numbers))
 
-    feed = Feed(Asked(rows_of([4] * 40)), Training(steps=6, batch_rows=5, learning_rate=0.1), Layout(True, 64, CPU), seed=0)
+    feed = Feed(Asked(rows_of([4] * 40)), Training(steps=6, batch_rows=5, learning_rate=0.1), TokenLayout(True, 64, CPU), seed=0)
     plans = [feed.plan(step, soft=True) for step in range(6)]
     assert asked == [batch for plan in plans[4:] for batch in plan.batches]
 
@@ -84,14 +84,14 @@ def test_rows_of_half_a_buffer_later_are_told(monkeypatch: pytest.MonkeyPatch, n
             expected.append(list(numbers))
 
     training = Training(steps=6, batch_rows=2, learning_rate=0.1)
-    feed = Feed(Told(rows_of([4] * num_rows)), training, Layout(True, 64, CPU), seed=0)
+    feed = Feed(Told(rows_of([4] * num_rows)), training, TokenLayout(True, 64, CPU), seed=0)
     plans = [feed.plan(step, soft=True) for step in range(6)]
     later = [sorted(row for batch in plan.batches for row in batch) for plan in plans[2:]]
     assert [sorted(numbers) for numbers in expected] == (later if told else [])
 
 
 def test_what_cannot_be_dealt_is_refused() -> None:
-    layout, rows = Layout(True, 64, CPU), MemoryRows(rows_of([4, 5, 6]))
+    layout, rows = TokenLayout(True, 64, CPU), MemoryRows(rows_of([4, 5, 6]))
     with pytest.raises(TrainingError, match="2 rows for 3 ranks; start at most that many ranks"):
         Feed(rows, Training(steps=1, batch_rows=2, learning_rate=0.1), layout, seed=0, num_ranks=3)
     feed = Feed(rows, Training(steps=1, batch_rows=3, learning_rate=0.1, max_tokens=8), layout, seed=0)

@@ -234,7 +234,7 @@ def test_splits_padding_and_packing_change_neither_loss_nor_gradient(student, te
 
 def test_cached_states_are_the_live_ones_within_half_a_step(student, teacher, data, cached, tmp_path) -> None:
     """Half a step is absmax / 254 a column; shards hold the rows in another order, and each row gets its own states."""
-    features, layout = states(source="cached"), feed.Layout(True, 1000, torch.device("cpu"))
+    features, layout = states(source="cached"), feed.TokenLayout(True, 1000, torch.device("cpu"))
     batch = layout.batch([ROWS[i] for i in (2, 0, 4)])
     kept = cached(features).source.read([2, 0, 4], [ROWS[i] for i in (2, 0, 4)], batch)
     own = live(teacher, features).source.read([2, 0, 4], [ROWS[i] for i in (2, 0, 4)], batch)
@@ -254,7 +254,7 @@ def test_cached_states_are_the_live_ones_within_half_a_step(student, teacher, da
 
 def test_states_of_another_block_are_not_near(teacher, data, cached) -> None:
     """Trap 23: block i is block i's output."""
-    features, layout = states(source="cached"), feed.Layout(True, 1000, torch.device("cpu"))
+    features, layout = states(source="cached"), feed.TokenLayout(True, 1000, torch.device("cpu"))
     batch = layout.batch(ROWS)
     kept, own = (task.source.read(range(5), ROWS, batch).vectors for task in (cached(features), live(teacher, features)))
     assert float((kept[0] - own[0]).norm() / own[0].norm()) < 0.01

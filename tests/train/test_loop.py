@@ -18,7 +18,7 @@ from kd_core.store import LocalStore
 from kd_core.tokens.batches import TokenRow, collate
 from kd_core.train import batches as feed
 from kd_core.train import state
-from kd_core.train.batches import Layout, dealt_batches
+from kd_core.train.batches import TokenLayout, dealt_batches
 from kd_core.train.checkpoints import Checkpoints
 from kd_core.train.loop import TrainingResult, train
 from kd_core.train.objective_model import ObjectiveModel, validation_sums
@@ -41,7 +41,7 @@ COMPILED = (
 )
 NONE, ONE = (Constant(kind="constant", value=value) for value in (0.0, 1.0))
 TRAINING = Training(steps=6, batch_rows=3, learning_rate=0.01, warmup_steps=2)
-LAYOUT = Layout(packed=False, budget_tokens=16, device=torch.device("cpu"))
+LAYOUT = TokenLayout(packed=False, budget_tokens=16, device=torch.device("cpu"))
 SAMPLED = Sampled(kind="sampled", num_draws=9, temperature=2.0)
 
 
@@ -367,7 +367,7 @@ def test_the_average_is_the_one_of_the_trajectory(student, data, monkeypatch, tm
 
 
 def nll_of(model: Any, rows: Any) -> float:
-    layout = Layout(packed=False, budget_tokens=64, device=torch.device("cpu"))
+    layout = TokenLayout(packed=False, budget_tokens=64, device=torch.device("cpu"))
     batches = dealt_batches(rows, layout, rank=0, num_ranks=1)
     total, count = validation_sums(ObjectiveModel(model, num_columns=17, divergence=FORWARD_KL), batches, layout).tolist()
     return total / count

@@ -11,7 +11,7 @@ from kd_core.losses.divergences import FORWARD_KL
 from kd_core.losses.objective import StepWeights
 from kd_core.tokens.batches import TokenRow
 from kd_core.tokens.packing import isolated_documents, unpackable
-from kd_core.train.batches import Layout
+from kd_core.train.batches import TokenLayout
 from kd_core.train.objective_model import ObjectiveModel, check_logits
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def test_loss_and_gradient_are_those_of_the_model_s_own_logits(name: str) -> Non
     norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     packable = unpackable(model) is None
     assert packable is (name != "gemma2, cap")
-    for layout in [Layout(False, 64, CPU), *([Layout(True, 64, CPU)] if packable else [])]:
+    for layout in [TokenLayout(False, 64, CPU), *([TokenLayout(True, 64, CPU)] if packable else [])]:
         check_logits(wrapped, ROWS[:2], layout)
         model.zero_grad(set_to_none=True)
         if layout.packed:
@@ -68,4 +68,4 @@ def test_a_head_that_is_not_known_ends_the_run(monkeypatch: pytest.MonkeyPatch) 
     wrapped = make("granite, scale")
     monkeypatch.setattr("kd_core.train.objective_model.logit_scale", lambda config: 1.0)
     with pytest.raises(TrainingError, match="GraniteForCausalLM: logits of a row of 7 tokens are 3 of their spread away"):
-        check_logits(wrapped, ROWS[:2], Layout(True, 64, CPU))
+        check_logits(wrapped, ROWS[:2], TokenLayout(True, 64, CPU))
