@@ -6,7 +6,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from kd_core.curate import verify
 from kd_core.evaluate.gate import Verdict
 from kd_core.evaluate.report import Curve, ModelRow, ReportData, Sample, SampleAnswer, StageRow, render_html, render_markdown, report_json
 from kd_core.evaluate.statistics import METRICS, Comparison, Estimate, compare, estimate, metric_of, num_measured
@@ -26,6 +25,7 @@ from kd_core.summaries import (
     VocabularySummary,
     of,
 )
+from kd_core.task_kinds import kind_of
 from kd_core.tokens.lengths import expect_enough
 from kd_core.train.history import logged_metrics
 
@@ -194,7 +194,9 @@ def _samples(job: Job, scores: dict[str, pa.Table], suite: str) -> list[Sample]:
         text = texts[name].get(item["prompt_id"])
         if text is None:
             return None
-        return SampleAnswer(name, text, None if item["reference"] is None else verify(text, item["reference"], job.recipe.text_task))
+        return SampleAnswer(
+            name, text, None if item["reference"] is None else kind_of(job.recipe).is_right(job.recipe, text, item["reference"])
+        )
 
     found = []
     for item in items:

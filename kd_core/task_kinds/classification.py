@@ -200,6 +200,10 @@ class Classification:
         """Inputs by their hash."""
         return _ClassReading(_classifier(model).reader)
 
+    def is_right(self, recipe: Recipe, answer: str, reference: str) -> bool:
+        """The same class."""
+        return answer == reference
+
     def measure(
         self, work: Workplace, model: TaskModel, suites: Mapping[str, pa.Table], *, teacher: TaskModel | None, seed: int
     ) -> Measured:

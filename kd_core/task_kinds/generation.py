@@ -7,7 +7,7 @@ from typing import Any, cast
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from kd_core.curate import curate_answers, gold_rows
+from kd_core.curate import curate_answers, gold_rows, verify
 from kd_core.errors import TrainingError
 from kd_core.evaluate.measure import Measured, measure
 from kd_core.prompts import PromptSet, collect_gold, collect_prompts
@@ -124,6 +124,10 @@ class Generation:
     def reading(self, model: TaskModel) -> TokenReading:
         """Token rows."""
         return TokenReading()
+
+    def is_right(self, recipe: Recipe, answer: str, reference: str) -> bool:
+        """By the task's verifier."""
+        return verify(answer, reference, recipe.text_task)
 
     def measure(
         self, work: Workplace, model: TaskModel, suites: Mapping[str, pa.Table], *, teacher: TaskModel | None, seed: int

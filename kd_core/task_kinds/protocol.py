@@ -188,6 +188,10 @@ class TaskKind(Protocol):
         """How the model reads rows in training."""
         ...
 
+    def is_right(self, recipe: Recipe, answer: str, reference: str) -> bool:
+        """Tell whether an answer is the reference's."""
+        ...
+
     def measure(
         self, work: Workplace, model: TaskModel, suites: Mapping[str, pa.Table], *, teacher: TaskModel | None, seed: int
     ) -> Measured:
