@@ -26,7 +26,7 @@ __all__ = [
     "picture",
 ]
 
-MAX_MODELS, MAX_GUESSES = 3, 5
+MAX_MODELS, MAX_GUESSES = 3, 3
 MAX_CLASSES = 20
 """Classes of a confusion matrix that is drawn; with more, the most confused pairs are listed."""
 MAX_PAIRS = 15
@@ -36,8 +36,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PICTURE_PIXELS = 96
 """Least length of a picture's longer side on the page."""
 
-_NAME, _BAR, _ROW, _HEAD = 92, 150, 17, 19
-_WIDTH = _NAME + _BAR + 52
+_BAR, _ROW, _HEAD = 150, 17, 19
 _MAX_NAME = 15
 
 
@@ -56,30 +55,40 @@ def picture(png: bytes, title: str) -> str:
     return f'<img{sharp} alt="{escape(title)}" width="{width * times}" height="{height * times}" src="data:image/png;base64,{data}">'
 
 
+def likeliest(guess: ClassGuess, true_class: str) -> list[tuple[str, float]]:
+    """The 3 likeliest classes of a guess, and the true class where it is known and not among them."""
+    first, rest = guess.probabilities[:MAX_GUESSES], guess.probabilities[MAX_GUESSES:]
+    return [*first, *((name, probability) for name, probability in rest if name == true_class)]
+
+
 def class_bars(guesses: Sequence[ClassGuess], true_class: str) -> str:
     """Probabilities of the likeliest classes as bars, a group for each of at most 3 models; the true class is marked with a dot."""
+    groups = [(guess.model, likeliest(guess, true_class)) for guess in guesses[:MAX_MODELS]]
+    longest = max((min(_MAX_NAME, len(name)) for _, bars in groups for name, _ in bars), default=0)
+    left = 22 + 6 * longest
     parts, y = [], 0
-    for guess in guesses[:MAX_MODELS]:
-        color = f"var(--{_COLORS.get(guess.model, 'muted')})"
-        parts.append(f'<text x="0" y="{y + 13}" class="head" fill="{color}">{escape(label_of(guess.model))}</text>')
+    for model, bars in groups:
+        color = f"var(--{_COLORS.get(model, 'muted')})"
+        parts.append(f'<text x="0" y="{y + 13}" class="head" fill="{color}">{escape(label_of(model))}</text>')
         y += _HEAD
-        for name, probability in guess.probabilities[:MAX_GUESSES]:
-            parts += _bar(name, probability, y, color, is_true=name == true_class)
+        for name, probability in bars:
+            parts += _bar(name, probability, left, y, color, is_true=name == true_class)
             y += _ROW
         y += 6
-    title = f"Class probabilities of {', '.join(label_of(guess.model) for guess in guesses[:MAX_MODELS])}; the true class is {true_class}"
-    return f'<svg class="bars" viewBox="0 0 {_WIDTH} {max(1, y - 6)}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    title = f"Class probabilities of {', '.join(label_of(model) for model, _ in groups)}; the true class is {true_class}"
+    size = f"0 0 {left + _BAR + 48} {max(1, y - 6)}"
+    return f'<svg class="bars" viewBox="{size}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
 
 
-def _bar(name: str, probability: float, y: int, color: str, *, is_true: bool) -> list[str]:
+def _bar(name: str, probability: float, left: int, y: int, color: str, *, is_true: bool) -> list[str]:
     width = max(0.5, _BAR * min(1.0, max(0.0, probability)))
     dot = [f'<circle cx="4" cy="{y + 7}" r="3" fill="var(--good)"><title>the true class</title></circle>'] if is_true else []
     bold = ' font-weight="700"' if is_true else ""
     return [
         *dot,
-        f'<text x="{_NAME - 7}" y="{y + 11}" text-anchor="end" fill="currentColor"{bold}>{_short(name)}</text>',
-        f'<rect x="{_NAME}" y="{y + 2}" width="{width:.1f}" height="10" rx="1" fill="{color}" fill-opacity="{0.9 if is_true else 0.45}"/>',
-        f'<text x="{_NAME + width + 6:.1f}" y="{y + 11}" fill="var(--muted)">{escape(percent(probability))}</text>',
+        f'<text x="{left - 7}" y="{y + 11}" text-anchor="end" fill="currentColor"{bold}>{_short(name)}</text>',
+        f'<rect x="{left}" y="{y + 2}" width="{width:.1f}" height="10" rx="1" fill="{color}" fill-opacity="{0.9 if is_true else 0.45}"/>',
+        f'<text x="{left + width + 6:.1f}" y="{y + 11}" fill="var(--muted)">{escape(percent(probability))}</text>',
     ]
 
 

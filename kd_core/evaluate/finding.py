@@ -127,8 +127,7 @@ def _clauses(data: ReportData) -> Iterator[str]:
     if not data.comparisons:
         yield "it was compared with no other model"
     for other in _SIDES:
-        pairs = [pair for name in _said_metrics(data, other) if (pair := data.comparison(name, other)) is not None]
-        if pairs:
+        if pairs := _said_pairs(data, other):
             yield _compared(data, other, pairs)
     if student is not None and "unseen_recall" in student.metrics:
         yield _unseen(data, student.metrics["unseen_recall"])
@@ -139,35 +138,47 @@ def _clauses(data: ReportData) -> Iterator[str]:
 
 def _value(metric: str, found: Estimate) -> str:
     shown = f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
-    return _VALUES.get(metric, f"{metric_of(metric).label} {{}}").format(shown)
+    return _VALUES.get(metric, f"{_name(metric)} {{}}").format(shown)
 
 
-def _said_metrics(data: ReportData, other: str) -> tuple[str, ...]:
-    """Metrics of the first suite by which the student is set against another model."""
+def _name(metric: str) -> str:
+    """A metric's name inside a sentence."""
+    label = metric_of(metric).label
+    return label.lower() if label.istitle() else label
+
+
+def _said_pairs(data: ReportData, other: str) -> list[Comparison]:
+    """Differences on the first suite by which the student is set against another model.
+
+    Where nothing is graded there are three distances: against hard labels all are said, against others the headline's and those that
+    are told apart.
+    """
     metric = data.headline_metric
     if metric in _GRADED:
-        return (metric,)
-    return ("nll",) if other == "teacher" else ("agreement", "nll", "kl")
+        names: tuple[str, ...] = (metric,)
+    else:
+        names = ("nll",) if other == "teacher" else ("agreement", "nll", "kl")
+    pairs = [pair for name in names if (pair := data.comparison(name, other)) is not None]
+    return [pair for pair in pairs if other in ("teacher", "ablation_hard") or pair.metric == metric or not _is_open(pair)]
 
 
 def _compared(data: ReportData, other: str, pairs: list[Comparison]) -> str:
     row, pair = data.model(other), pairs[0]
     if len(pairs) > 1:
         us, them, _ = _SIDES[other]
-        return f"{us} against {them}: {', '.join(f'{metric_of(pair.metric).label} {_outcome(pair)}' for pair in pairs)}"
+        return f"{us} against {them}: {', '.join(f'{_name(pair.metric)} {_outcome(pair)}' for pair in pairs)}"
     if row is None or pair.metric not in row.metrics or other == "ablation_hard":
         return _told(data, pair)
     _, them, _ = _SIDES[other]
-    unit = "" if pair.metric == data.headline_metric else f" {metric_of(pair.metric).label}"
-    reached = f"{them} {'reach' if other == 'baseline' else 'reaches'} {row.metrics[pair.metric].value:.3f}{unit}"
+    what = "" if pair.metric == data.headline_metric else f"{_name(pair.metric)} "
+    reached = f"{them} {'reach' if other == 'baseline' else 'reaches'} {what}{row.metrics[pair.metric].value:.3f}"
     return f"{reached}, {'' if _is_open(pair) else 'and the student is '}{_outcome(pair)}"
 
 
 def _told(data: ReportData, pair: Comparison) -> str:
     """Say how the student stands against the other model of a pair, in whole words."""
     us, them, verb = _SIDES[pair.b]
-    metric = metric_of(pair.metric)
-    where = "" if metric.name == data.headline_metric else f"in {metric.label} "
+    where = "" if metric_of(pair.metric).name == data.headline_metric else f"in {_name(pair.metric)} "
     if _is_open(pair):
         return f"{where}{us} and {them} are {_outcome(pair)}"
     word, rest = _outcome(pair).split(" ", 1)

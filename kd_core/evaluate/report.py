@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 
 from kd_core.evaluate import charts, class_charts
 from kd_core.evaluate.charts import Point, label_of
-from kd_core.evaluate.class_charts import MAX_CLASSES, MAX_GUESSES, MAX_MODELS, confused_pairs
+from kd_core.evaluate.class_charts import MAX_CLASSES, MAX_MODELS, confused_pairs, likeliest, percent
 from kd_core.evaluate.finding import certainty_words, find
 from kd_core.evaluate.report_data import ClassSample, ModelRow, ReportData, ratio
 from kd_core.evaluate.statistics import METRICS, metric_of
@@ -158,7 +158,7 @@ def _metric_label(name: str) -> str:
 def _guesses(sample: ClassSample) -> list[tuple[str, str]]:
     """Each model's likeliest classes of a sample in one line."""
     return [
-        (guess.model, ", ".join(f"{name}: {class_charts.percent(p)}" for name, p in guess.probabilities[:MAX_GUESSES]))
+        (guess.model, ", ".join(f"{name}: {percent(p)}" for name, p in likeliest(guess, sample.true_class)))
         for guess in sample.models[:MAX_MODELS]
     ]
 

@@ -92,11 +92,18 @@ def test_a_metric_of_which_less_is_better_is_turned():
 
 
 def test_where_nothing_is_graded_every_distance_is_said():
-    models = tuple(model(name, 100, agreement=0.6, nll=0.9, kl=0.2) for name in ("student", "ablation_hard"))
+    models = tuple(model(name, 100, agreement=0.6, nll=0.9, kl=0.2) for name in ("teacher", "student", "baseline", "ablation_hard"))
     pairs = [pair("ablation_hard", 0.008, -0.01, 0.02, "agreement"), pair("ablation_hard", -0.02, -0.08, 0.05, "nll")]
-    found = find(data(*pairs, pair("ablation_hard", -0.19, -0.23, -0.15, "kl"), models=models))
+    others = [
+        pair("baseline", 0.1, 0.05, 0.2, "agreement"),
+        pair("baseline", 0.0, -0.1, 0.1, "nll"),
+        pair("teacher", 0.1, 0.05, 0.2, "nll"),
+    ]
+    found = find(data(*pairs, pair("ablation_hard", -0.19, -0.23, -0.15, "kl"), *others, models=models))
+    assert "the teacher reaches NLL 0.900, and the student is worse by 0.100 [0.050, 0.200]; " in found.found
+    assert "gold answers alone reach 0.600, and the student is better by 0.100 [0.050, 0.200]; " in found.found
     assert (
-        "soft labels against hard ones: Agreement not told apart (+0.008 [-0.010, +0.020]), NLL not told apart (+0.020 [-0.050, +0.080]), "
+        "soft labels against hard ones: agreement not told apart (+0.008 [-0.010, +0.020]), NLL not told apart (+0.020 [-0.050, +0.080]), "
         "KL to teacher better by 0.190 [0.150, 0.230]"
     ) in found.found
     assert found.claim == "shown"
