@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from kd_core.cache.certainty import SURE
+from kd_core.evaluate.certainty import SURE
 from kd_core.evaluate.report_data import ReportData, ratio
 from kd_core.evaluate.statistics import Comparison, Estimate, metric_of
 

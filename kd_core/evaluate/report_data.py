@@ -6,7 +6,7 @@ Filled by the report stage; computes no measurement.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kd_core.cache.certainty import Certainty
+from kd_core.evaluate.certainty import Certainty
 from kd_core.evaluate.charts import Curve
 from kd_core.evaluate.gate import Verdict
 from kd_core.evaluate.statistics import Comparison, Estimate

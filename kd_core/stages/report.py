@@ -6,8 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from kd_core.cache.certainty import Certainty, certainty
 from kd_core.curate import verify
+from kd_core.evaluate.certainty import Certainty, certainty
 from kd_core.evaluate.charts import Curve
 from kd_core.evaluate.gate import Verdict
 from kd_core.evaluate.report import render_html, render_markdown, report_json

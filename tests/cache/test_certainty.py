@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from kd_core.cache import certainty as module
-from kd_core.cache.certainty import certainty
 from kd_core.errors import ArtifactError, QuarantinedError
+from kd_core.evaluate import certainty as module
+from kd_core.evaluate.certainty import certainty
 from kd_core.recipe import Dense, Sampled, TopK
 from kd_core.rows.keys import soft_label_key
 from kd_core.rows.table import RowCache

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kd_core.evaluate import statistics
 from kd_core.evaluate.finding import find
 from kd_core.evaluate.gate import Verdict
 from kd_core.evaluate.report_data import ModelRow, ReportData
-from kd_core.evaluate.statistics import Comparison, Estimate
+from kd_core.evaluate.statistics import Comparison, Estimate, Metric
 from kd_core.summaries import RuleResult
 
 HOLDS = Verdict(True, (RuleResult("parameter_ratio at most 1", True, "0.1"),))
@@ -165,6 +166,22 @@ def test_a_question_in_the_description_is_what_was_asked():
 def test_sizes_in_words(teacher, words):
     found = find(data(models=(model("teacher", teacher, pass_at_1=0.9), model("student", 100, pass_at_1=0.8))))
     assert words in found.asked
+
+
+def test_a_class_that_no_row_showed_is_a_claim_of_its_own(monkeypatch):
+    shares = {name: Metric(name, name, "share", True, name, "") for name in ("accuracy", "unseen_recall")}
+    monkeypatch.setattr(statistics, "METRICS", {**statistics.METRICS, **shares})
+    models = (model("student", 100, accuracy=0.9, unseen_recall=0.78), model("ablation_hard", 100, accuracy=0.89, unseen_recall=0.02))
+    pairs = (pair("ablation_hard", 0.01, -0.02, 0.04, "accuracy"), pair("ablation_hard", 0.76, 0.7, 0.8, "unseen_recall"))
+    found = find(data(*pairs, models=models))
+    assert found.found == (
+        "it reaches 0.900 [0.880, 0.920] of answers right; soft labels and hard ones are not told apart (+0.010 [-0.020, +0.040]); of the "
+        "class that no row showed it recognises 0.780 [0.760, 0.800], with hard labels 0.020 [0.000, 0.040] "
+        "(better by 0.760 [0.700, 0.800])."
+    )
+    assert (found.title, found.claim) == ("The student is promoted", "shown")
+    nothing_gained = (pairs[0], pair("ablation_hard", 0.01, -0.02, 0.04, "unseen_recall"))
+    assert find(data(*nothing_gained, models=models)).claim == "not_shown"
 
 
 def test_a_student_that_was_not_measured():

@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from kd_core.cache.certainty import Certainty
 from kd_core.evaluate import charts
+from kd_core.evaluate.certainty import Certainty
 from kd_core.evaluate.charts import Curve
 from kd_core.evaluate.gate import Verdict
 from kd_core.evaluate.report import render_html, render_markdown, report_json

@@ -127,10 +127,11 @@ def _fetch(cache: RowCache, key: str, part: ByteRange) -> bytes | None:
 
 
 def _decoded(shard: Shard, rows: pa.Table) -> "Targets":
-    from kd_core.cache.explode import gold_labels
     from kd_core.softlabels.codec import decode_rows, parse_model
 
-    return decode_rows(parse_model(shard.metadata[CODEC_MODEL]), rows["targets"].to_pylist(), gold_labels(rows))
+    firsts = rows["first_supervised"].to_pylist()
+    labels = [np.asarray(ids[first:], np.int64) for ids, first in zip(rows["ids"].to_pylist(), firsts, strict=True)]
+    return decode_rows(parse_model(shard.metadata[CODEC_MODEL]), rows["targets"].to_pylist(), labels)
 
 
 def _sure_positions(targets: "Targets") -> "Tensor":
