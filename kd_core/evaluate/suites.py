@@ -38,7 +38,7 @@ def suite_items(recipe: Recipe, read: Callable[[str], pa.Table]) -> dict[str, pa
     return found
 
 
-_NEEDS = {"pass_at_1": "reference", "nll": "gold", "kl": "gold", "agreement": "gold"}
+_NEEDS = {"pass_at_1": "reference", "accuracy": "gold", "nll": "gold", "kl": "gold", "agreement": "gold"}
 
 
 def expect_measurable(recipe: Recipe, items: Mapping[str, pa.Table]) -> None:
@@ -58,7 +58,9 @@ def expect_measurable(recipe: Recipe, items: Mapping[str, pa.Table]) -> None:
             raise SourceError(f"{where} has {table.num_rows} item, which says nothing of others; give it at least 2, hundreds if you can")
         shares = {metric: 1.0 - table[column].null_count / table.num_rows for metric, column in _NEEDS.items()}
         asked = {r.metric for r in recipe.gate.rules if not isinstance(r, Ceiling) and r.suite in (None, suite.name)}
-        for metric in sorted(asked):
+        if "unseen_recall" in asked:
+            _expect_unseen(recipe, table, where)
+        for metric in sorted(asked - {"unseen_recall"}):
             if shares[metric] < LEAST_MEASURED:
                 raise SourceError(
                     f"{where}: a gate rule asks for {metric}, which needs a {_NEEDS[metric]} answer, and {shares[metric]:.0%} of its "
@@ -69,3 +71,13 @@ def expect_measurable(recipe: Recipe, items: Mapping[str, pa.Table]) -> None:
                 f"{where}: {shares['nll']:.0%} of its {table.num_rows} items have a gold answer and {shares['pass_at_1']:.0%} a reference"
                 f"{'' if sampled else ', which needs evaluation.generate'}; at least {LEAST_MEASURED:.0%} must have one kind to be measured"
             )
+
+
+def _expect_unseen(recipe: Recipe, table: pa.Table, where: str) -> None:
+    left_out = recipe.curate.leave_out_classes or ()
+    found = sum(name in left_out for name in table["gold"].to_pylist())
+    if found < 2:
+        raise SourceError(
+            f"{where}: a gate rule asks for unseen_recall, and {found} of its items are of the classes {', '.join(left_out)}; "
+            "at least 2 must be"
+        )

@@ -8,7 +8,7 @@ from kd_core.artifacts import Record, find
 from kd_core.recipe import Recipe
 from kd_core.stages.graph import Graph
 from kd_core.store import Store
-from kd_core.summaries import ModelIdentity, TeacherSummary, of
+from kd_core.summaries import ClassifierIdentity, ModelIdentity, TeacherSummary, of
 
 __all__ = ["Basis", "teacher_columns"]
 
@@ -48,5 +48,7 @@ class Basis:
 def teacher_columns(teacher: Record) -> int:
     """Vocabulary columns of a finished teacher that runs here."""
     identity = of(teacher, TeacherSummary).teacher
+    if isinstance(identity, ClassifierIdentity):
+        return len(identity.classes)
     assert isinstance(identity, ModelIdentity), "a server's columns are not known, and nothing is scored by it"
     return identity.num_columns

@@ -66,10 +66,10 @@ WRONG = [
         "evaluation.suites[0].source.prompt: this field is required and is not there",
     ),
     # kinds
-    ("student.kind=foo", "student.kind: found 'foo'; allowed: 'config', 'from_teacher', 'pretrained'"),
-    ("prompts.sources.0.kind=csv", "prompts.sources[0].kind: found 'csv'; allowed: 'file', 'dataset', 'reasoning_gym'"),
+    ("student.kind=foo", "student.kind: found 'foo'; allowed: 'config', 'from_teacher', 'pretrained', 'new_classifier'"),
+    ("prompts.sources.0.kind=csv", "prompts.sources[0].kind: found 'csv'; allowed: 'file', 'dataset', 'reasoning_gym', 'folder', 'scikit_learn'"),
     ("gate.rules.0.kind=foo", "gate.rules[0].kind: found 'foo'; allowed: 'better_than', 'not_worse_than_champion', 'floor', 'ceiling'"),
-    ("student={}", "student: expected fields with a 'kind', found {}; allowed kinds: config, from_teacher, pretrained"),
+    ("student={}", "student: expected fields with a 'kind', found {}; allowed kinds: config, from_teacher, new_classifier, pretrained"),
     # types
     ("training.steps=x", "training.steps: input should be a valid integer, unable to parse string as an integer, found 'x'"),
     ("student=3", "student: input should be a valid mapping, found 3"),

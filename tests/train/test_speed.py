@@ -6,7 +6,7 @@ import torch
 from kd_core.recipe import Adapter
 from kd_core.student.adapters import add_adapters
 from kd_core.train import speed as meter
-from kd_core.train.speed import Meter
+from kd_core.train.speed import Meter, text_flops
 
 
 def flops(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> float:
@@ -14,7 +14,7 @@ def flops(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> float:
     with monkeypatch.context() as patch:
         patch.setattr(meter, "gemm_rate", lambda device, dtype: 1.0)
         patch.setattr(meter.time, "perf_counter", iter((0.0, 1.0)).__next__)
-        counted = Meter(model, num_columns=17, device=torch.device("cpu"), dtype=torch.float32)
+        counted = Meter(text_flops(model, 17), device=torch.device("cpu"), dtype=torch.float32)
         counted.count(tokens=1, supervised=1)
         return counted.read()["gemm_share"]
 
