@@ -14,8 +14,9 @@ from pydantic import BaseModel, ValidationError
 from kd_core.errors import RecipeError
 from kd_core.recipe import Recipe
 from kd_core.recipe.core_yaml import read_value, read_yaml, write_yaml
+from kd_core.recipe.defaults import filled_in
 
-__all__ = ["dump_recipe", "load_recipe", "parse_recipe"]
+__all__ = ["dump_recipe", "load_recipe", "parse_recipe", "what_is_filled_in"]
 
 _MAX_PROBLEMS = 5
 _MAX_SHOWN = 200
@@ -33,7 +34,21 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: no such file, not YAML, a bad override, or not a valid recipe.
     """
-    file = Path(path)
+    return parse_recipe(_read_data(Path(path), overrides), origin=str(path))
+
+
+def what_is_filled_in(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Dotted path -> value of the fields that a recipe file and its overrides leave to ``defaults``.
+
+    Raises:
+        RecipeError: as ``load_recipe``.
+    """
+    data = _read_data(Path(path), overrides)
+    parse_recipe(data, origin=str(path))
+    return filled_in(data)
+
+
+def _read_data(file: Path, overrides: Iterable[str]) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -44,7 +59,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"{file}: expected a mapping of recipe fields, found {type(data).__name__}")
     for override in overrides:
         _apply_override(data, override)
-    return parse_recipe(data, origin=str(file))
+    return data
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
