@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 
 from flows.cli.cache import cache_app
 from flows.cli.export import export
+from flows.cli.schema import schema
 from flows.cli.student import student_app
 from flows.cli.terminal import say
 from kd_core.errors import KDError, RecipeError
@@ -38,6 +39,7 @@ app = typer.Typer(
 app.add_typer(cache_app)
 app.add_typer(student_app)
 app.command()(export)
+app.command()(schema)
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, for example recipes/quickstart.yaml.")]
 Overrides = Annotated[
