@@ -28,6 +28,7 @@ from kd_core.recipe import (
     SourceSuite,
     TrainedClassifier,
     TrainedTeacher,
+    Training,
 )
 from kd_core.summaries import CurateSummary, of
 
@@ -128,6 +129,12 @@ class Counts:
         if (record := self.basis.records["curate"]) is not None:
             return of(record, CurateSummary).rows
         return _total((self.answer_rows, self.gold_rows))
+
+    @property
+    def training(self) -> Training | None:
+        """The student's training with its steps counted; by epochs, None where the rows are not known."""
+        training, rows = self.basis.recipe.training, self.curated_rows
+        return None if training.steps is None and rows is None else training.for_rows(rows or 0)
 
 
 def has_gold(source: Source) -> bool:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kd_core.errors import SoftLabelError, TrainingError
-from kd_core.recipe import Arm, HiddenStateFeatures, Recipe
+from kd_core.recipe import Arm, HiddenStateFeatures, Recipe, Training
 from kd_core.recipe.block_pairs import block_pairs
 from kd_core.rows.range_cache import RangeCache
 from kd_core.softlabels.forward import decoder_blocks
@@ -23,7 +23,7 @@ from kd_core.stages.scoring import token_rows, usable_rows
 from kd_core.stages.sharded import frozen_rows
 from kd_core.student.adapters import merge_adapters
 from kd_core.student.describe import teacher_config
-from kd_core.summaries import TrainSummary, TrimmedVocabulary
+from kd_core.summaries import CurateSummary, TrainSummary, TrimmedVocabulary
 from kd_core.task_kinds import TaskModel, kind_of
 from kd_core.task_kinds.generation import load_text_teacher
 from kd_core.tokens.lengths import expect_enough
@@ -73,7 +73,7 @@ def _learn(job: Job, rank: int) -> TrainSummary:
             student.model,
             TrainingData(rows, validation),
             num_columns=student.num_columns,
-            training=recipe.training.model_copy(update={"max_tokens": used.limit.tokens}),
+            training=_training(job).model_copy(update={"max_tokens": used.limit.tokens}),
             objective=recipe.objective,
             seed=seed,
             run=recipe.run,
@@ -96,6 +96,11 @@ def _learn(job: Job, rank: int) -> TrainSummary:
         vocabulary=vocabulary,
         feature_blocks=None if features is None else tuple((pair.student, pair.teacher) for pair in features.pairs),
     )
+
+
+def _training(job: Job) -> Training:
+    """The recipe's training, its epochs counted on all curated rows: compared models take the same steps, whatever each learns from."""
+    return job.recipe.training.for_rows(job.summary("curate", CurateSummary).rows)
 
 
 def _kept_mass(recipe: Recipe, rows: Rows, token_map: TokenMap, *, seed: int) -> float:

@@ -135,7 +135,7 @@ def test_a_finished_teacher_and_its_soft_labels_are_examined(sums, store: LocalS
     assert found["truncated_answers"].detail.startswith("0 of ")
     assert "3 rows: gold log-probabilities off by" in found["cached_soft_labels"].detail
 
-    real = subject.load_teacher
+    real = subject.load_text_teacher
 
     def drifted(job: Any) -> LoadedModel:  # trap 20: the teacher is not the teacher that was scored
         loaded = real(job)
@@ -143,7 +143,7 @@ def test_a_finished_teacher_and_its_soft_labels_are_examined(sums, store: LocalS
         return loaded
 
     with monkeypatch.context() as patch:
-        patch.setattr(subject, "load_teacher", drifted)
+        patch.setattr(subject, "load_text_teacher", drifted)
         found = by_name(examine(recipe, store))
     assert failed(found) == {"cached_soft_labels"}
     assert "the cache is not of this teacher as it runs here; delete rows/soft_labels/" in found["cached_soft_labels"].detail

@@ -198,6 +198,6 @@ def test_order_of_rows_changes_nothing_and_values_lie_within(values, order):
 
 
 def test_metric_names_and_directions():
-    assert [name for name, metric in METRICS.items() if metric.higher_is_better] == ["pass_at_1", "agreement"]
+    assert [name for name, metric in METRICS.items() if metric.higher_is_better] == ["pass_at_1", "accuracy", "unseen_recall", "agreement"]
     assert metric_of("svamp/pass_at_1") is METRICS["pass_at_1"]
     assert Comparison("svamp/kl", "a", "b", -1.0, -2.0, -0.5, 30, 0, (3, 3)).improvement_low == 0.5

@@ -12,10 +12,11 @@ from kd_core.recipe import Recipe
 from kd_core.recipe.files import load_recipe
 from kd_core.rows.table import RowCache
 from kd_core.softlabels.hidden import decode_states
-from kd_core.stages import scoring, soft_labels
+from kd_core.stages import soft_labels
 from kd_core.stages.graph import build_graph
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore
+from kd_core.task_kinds import generation
 from kd_core.train.checkpoints import Checkpoints
 
 
@@ -70,7 +71,7 @@ def test_damage_is_met_before_a_training_step(copy, monkeypatch: pytest.MonkeyPa
     for path in shards(copy.store, "soft_labels"):
         damage(path, at=0.999)  # its footer: nothing of the shard can be trusted
     monkeypatch.setattr(torch.optim.AdamW, "step", counted)
-    monkeypatch.setattr(scoring, "load_teacher", lambda job: pytest.fail("the teacher is gone too"))
+    monkeypatch.setattr(generation, "load_text_teacher", lambda work: pytest.fail("the teacher is gone too"))
     with pytest.raises(BaseException, match="the teacher is gone too"):
         run_node(recipe, build_graph(recipe, store), "student.0", store=store, tick=silent, extra={})
     assert steps == []
@@ -134,7 +135,7 @@ def test_a_shard_that_is_made_again_has_the_model_it_had(copy, monkeypatch: pyte
 def test_a_row_the_teacher_fails_on_is_refused_counted_and_bounded(copy, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN rows: an error by default; within a budget they are left out of both the student's and the ablation's rows."""
     store = LocalStore(copy.store)
-    real = soft_labels.score_rows
+    real = generation.score_rows
 
     def failing(teacher, rows, **named):
         found = real(teacher, rows, **named)
@@ -142,7 +143,7 @@ def test_a_row_the_teacher_fails_on_is_refused_counted_and_bounded(copy, monkeyp
         kept = tuple(scored for scored in found.scored if scored.key not in bad)
         return type(found)(kept, {**found.refused, **dict.fromkeys(bad, "the teacher gave NaN")})
 
-    monkeypatch.setattr(soft_labels, "score_rows", failing)
+    monkeypatch.setattr(generation, "score_rows", failing)
     strict = load_recipe(copy.recipe_file, ["soft_labels={kind: sampled, num_draws: 7, temperature: 2.0}", "objective.temperature=2.0"])
     with pytest.raises(
         SoftLabelError, match=r"(\d+) of \d+ rows have no usable teacher output, and max_refused_rows allows 0; first row"

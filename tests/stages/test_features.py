@@ -12,11 +12,12 @@ from kd_core.artifacts import find, materialize
 from kd_core.errors import SoftLabelError
 from kd_core.progress import silent
 from kd_core.recipe.files import load_recipe
-from kd_core.stages import hidden_states, soft_labels
+from kd_core.stages import hidden_states
 from kd_core.stages import train as train_stage_module
 from kd_core.stages.graph import build_graph
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore
+from kd_core.task_kinds import generation
 from kd_core.train.history import logged_metrics
 
 CAPTURED = "hidden_states={blocks: [0, 1], width: 8, reduce: project}"
@@ -37,7 +38,7 @@ def test_a_student_learns_features_and_is_written_as_a_plain_model(name: str, co
     assert "hidden_states" not in nodes["ablation_hard.0"].upstream
     if name == "cached":
         run_node(recipe, build_graph(recipe, store), "hidden_states", store=store, tick=silent, extra={})
-        monkeypatch.setattr(train_stage_module, "load_teacher", lambda job: pytest.fail("cached states need no teacher"))
+        monkeypatch.setattr(train_stage_module, "load_text_teacher", lambda job: pytest.fail("cached states need no teacher"))
     with caplog.at_level(logging.INFO):
         assert not run_node(recipe, build_graph(recipe, store), "student.0", store=store, tick=silent, extra={}).hit
     assert "features: the student's blocks learn from the teacher's: 0 from 1" in caplog.text
@@ -84,7 +85,7 @@ def test_rows_the_teacher_fails_on_are_left_out_of_states_as_of_labels(copy, mon
     labels = {"kind": "sampled", "num_draws": 7, "temperature": 2.0, "max_refused_rows": 90}
     overrides = [f"soft_labels={json.dumps(labels)}", "objective.temperature=2.0", f"objective.features={json.dumps(FEATURES['cached'])}"]
     recipe = load_recipe(copy.recipe_file, [*overrides, "hidden_states={blocks: [1]}"])
-    monkeypatch.setattr(soft_labels, "score_rows", failing(soft_labels.score_rows, 8, "scored"))
+    monkeypatch.setattr(generation, "score_rows", failing(generation.score_rows, 8, "scored"))
     real = hidden_states.capture_hidden
     monkeypatch.setattr(hidden_states, "capture_hidden", failing(real, 8, "captured"))
     for name in ("soft_labels", "hidden_states"):

@@ -223,10 +223,12 @@ _ADDED: dict[tuple[str, str], Any] = {  # values for fields whose type alone doe
     ("Task", "date"): datetime.date(2026, 1, 1),
     ("TopK", "temperatures"): (1.0, 2.0, 4.0),
     **{(rule, "suite"): "held_out" for rule in ("BetterThan", "NotWorseThanChampion", "Floor", "Ceiling")},
-    ("Training", "adam_betas"): (0.8, 0.9),
-    ("Training", "clip_norm"): None,
-    ("Training", "ema_decay"): 0.99,
+    **{(training, "adam_betas"): (0.8, 0.9) for training in ("Training", "StudentTraining")},
+    **{(training, "clip_norm"): None for training in ("Training", "StudentTraining")},
+    **{(training, "ema_decay"): 0.99 for training in ("Training", "StudentTraining")},
+    ("StudentTraining", "epochs"): 2.5,
     ("Piecewise", "values"): (2.0, 3.0),
+    ("Curate", "leave_out_classes"): ("a",),
     ("Piecewise", "at"): (0.25,),
     ("S3Options", "endpoint"): "http://127.0.0.1:1",
     ("Run", "teacher_url"): "http://127.0.0.1:2/v1",
@@ -355,10 +357,15 @@ def _reachable(annotation: Any) -> Iterator[tuple[str, str]]:
             yield from _reachable(inner)
 
 
+_CLASSES = {"ClassificationTask", "FolderSource", "NewClassifier", "ScikitLearnSource", "TrainedClassifier", "WordPieces"}
+"""Types of recipes of classes, whose fields `test_moves` changes."""
+
+
 def test_the_three_recipes_hold_every_field_of_identity(recipes: dict[str, Recipe]) -> None:
     leaves = [leaf for recipe in recipes.values() for leaf in _leaves(recipe) if leaf[0][0] != "run"]
     changed = {(type(holder).__name__, str(path[-1])) for path, holder in leaves}
     every = {found for name, field in Recipe.model_fields.items() if name != "run" for found in _reachable(field.annotation)}
+    every = {(model, name) for model, name in every if model not in _CLASSES}
     every |= {("Recipe", name) for name, field in Recipe.model_fields.items() if not list(_reachable(field.annotation))}
     absent = {
         ("Recipe", "hidden_states"),

@@ -66,8 +66,8 @@ def test_a_kind_of_one_s_own_is_what_the_stages_ask(small_recipe: Path, tmp_path
         nodes = build_graph(recipe, store)
         wanted = ("prompts", "teacher", "answers", "curate", "soft_labels", "student.0", "evaluate.student")
         for node in wanted:
-            run_node(recipe, nodes, node, store=store, tick=silent)
+            run_node(recipe, nodes, node, store=store, tick=silent, extra={})
         rows[name] = of(open_node(store, nodes["curate"]), CurateSummary).rows
         assert of(open_node(store, nodes["soft_labels"]), ScoringSummary).shards.rows == rows[name]
-    assert own.asked == ["collect", "curate", "score", "student", "measure"]
+    assert list(dict.fromkeys(own.asked)) == ["collect", "curate", "score", "student", "measure"]
     assert rows["halved"] == -(-rows["as it is"] // 2)

@@ -218,7 +218,7 @@ def test_splits_padding_and_packing_change_neither_loss_nor_gradient(student, te
         return type(batch)(**more, labels_N=batch.labels_N)
 
     with monkeypatch.context() as patch:
-        patch.setattr("kd_core.train.loop.unpackable", lambda model: "padding is what is looked at")
+        patch.setattr("kd_core.train.reading.unpackable", lambda model: "padding is what is looked at")
         padded = step_gradient(student, data, task, tmp_path / "padded", monkeypatch, micro_batch_tokens=64)
         patch.setattr(feed, "collate", wide)
         wider = step_gradient(student, data, task, tmp_path / "wider", monkeypatch)

@@ -141,7 +141,7 @@ def test_extra_padding_changes_neither_loss_nor_gradient(student, data, monkeypa
         }
         return type(batch)(**wide, labels_N=batch.labels_N)
 
-    monkeypatch.setattr("kd_core.train.loop.unpackable", lambda model: "padding is what is looked at")
+    monkeypatch.setattr("kd_core.train.reading.unpackable", lambda model: "padding is what is looked at")
     plain, logged = step_gradient(student, data, monkeypatch, tmp_path / "plain", micro_batch_tokens=16_384)
     monkeypatch.setattr(feed, "collate", padded)
     wide, logged_wide = step_gradient(student, data, monkeypatch, tmp_path / "wide", micro_batch_tokens=16_384)
@@ -152,7 +152,7 @@ def test_extra_padding_changes_neither_loss_nor_gradient(student, data, monkeypa
 def test_packed_documents_and_padded_rows_give_the_same_loss_and_gradient(student, data, monkeypatch, tmp_path) -> None:
     """Traps 12 and 15, within 1e-6 of the gradient's norm."""
     packed, logged = step_gradient(student, data, monkeypatch, tmp_path / "packed", micro_batch_tokens=64)
-    monkeypatch.setattr("kd_core.train.loop.unpackable", lambda model: "for comparison")
+    monkeypatch.setattr("kd_core.train.reading.unpackable", lambda model: "for comparison")
     padded, logged_padded = step_gradient(student, data, monkeypatch, tmp_path / "padded", micro_batch_tokens=64)
     assert_same_gradients(packed, padded, tolerance=1e-6)
     for name in ("loss", "hard", "soft", "gradient_norm"):
