@@ -33,21 +33,23 @@ def run() -> NoReturn:
         logging.getLogger(name).handlers = [_Warnings(logging.WARNING)]
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="kd")
         sys.stdout.flush()
         if code == _INTERRUPTED:  # typer turns an interrupt into this exit code
             raise KeyboardInterrupt
     except KDError as error:
         _fail(error, _exit_code(error))
     except KeyboardInterrupt:
-        _fail(f"stopped. Everything that was finished is kept; go on with:  {shlex.join(['kd', *sys.argv[1:]])}", _INTERRUPTED)
+        _stopped()
     except TyperException as error:  # wrong usage of the command line
         text = error.format_message() if hasattr(error, "format_message") else str(error)
         _fail(f"{text}  (kd --help shows what there is)", 2)
-    except BrokenPipeError:  # a reader that stops early, such as head, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more when it ends
-        code = 0
+    except BrokenPipeError:  # a reader that stops early, such as head: typer and rich end a command with 1 then, and without a word
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        code = 1
     except Exception as error:
+        if _is_interrupt(error):
+            _stopped()
         _unexpected(error)
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -86,6 +88,15 @@ def _terminated(*_: object) -> NoReturn:
 def _fail(message: object, code: int) -> NoReturn:
     say(f"kd: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _stopped() -> NoReturn:
+    _fail(f"stopped. Everything that was finished is kept; go on with:  {shlex.join(['kd', *sys.argv[1:]])}", _INTERRUPTED)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Tell whether an error stands for an interrupt: a lazy import of transformers turns one into a ModuleNotFoundError."""
+    return error is not None and (isinstance(error, KeyboardInterrupt) or _is_interrupt(error.__cause__ or error.__context__))
 
 
 def _unexpected(error: Exception) -> NoReturn:

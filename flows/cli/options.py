@@ -70,8 +70,12 @@ def open_store_alone(uri: str, endpoint: str | None, region: str, shown: "Displa
     from kd_core.recipe.addresses import check_address
     from kd_core.store import open_store
 
-    if "://" not in uri and not Path(uri).exists():
-        raise StoreError(f"no store at {Path(uri).absolute()}: name one with --store (a recipe's is its run.store), or run a recipe first")
+    if "://" not in uri:
+        try:
+            Path(uri).stat()
+        except OSError as error:
+            advice = "name one with --store (a recipe's is its run.store), or run a recipe first"
+            raise StoreError(f"no store at {Path(uri).absolute()}: {advice} ({error.strerror})") from error
     if endpoint is not None:
         check_address(endpoint, field="--s3-endpoint", instead="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     return open_store(uri, S3Options(endpoint=endpoint, region=region))
