@@ -31,9 +31,12 @@ def report_screen(data: bytes) -> Group:
 
 
 def verdict(report: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """The decision in a sentence, and what each rule found."""
-    said = report["verdict"]
-    yield Text(said["headline"], style="bold")
+    """What was asked, found and decided, in the report's own words, and what each rule found."""
+    said, finding = report["verdict"], report["finding"]
+    yield Text(f"{finding['asked']} {finding['found']}\n")
+    if said["promote"] and finding["claim"] != "shown":
+        yield Text(f"{finding['title']}.", style="bold yellow")
+    yield Text(finding["decided"], style="bold")
     rules = Table.grid(padding=(0, 2))
     for reason in said["reasons"]:
         mark = Text("holds", style="green") if reason["holds"] else Text("FAILS", style="bold red")

@@ -65,7 +65,7 @@ def outcome(recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> dict[
 
 
 def outcome_screen(recipe: Recipe, store: Store, done: Mapping[str, Artifact], recipe_file: str) -> Group:
-    """The end of a run: verdict, main numbers, what became of it."""
+    """The end of a run: what was asked, found and decided, then the rules, main numbers, and what became of it."""
     report = json.loads(report_files(recipe, store, recipe_file)["report.json"])
     record = _record(recipe, store, "publish")
     assert record is not None, "a run ends after publication"

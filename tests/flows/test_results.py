@@ -21,7 +21,8 @@ MODEL = {
     "metrics": {"pass_at_1": metric(0.5), "truncated": metric(0.2), "second/pass_at_1": metric(0.3, 38, 2), "second/nll": metric(1.5)},
 }
 REPORT: dict[str, Any] = {
-    "verdict": {"promote": False, "headline": "Not promoted: 1 of 2 rules failed (one).", "reasons": []},
+    "finding": {"asked": "Asked whether:", "found": "the student is.", "title": "T", "claim": "not_shown", "decided": "Not promoted: x."},
+    "verdict": {"promote": False, "headline": "Not promoted: x.", "reasons": []},
     "suites": ["first", "second"],
     "suite": "first",
     "confidence": 0.95,
@@ -61,7 +62,7 @@ def test_a_report_begins_with_its_verdict_and_fits_80_columns() -> None:
     sample = {"prompt": "p " * 300, "reference": "r", "answers": [{"model": "student", "text": "t" * 500, "right": None}]}
     report = {**REPORT, "comparisons": [pair, {**pair, "metric": "pass_at_1"}], "samples": [sample] * 4}
     lines = on_80_columns(report_screen(json.dumps(report).encode())).splitlines()
-    assert lines[0].strip() == report["verdict"]["headline"]
+    assert [line.strip() for line in lines[:3]] == ["Asked whether: the student is.", "", "Not promoted: x."]
     assert max(map(len, lines)) <= 80
     assert [line.split()[-1] for line in lines if "ablation_hard" in line and "-0.2" in line] == ["better", "worse"]
     assert any("1 more in report.html" in line for line in lines)
