@@ -16,6 +16,7 @@ from flows.cli.chat import chat
 from flows.cli.console import display
 from flows.cli.export import export
 from flows.cli.options import HELP, AsJson, Overrides, RecipeFile, open_recipe, print_json
+from flows.cli.schema import schema
 from flows.cli.status import status
 from flows.cli.student import student_app
 from flows.cli.terminal import say
@@ -57,20 +58,20 @@ def plan(recipe_file: RecipeFile, overrides: Overrides = [], as_json: AsJson = F
     with display(quiet=as_json) as shown:
         shown.step(f"reading {recipe_file}")
         from flows.registry import with_registry
-        from kd_core.recipe.files import load_recipe
+        from kd_core.recipe.files import load_recipe, what_is_filled_in
 
-        recipe = with_registry(load_recipe(recipe_file, overrides))
+        recipe, filled = with_registry(load_recipe(recipe_file, overrides)), what_is_filled_in(recipe_file, overrides)
         shown.step(f"reading the sources of {recipe.name}, and what {recipe.run.store} holds of it")
         from kd_core.planning.faults import look_ahead, outlook_json
 
         found = look_ahead(recipe, prefect_url=os.environ.get("PREFECT_API_URL"))
     if as_json:
-        print_json(outlook_json(found))
+        print_json({"filled_in": filled, **outlook_json(found)})
     else:
         from flows.cli.tables import plan_table, show
 
         if found.plan is not None:
-            show(plan_table(found.plan))
+            show(plan_table(found.plan, filled))
         for fault in found.faults:
             say(f"will fail: {fault}")
     raise typer.Exit(2 if found.faults else 0)
@@ -180,6 +181,7 @@ def doctor(recipe_file: RecipeFile, overrides: Overrides = [], as_json: AsJson =
 
 app.command()(chat)
 app.command()(export)
+app.command()(schema)
 app.add_typer(student_app)
 app.add_typer(cache_app)
 

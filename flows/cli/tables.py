@@ -1,7 +1,7 @@
 """Tables and short texts for people, each within 80 columns; one function a command."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.cli.console import CleanConsole, human_bytes, human_seconds
+from kd_core.recipe.core_yaml import write_value
 
 if TYPE_CHECKING:
     from infra.stack import StackInfo
@@ -70,8 +71,8 @@ def _columns(title: str, texts: Sequence[tuple[str, Sequence[str]]], numbers: Se
     return made
 
 
-def plan_table(plan: "Plan") -> Group:
-    """One line a stage: what is there, and what the rest would cost; then other target policies, and where the figures come from."""
+def plan_table(plan: "Plan", filled_in: Mapping[str, Any]) -> Group:
+    """What the recipe leaves to its defaults; one line a stage, with what the rest costs; other target policies; what figures rest on."""
     total = plan.total
     lines = [(s.name, _MARKS[s.status], s.rows, s.rows_cached, s.tokens, s.bytes, s.seconds, s.price) for s in plan.stages]
     lines.append(("in all", "at least" if total.unknown else "", None, None, None, total.bytes, total.seconds, total.price))
@@ -80,6 +81,9 @@ def plan_table(plan: "Plan") -> Group:
     costs = [("to store", [*map(_size, sizes)]), ("time", [*map(_time, seconds)]), *_options([("price", [*map(_price, prices)])])]
     title = "Plan (nothing has been run)"
     parts: list[RenderableType] = [_columns(title, [("stage", names), ("status", marks)], [*counts, *costs])]
+    if filled_in:
+        defaults = [_quoted(f"  {path} = {write_value(value)}") for path, value in filled_in.items()]
+        parts = ["Filled in, as the recipe does not say it:", *defaults, "", *parts]
     if total.price_a_month is not None:
         parts.append(f"Keeping what is added costs {total.price_a_month:.4f} a month.")
     if plan.soft_label_options:

@@ -5,14 +5,14 @@ text. It refuses keys that are no text or stand twice, and what is too large or 
 """
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import yaml
 
 from kd_core.errors import RecipeError
 
-__all__ = ["read_value", "read_yaml", "write_yaml"]
+__all__ = ["line_of", "read_value", "read_yaml", "write_value", "write_yaml"]
 
 _MAX_CHARACTERS = 1_000_000
 _MAX_DEPTH = 50
@@ -166,6 +166,25 @@ def read_value(text: str, origin: str) -> Any:
         raise RecipeError(f"{origin}: {getattr(error, 'problem', error)}") from None
 
 
+def line_of(text: str, path: Sequence[str | int]) -> int | None:
+    """The line, from 1, at which a place stands in a document that ``read_yaml`` reads; of one that is not there, what would hold it.
+
+    >>> line_of("a: 1\\nb:\\n  c: [x, {d: 2}]\\n  e: 3", ("b", "c", 1, "d")), line_of("a: 1\\nb: {c: 1}", ("b", "x"))
+    (3, 2)
+    """
+    here, line = yaml.compose(text, Loader=_Loader), None
+    for part in path:
+        if isinstance(here, yaml.MappingNode):
+            key, value = next(((k, v) for k, v in here.value if k.value == part), (None, None))
+            line, here = (line if key is None else key.start_mark.line + 1), value
+        elif isinstance(here, yaml.SequenceNode) and isinstance(part, int) and part < len(here.value):
+            here = here.value[part]
+            line = here.start_mark.line + 1
+        else:
+            break
+    return line
+
+
 def _read(text: str, origin: str, loader: type[_Loader]) -> Any:
     if len(text) > _MAX_CHARACTERS:
         raise RecipeError(f"{origin}: {len(text):,} characters are no recipe; at most {_MAX_CHARACTERS:,} are read")
@@ -185,3 +204,13 @@ def _read(text: str, origin: str, loader: type[_Loader]) -> Any:
 def write_yaml(data: Any) -> str:
     """Plain data as YAML that versions 1.1 and 1.2 read alike."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def write_value(value: Any) -> str:
+    """One value in a line, as ``read_value`` reads it.
+
+    >>> write_value([{"kind": "held_out"}]), write_value(None), write_value("no")
+    ('[{kind: held_out}]', 'null', "'no'")
+    """
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=_MAX_CHARACTERS)
+    return str(text).removesuffix("...\n").strip()

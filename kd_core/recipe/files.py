@@ -1,11 +1,11 @@
 """Recipes from YAML, overrides, and errors as one clear line with the path in the YAML.
 
 Owns everything between a file's bytes and a valid ``Recipe``; `core_yaml` reads the YAML. It refuses unknown keys and says
-where: ``student.architecture.num_heads: ... (recipes/quickstart.yaml)``.
+where: ``recipes/quickstart.yaml:27: student.architecture.num_head: unknown field; did you mean 'num_heads'? ...``.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,16 +13,17 @@ from pydantic import BaseModel, ValidationError
 
 from kd_core.errors import RecipeError
 from kd_core.recipe import Recipe
-from kd_core.recipe.core_yaml import read_value, read_yaml, write_yaml
+from kd_core.recipe.core_yaml import line_of, read_value, read_yaml, write_yaml
+from kd_core.recipe.defaults import filled_in
 
-__all__ = ["dump_recipe", "load_recipe", "parse_recipe"]
+__all__ = ["dump_recipe", "load_recipe", "parse_recipe", "what_is_filled_in"]
 
 _MAX_PROBLEMS = 5
 _MAX_SHOWN = 200
 _WORDS = (("tuple", "list"), ("Tuple", "List"), (" after validation", ""), ("dictionary or object to extract fields from", "mapping"))
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply ``a.b=value`` overrides.
 
     Args:
@@ -31,9 +32,24 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
             whole, with any # in it, or a list or a mapping in brackets; nothing is null.
 
     Raises:
-        RecipeError: no such file, not YAML, a bad override, or not a valid recipe.
+        RecipeError: no such file, not YAML, a bad override, or not a valid recipe; with the line of what is wrong in the file.
     """
-    file = Path(path)
+    data, text = _read_data(Path(path), overrides)
+    changed = [_parts(override.partition("=")[0]) for override in overrides]
+    return _parse(data, str(path), lambda place: None if _meets(place, changed) else line_of(text, place))
+
+
+def what_is_filled_in(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Dotted path -> value of the fields that a recipe file and its overrides leave to ``defaults``.
+
+    Raises:
+        RecipeError: no such file, not YAML, or a bad override; whether the recipe is valid is not asked.
+    """
+    return filled_in(_read_data(Path(path), overrides)[0])
+
+
+def _read_data(file: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """The fields of a recipe with the overrides, and the text of its file."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -44,15 +60,24 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"{file}: expected a mapping of recipe fields, found {type(data).__name__}")
     for override in overrides:
         _apply_override(data, override)
-    return parse_recipe(data, origin=str(file))
+    return data, text
+
+
+def _parts(path: str) -> list[str]:
+    return path.strip().split(".")
+
+
+def _meets(place: Sequence[str | int], changed: Sequence[Sequence[str]]) -> bool:
+    """Whether a place is, holds or lies in one that an override has changed: what the file says there is not what was read."""
+    return any(all(str(a) == b for a, b in zip(place, path, strict=False)) for path in changed)
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
-    if not equals or not all(path.strip().split(".")):
+    if not equals or not all(_parts(path)):
         raise RecipeError(f"--set {override!r}: expected path=value, for example --set training.steps=300")
     value = read_value(text, f"--set {path}")
-    *parents, last = path.strip().split(".")
+    *parents, last = _parts(path)
     here: Any = data
     for i, part in enumerate(parents):
         here = _descend(here, part, ".".join(parents[: i + 1]), override)
@@ -88,14 +113,23 @@ def parse_recipe(data: Mapping[str, Any], *, origin: str) -> Recipe:
     Raises:
         RecipeError: one line a problem: path in the YAML, what is wrong, what is allowed.
     """
+    return _parse(data, origin, lambda place: None)
+
+
+def _parse(data: Mapping[str, Any], origin: str, line: Callable[[Sequence[str | int]], int | None]) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         problems = [problem for problem in error.errors(include_url=False) if not _is_consequence(problem)]
-        lines = [_problem_line(problem, data) for problem in problems[:_MAX_PROBLEMS]]
+        found = []
+        for problem in problems[:_MAX_PROBLEMS]:
+            place = _place(problem["loc"], data)
+            number = line(place) if place else None
+            where = origin if number is None else f"{origin}:{number}"
+            found.append(f"{where}: {_problem_line(problem, _path(place))}")
         if len(problems) > _MAX_PROBLEMS:
-            lines.append(f"and {len(problems) - _MAX_PROBLEMS} more problems")
-        raise RecipeError("\n".join(f"{origin}: {line}" for line in dict.fromkeys(lines))) from None
+            found.append(f"{origin}: and {len(problems) - _MAX_PROBLEMS} more problems")
+        raise RecipeError("\n".join(dict.fromkeys(found))) from None
 
 
 def _is_consequence(problem: Any) -> bool:
@@ -103,8 +137,7 @@ def _is_consequence(problem: Any) -> bool:
     return bool(problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"])
 
 
-def _problem_line(problem: Any, data: Mapping[str, Any]) -> str:
-    path = _yaml_path(problem["loc"], data)
+def _problem_line(problem: Any, path: str) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         allowed = _fields_at(problem["loc"][:-1])
@@ -130,19 +163,28 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text):,} characters)"
 
 
-def _yaml_path(loc: tuple[str | int, ...], data: Any) -> str:
+def _place(loc: tuple[str | int, ...], data: Any) -> tuple[str | int, ...]:
     """The error's location without the tags that pydantic weaves in (of unions, of numbers turned to schedules): no keys of the YAML."""
-    path, here, tagged = "", data, False
+    place: tuple[str | int, ...] = ()
+    here, tagged = data, False
     for part in loc:
         if isinstance(part, int) and isinstance(here, (list, tuple)):
-            path, here, tagged = f"{path}[{part}]", here[part] if part < len(here) else None, False
+            place, here, tagged = (*place, part), here[part] if part < len(here) else None, False
         elif not isinstance(here, Mapping):
             break
         elif part == here.get("kind") and not tagged:
             tagged = True
         else:
-            path, here, tagged = f"{path}.{part}".lstrip("."), here.get(str(part)), False
-    return path
+            place, here, tagged = (*place, part), here.get(str(part)), False
+    return place
+
+
+def _path(place: Sequence[str | int]) -> str:
+    """
+    >>> _path(("prompts", "sources", 0, "kind"))
+    'prompts.sources[0].kind'
+    """
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
 
 
 def _models_at(loc: tuple[str | int, ...]) -> list[type[BaseModel]]:
