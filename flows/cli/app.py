@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 
 from flows.cli.cache import cache_app
 from flows.cli.export import export
+from flows.cli.recipes import recipes
 from flows.cli.student import student_app
 from flows.cli.terminal import say
 from kd_core.errors import KDError, RecipeError
@@ -38,8 +39,9 @@ app = typer.Typer(
 app.add_typer(cache_app)
 app.add_typer(student_app)
 app.command()(export)
+app.command()(recipes)
 
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, for example recipes/quickstart.yaml.")]
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, or a shipped one's name (kd recipes).")]
 Overrides = Annotated[
     list[str],
     typer.Option(
@@ -253,13 +255,14 @@ def doctor(recipe_file: RecipeFile, overrides: Overrides = [], as_json: AsJson =
 
 @app.command()
 def up(home: Home = _HOME, as_json: AsJson = False) -> None:
-    """Start Prefect, MLflow, an S3 server and a worker as local processes, and deploy prefect.yaml."""
+    """Start Prefect, MLflow, an S3 server and a worker as local processes, and deploy ./prefect.yaml, or without one ours."""
+    from flows.deployments import deployments_file
     from infra.stack import deploy
     from infra.stack import up as start
 
     tell = (lambda text: None) if as_json else (lambda text: say(text, file=sys.stderr))
     info = start(home, say=tell)
-    deploy(info)
+    deploy(info, deployments_file())
     from flows.cli.tables import stack_json, stack_text
 
     if as_json:

@@ -22,7 +22,7 @@ student_app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, for example recipes/quickstart.yaml.")]
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, or a shipped one's name (kd recipes).")]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="PATH=VALUE", help="Change a field: --set student.every_nth_block=2. May be repeated.")
 ]

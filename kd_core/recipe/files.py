@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from kd_core.errors import RecipeError
 from kd_core.recipe import Recipe
 from kd_core.recipe.core_yaml import read_value, read_yaml, write_yaml
+from kd_core.recipe.shipped import recipe_file, shipped_recipes
 
 __all__ = ["dump_recipe", "load_recipe", "parse_recipe"]
 
@@ -26,19 +27,20 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file and apply ``a.b=value`` overrides.
 
     Args:
-        path: a YAML file.
+        path: a YAML file, or the name of a shipped recipe.
         overrides: each 'dotted.path=value'; list items by number ('prompts.sources.0.num=4400'). A value is one YAML 1.2 scalar,
             whole, with any # in it, or a list or a mapping in brackets; nothing is null.
 
     Raises:
         RecipeError: no such file, not YAML, a bad override, or not a valid recipe.
     """
-    file = Path(path)
+    file = recipe_file(path)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        names = ", ".join(shipped_recipes())
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(f"{file}: cannot be read ({reason}); pass the path of a recipe such as recipes/quickstart.yaml") from None
+        raise RecipeError(f"{file}: cannot be read ({reason}); pass the path of a recipe, or a shipped one's name: {names}") from None
     data = read_yaml(text, str(file))
     if not isinstance(data, dict):
         raise RecipeError(f"{file}: expected a mapping of recipe fields, found {type(data).__name__}")
