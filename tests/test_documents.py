@@ -30,6 +30,13 @@ def test_paths_in_documents_exist(document: Path) -> None:
     assert not missing, f"{document.name} names {missing}"
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_between_documents_lead_to_files(document: Path) -> None:
+    """Anchors are checked by mkdocs --strict, which `make check` runs."""
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)", document.read_text())
+    assert not [link for link in links if not (document.parent / link).is_file()]
+
+
 def test_every_trap_names_tests_and_checks_that_exist() -> None:
     """docs/traps.md: `tests/file.py::test_name`, the names of the doctor's checks, and traps by number, each once."""
     from kd_core.doctor import check_names
