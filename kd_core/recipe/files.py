@@ -40,13 +40,13 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         names = ", ".join(shipped_recipes())
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(f"{file}: cannot be read ({reason}); pass the path of a recipe, or a shipped one's name: {names}") from None
-    data = read_yaml(text, str(file))
+        raise RecipeError(f"{path}: cannot be read ({reason}); pass the path of a recipe, or a shipped one's name: {names}") from None
+    data = read_yaml(text, str(path))
     if not isinstance(data, dict):
-        raise RecipeError(f"{file}: expected a mapping of recipe fields, found {type(data).__name__}")
+        raise RecipeError(f"{path}: expected a mapping of recipe fields, found {type(data).__name__}")
     for override in overrides:
         _apply_override(data, override)
-    return parse_recipe(data, origin=str(file))
+    return parse_recipe(data, origin=str(path))
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
