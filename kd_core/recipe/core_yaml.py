@@ -5,14 +5,14 @@ text. It refuses keys that are no text or stand twice, and what is too large or 
 """
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import yaml
 
 from kd_core.errors import RecipeError
 
-__all__ = ["read_value", "read_yaml", "write_yaml"]
+__all__ = ["line_at", "read_value", "read_yaml", "write_yaml"]
 
 _MAX_CHARACTERS = 1_000_000
 _MAX_DEPTH = 50
@@ -180,6 +180,29 @@ def _read(text: str, origin: str, loader: type[_Loader]) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{origin}:{mark.line + 1}:{mark.column + 1}" if mark else origin
         raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def line_at(text: str, parts: Sequence[str]) -> int | None:
+    """Line, from 1, of the deepest of these keys that a document has below each other; None where it lacks the first.
+
+    Args:
+        text: a document that ``read_yaml`` reads.
+        parts: keys from the outermost; of list items their numbers.
+
+    >>> line_at("a: 1\\nb:\\n- c: 2\\n  d: 3", ["b", "0", "d"]), line_at("a: 1", ["a", "x"]), line_at("a: 1", ["x"])
+    (4, 1, None)
+    """
+    node, line = yaml.compose(text, Loader=_Loader), None
+    for part in parts:
+        if isinstance(node, yaml.SequenceNode):
+            found = [(item, item) for item in node.value[int(part) :][:1]] if part.isdecimal() else []
+        else:
+            found = [pair for pair in node.value if pair[0].value == part] if isinstance(node, yaml.MappingNode) else []
+        if not found:
+            break
+        key, node = found[0]
+        line = key.start_mark.line + 1
+    return line
 
 
 def write_yaml(data: Any) -> str:
