@@ -119,7 +119,9 @@ class Counts:
 
 def has_gold(source: Source) -> bool:
     """Tell whether rows of a source have a worked gold answer."""
-    return source.style == "running_totals" if source.kind == "reasoning_gym" else source.gold is not None
+    if source.kind == "reasoning_gym":
+        return source.style == "running_totals"
+    return source.gold is not None or source.messages is not None
 
 
 def _total(numbers: Iterable[int | None]) -> int | None:
