@@ -16,11 +16,12 @@ from flows.registry import with_registry
 from kd_core.artifacts import Artifact, find, read_bytes
 from kd_core.recipe import Recipe
 from kd_core.recipe.files import load_recipe
-from kd_core.stages.graph import Graph, Node
-from kd_core.stages.order import Pending, Submit, run_graph
+from kd_core.stages.graph import Graph, Node, build_graph
+from kd_core.stages.order import Pending, Submit, run_graph, when_all_done
 from kd_core.stages.workers import device_slots
 from kd_core.store import Store, open_store
 from kd_core.summaries import ReportSummary, of
+from tasks.listener import current_listener
 from tasks.nodes import compute, computing_in, unseen
 
 __all__ = ["distill"]
@@ -39,11 +40,23 @@ def distill(
     """
     chosen = with_registry(recipe if recipe is not None else load_recipe(recipe_file, overrides or ()))
     store = open_store(chosen.run.store, chosen.run.s3)
-    slots = device_slots(chosen.run)
-    with computing_in(chosen, slots):
-        done = run_graph(chosen, store, _one_by_one(chosen) if len(slots) == 1 else _side_by_side(chosen))
+    nodes = build_graph(chosen, store)
+    done = when_all_done(chosen, store, nodes)
+    if done is None:
+        slots = device_slots(chosen.run)
+        with computing_in(chosen, slots):
+            done = run_graph(chosen, store, _one_by_one(chosen) if len(slots) == 1 else _side_by_side(chosen), nodes=nodes)
+    else:  # a task run for each of them would take seconds and say no more than the table
+        _tell(done)
     _show(chosen, store, done)
     return done
+
+
+def _tell(done: dict[str, Artifact]) -> None:
+    """Name the nodes of a run that was found done to whoever listens."""
+    if (listener := current_listener()) is not None:
+        for name, artifact in done.items():
+            listener.done(name, artifact)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from kd_core.artifacts import read_bytes
 from kd_core.evaluate.suites import expect_measurable, suite_items
 from kd_core.planning.basis import Basis
 from kd_core.prompts import collect_prompts, estimate_rows
-from kd_core.recipe import DatasetSource, HeldOutSuite, Source, SourceSuite, TrainedTeacher
+from kd_core.recipe import DatasetSource, HeldOutSuite, Source, SourceSuite, TrainedTeacher, Training
 from kd_core.summaries import CurateSummary, of
 
 __all__ = ["Counts", "PromptCounts", "has_gold"]
@@ -115,6 +115,12 @@ class Counts:
         if (record := self.basis.records["curate"]) is not None:
             return of(record, CurateSummary).rows
         return _total((self.answer_rows, self.gold_rows))
+
+    @property
+    def training(self) -> Training | None:
+        """The student's training with its steps counted; by epochs, None where the rows are not known."""
+        training, rows = self.basis.recipe.training, self.curated_rows
+        return None if training.steps is None and rows is None else training.for_rows(rows or 0)
 
 
 def has_gold(source: Source) -> bool:

@@ -12,7 +12,7 @@ import yaml
 
 from kd_core.errors import RecipeError
 
-__all__ = ["line_at", "read_value", "read_yaml", "write_yaml"]
+__all__ = ["line_at", "read_value", "read_yaml", "write_value", "write_yaml"]
 
 _MAX_CHARACTERS = 1_000_000
 _MAX_DEPTH = 50
@@ -208,3 +208,13 @@ def line_at(text: str, parts: Sequence[str]) -> int | None:
 def write_yaml(data: Any) -> str:
     """Plain data as YAML that versions 1.1 and 1.2 read alike."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def write_value(value: Any) -> str:
+    """One value in a line, as ``read_value`` reads it.
+
+    >>> write_value([{"kind": "held_out"}]), write_value(None), write_value("no")
+    ('[{kind: held_out}]', 'null', "'no'")
+    """
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=_MAX_CHARACTERS)
+    return str(text).removesuffix("...\n").strip()

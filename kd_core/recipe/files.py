@@ -16,9 +16,10 @@ from pydantic import BaseModel, ValidationError
 from kd_core.errors import RecipeError
 from kd_core.recipe import Recipe
 from kd_core.recipe.core_yaml import line_at, read_value, read_yaml, write_yaml
+from kd_core.recipe.defaults import filled_in
 from kd_core.recipe.places import from_folder
 
-__all__ = ["dump_recipe", "load_recipe", "parse_recipe"]
+__all__ = ["dump_recipe", "load_recipe", "parse_recipe", "what_is_filled_in"]
 
 _MAX_PROBLEMS = 5
 _MAX_SHOWN = 200
@@ -39,7 +40,23 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: no such file, not YAML, a bad override, or not a valid recipe.
     """
-    file = Path(path)
+    data, line_of = _read_data(Path(path), overrides)
+    return parse_recipe(data, origin=str(path), line_of=line_of)
+
+
+def what_is_filled_in(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Dotted path -> value of the fields that a recipe file and its overrides leave to ``defaults``.
+
+    Raises:
+        RecipeError: as ``load_recipe``.
+    """
+    data, line_of = _read_data(Path(path), overrides)
+    parse_recipe(data, origin=str(path), line_of=line_of)
+    return filled_in(data)
+
+
+def _read_data(file: Path, overrides: Iterable[str]) -> tuple[dict[str, Any], Callable[[str], int | None]]:
+    """A recipe's data, and which line of the file a problem with it is about."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -52,7 +69,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     overrides = tuple(overrides)
     for override in overrides:
         _apply_override(data, override)
-    return parse_recipe(data, origin=str(file), line_of=partial(_line_of, text, overrides))
+    return data, partial(_line_of, text, overrides)
 
 
 def _line_of(text: str, overrides: Sequence[str], problem: str) -> int | None:

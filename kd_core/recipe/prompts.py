@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from kd_core.recipe.fields import Fraction, Frozen, Revision
+from kd_core.recipe.fields import Fraction, Frozen, Revision, filled
 
 __all__ = ["DatasetSource", "FileSource", "Prompts", "ReasoningGymSource", "Source", "Split", "Task"]
 
@@ -13,7 +13,7 @@ __all__ = ["DatasetSource", "FileSource", "Prompts", "ReasoningGymSource", "Sour
 class Task(Frozen):
     """How a prompt becomes tokens and an answer becomes right or wrong."""
 
-    template: Literal["plain", "chat"]
+    template: Literal["plain", "chat"] = Field(json_schema_extra=filled("plain beside a trained teacher, else chat"))
     """plain: the prompt's own text. chat: the tokenizer's chat template, with the generation prompt added. Control tokens that a prompt
     spells stay text in both."""
     system: str | None = None
@@ -22,7 +22,9 @@ class Task(Frozen):
     """The day that a chat template writes where it asks for today's, for example 2026-01-01; needed by templates that ask."""
     answer_marker: str | None = None
     """The final answer is what follows the last occurrence of this text (GSM8K: '####'); None: the whole answer."""
-    verifier: Literal["math", "exact"]
+    verifier: Literal["math", "exact"] = Field(
+        json_schema_extra=filled("exact where there is no answer_marker and no reference to verify by; else say it")
+    )
     """math: equal as numbers or LaTeX (math-verify). exact: equal after trimming white space."""
 
 
@@ -109,9 +111,9 @@ class Split(Frozen):
     """Shares of prompts held out, by a hash of the prompt's words: the same words are on the same side in every source and run, and
     near copies are on the side of one of them."""
 
-    validation: Fraction
+    validation: Fraction = Field(json_schema_extra=filled("0.05"))
     """Share used for choosing between students."""
-    test: Fraction
+    test: Fraction = Field(json_schema_extra=filled("0.1; 0 where no suite is held_out"))
     """Share used only by evaluation suites of kind held_out."""
 
     @model_validator(mode="after")
@@ -126,7 +128,7 @@ class Prompts(Frozen):
 
     sources: tuple[Source, ...] = Field(min_length=1)
     """Sources, read in order; of duplicate prompts the first one wins."""
-    split: Split
+    split: Split = Field(json_schema_extra=filled("{validation: 0.05, test: 0.1}"))
     """Shares held out for validation and test."""
     max_characters: int = Field(default=20_000, ge=1)
     """Longer prompts are dropped and counted."""
