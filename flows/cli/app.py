@@ -144,14 +144,15 @@ def _print_json(value: Any) -> None:
 def plan(recipe_file: RecipeFile, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
     """Show what a run would compute, find, store and cost. Writes nothing."""
     from kd_core.planning.plan import make_plan, plan_json
+    from kd_core.recipe.files import what_is_filled_in
 
     recipe, store = _open(recipe_file, overrides)
-    found = make_plan(recipe, store)
+    filled, found = what_is_filled_in(recipe_file, overrides), make_plan(recipe, store)
     if as_json:
-        return _print_json(plan_json(found))
+        return _print_json({"filled_in": filled, **plan_json(found)})
     from flows.cli.tables import plan_table, show
 
-    show(plan_table(found))
+    show(plan_table(found, filled))
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Tables and short texts for people; one function a command."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -11,6 +11,7 @@ from rich.text import Text
 
 from flows.cli.console import CleanConsole, human_bytes, human_seconds
 from flows.cli.terminal import say
+from kd_core.recipe.core_yaml import write_value
 
 if TYPE_CHECKING:
     from infra.stack import StackInfo
@@ -64,8 +65,8 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def plan_table(plan: "Plan") -> Group:
-    """One line a stage: what is there, and what the rest would cost; then other target policies, and where the figures come from."""
+def plan_table(plan: "Plan", filled_in: Mapping[str, Any]) -> Group:
+    """What the recipe leaves to its defaults; one line a stage, with what the rest costs; other target policies; what figures rest on."""
     columns = ("stage", "fingerprint", "status", "rows", "cached", "tokens", "to store", "requests", "time", "price")
     table = _table("Plan (nothing has been run)", *columns)
     for s in plan.stages:
@@ -77,6 +78,9 @@ def plan_table(plan: "Plan") -> Group:
     least = "at least" if total.unknown else ""
     table.add_row("in all", least, "", "", "", "", *_costs(total.bytes, (total.requests,), total.seconds, total.price))
     parts: list[RenderableType] = [table]
+    if filled_in:
+        lines = [_quoted(f"  {path} = {write_value(value)}") for path, value in filled_in.items()]
+        parts = ["Filled in, as the recipe does not say it:", *lines, "", table]
     if total.price_a_month is not None:
         parts.append(f"Keeping what is added costs {total.price_a_month:.4f} a month.")
     if plan.soft_label_options:

@@ -20,6 +20,7 @@ __all__ = ["check_batch_split", "check_half_precision", "check_objective", "chec
 
 _TOLERANCE = 1e-4  # float32 sums in another order: 7e-6 seen with 64M parameters
 _HALF = (0.02, 0.2)  # of the loss and of the gradient, with bfloat16 products: 1e-3 and 0.08 seen
+_STEPS = 1000  # of a training by epochs, whose steps are not counted yet: the middle is the same
 _MORE = 7  # padded positions
 
 
@@ -32,7 +33,8 @@ class _Batch:
         self.rows: list[TokenRow] = [subject.rows[i] for i in subject.few]
         soft = recipe.objective.supervision == "soft"
         self.targets: list[Targets] | None = [subject.targets[i] for i in subject.few] if soft else None
-        self.weights = step_weights(recipe.objective, step=recipe.training.steps // 2, steps=recipe.training.steps)
+        steps = recipe.training.steps or _STEPS
+        self.weights = step_weights(recipe.objective, step=steps // 2, steps=steps)
         self.packed = unpackable(self.student.model) is None
 
     def layout(self, *, packed: bool, budget_tokens: int | None = None) -> Layout:

@@ -86,6 +86,6 @@ def check_compared_models(recipe: Recipe, store: Store) -> str:
                 )
     training = recipe.training
     return (
-        f"{', '.join(others)}: only the objective differs; all take {training.steps} steps of {training.batch_rows} rows at "
+        f"{', '.join(others)}: only the objective differs; all take {training.length} of {training.batch_rows} rows a step at "
         f"learning rate {training.learning_rate:g}, {len(recipe.seeds)} seeds each"
     )

@@ -17,7 +17,7 @@ from kd_core.artifacts import read_bytes
 from kd_core.evaluate.suites import expect_measurable, suite_items
 from kd_core.planning.basis import Basis
 from kd_core.prompts import collect_prompts, estimate_rows
-from kd_core.recipe import DatasetSource, HeldOutSuite, Source, SourceSuite, TrainedTeacher
+from kd_core.recipe import DatasetSource, HeldOutSuite, Source, SourceSuite, TrainedTeacher, Training
 from kd_core.summaries import CurateSummary, of
 
 __all__ = ["Counts", "PromptCounts", "has_gold"]
@@ -116,10 +116,18 @@ class Counts:
             return of(record, CurateSummary).rows
         return _total((self.answer_rows, self.gold_rows))
 
+    @property
+    def training(self) -> Training | None:
+        """The student's training with its steps counted; by epochs, None where the rows are not known."""
+        training, rows = self.basis.recipe.training, self.curated_rows
+        return None if training.steps is None and rows is None else training.for_rows(rows or 0)
+
 
 def has_gold(source: Source) -> bool:
     """Tell whether rows of a source have a worked gold answer."""
-    return source.style == "running_totals" if source.kind == "reasoning_gym" else source.gold is not None
+    if source.kind == "reasoning_gym":
+        return source.style == "running_totals"
+    return source.gold is not None or source.messages is not None
 
 
 def _total(numbers: Iterable[int | None]) -> int | None:

@@ -16,7 +16,7 @@ from kd_core.planning.costs import price
 from kd_core.planning.features import feature_notes
 from kd_core.planning.known import Known
 from kd_core.planning.soft_labels import SoftLabelOption, bytes_factor, scoring_rate, soft_label_options
-from kd_core.planning.usable import row_notes, template_notes
+from kd_core.planning.usable import row_notes, template_notes, turn_notes
 from kd_core.planning.work import Work, add, work_of
 from kd_core.recipe import Recipe, ServerTeacher
 from kd_core.stages.graph import Node, build_graph
@@ -119,7 +119,6 @@ def make_plan(recipe: Recipe, store: Store) -> Plan:
         SourceError: a local source cannot be read.
         IntegrityError: the store holds a damaged record.
         VersionError: the store holds a record or commit of another version.
-        VersionError: the store holds a record or commit of another version.
     """
     nodes = build_graph(recipe, store)
     known = Known(Basis(recipe, store, nodes, {name: find(store, node.stage, node.fingerprint) for name, node in nodes.items()}))
@@ -158,6 +157,8 @@ def _notes(known: Known, stages: Sequence[StagePlan]) -> Iterator[str]:
     longest = answers is not None and known.lengths.answer_tokens(answers.max_tokens) == answers.max_tokens
     if answers is not None and longest and known.basis.records["answers"] is None:
         yield f"answers: as long as answers.max_tokens allows, {answers.max_tokens:,} tokens each; shorter ones cost less"
+    yield from _length_notes(known)
+    yield from turn_notes(known)
     yield from row_notes(known)
     yield from template_notes(known.basis.recipe)
     yield from feature_notes(known)
@@ -171,6 +172,18 @@ def _notes(known: Known, stages: Sequence[StagePlan]) -> Iterator[str]:
         yield f"soft labels' bytes: {factor:.2f} of the codec's law, as measured on stored labels of kind {policy.kind}"
     else:
         yield f"soft labels' bytes: the codec's law; none of kind {policy.kind} have been measured in this store"
+
+
+def _length_notes(known: Known) -> Iterator[str]:
+    """One sentence on the steps that epochs amount to."""
+    training, counted, rows = known.basis.recipe.training, known.counts.training, known.counts.curated_rows
+    if training.epochs is None:
+        return
+    if counted is None:
+        yield f"training: {training.length}; how many rows there are is not known before they are fetched, so neither are its steps"
+        return
+    sure = "" if known.basis.records["curate"] is not None else "at most "
+    yield f"training: {training.length}, of {sure}{rows:,} rows by {training.batch_rows}: {sure}{counted.steps:,} steps a model and seed"
 
 
 def _stage_plan(known: Known, group: str, members: Sequence[Node]) -> StagePlan:

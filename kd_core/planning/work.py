@@ -24,7 +24,7 @@ from kd_core.planning.costs import (
 from kd_core.planning.features import live_teacher_seconds, reads_states
 from kd_core.planning.known import Known
 from kd_core.planning.soft_labels import estimate, scoring_rate
-from kd_core.recipe import Recipe, ServerTeacher, TrainedTeacher, Training
+from kd_core.recipe import ServerTeacher, TrainedTeacher, Training
 from kd_core.stages.graph import Node
 from kd_core.summaries import (
     AnswersSummary,
@@ -183,10 +183,10 @@ def _train(known: Known, missing: Sequence[Node]) -> Work:
     rate = measured_seconds(known.basis.finished("train"), measure)
     row_tokens = None if known.lengths.row_tokens is None else known.lengths.row_tokens[0]
     rows = known.counts.gold_rows if supervision == "gold" else known.counts.curated_rows
-    one = _training(known, known.basis.recipe.training, parameters, row_tokens, rate, rows=rows)
+    one = _training(known, known.counts.training, parameters, row_tokens, rate, rows=rows)
     if rate is None and supervision == "soft" and one.tokens is not None:
         one = replace(one, seconds=add(one.seconds, live_teacher_seconds(known, tokens=one.tokens)))
-    reads = _label_reads(known.basis.recipe, rows) if supervision == "soft" else 0
+    reads = _label_reads(known, rows) if supervision == "soft" else 0
     if reads is not None and supervision == "soft" and reads_states(known):
         reads *= 2  # hidden states lie in shards of as many rows
     return _total([replace(one, requests=reads)] * len(missing))
@@ -198,12 +198,13 @@ def _work_a_step(objective: Mapping[str, Any]) -> tuple[bool, Any, Any]:
     return objective["supervision"] == "soft", features.get("kind"), features.get("source")
 
 
-def _label_reads(recipe: Recipe, rows: int | None) -> int | None:
+def _label_reads(known: Known, rows: int | None) -> int | None:
     """Range reads of soft labels over all epochs, as if no local disk kept any of them."""
-    if not rows:
+    training = known.counts.training
+    if not rows or training is None:
         return None
-    epochs = recipe.training.steps * recipe.training.batch_rows / rows
-    return ceil(epochs * epoch_requests(rows, shard_rows=recipe.run.shard_rows))
+    epochs = training.steps * training.batch_rows / rows
+    return ceil(epochs * epoch_requests(rows, shard_rows=known.basis.recipe.run.shard_rows))
 
 
 def _evaluate(known: Known, missing: Sequence[Node]) -> Work:
@@ -261,9 +262,11 @@ _WORK: Mapping[str, Callable[[Known, Sequence[Node]], Work]] = {
 
 
 def _training(
-    known: Known, training: Training, parameters: int | None, row_tokens: float | None, rate: float | None, *, rows: int | None
+    known: Known, training: Training | None, parameters: int | None, row_tokens: float | None, rate: float | None, *, rows: int | None
 ) -> Work:
-    """Estimate one training run; `rate` is seconds a trained row."""
+    """Estimate one training run; `rate` is seconds a trained row. What is not known of one by epochs whose rows are not is None."""
+    if training is None:
+        return Work(rows, 0, None, _whole(_scaled(parameters, 4)), None)
     trained = training.steps * training.batch_rows
     tokens, seconds = _scaled(row_tokens, trained), _scaled(rate, trained)
     if seconds is None and parameters is not None and tokens is not None:

@@ -6,18 +6,24 @@ from dataclasses import dataclass, fields
 import pyarrow as pa
 
 from kd_core.prompts.cleaning import Side
+from kd_core.prompts.turns import Turn
 
 __all__ = ["PROMPT_SCHEMA", "PromptRow", "RawRow", "to_table"]
 
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """What a source says, before cleaning; `at` names file and line for messages."""
+    """What a source says, before cleaning; `at` names file and line for messages. A prompt is a text, or the turns of a chat."""
 
     at: str
-    prompt: str | None
+    prompt: str | tuple[Turn, ...] | None
     gold: str | None
     reference: str | None
+
+    @property
+    def prompt_characters(self) -> int:
+        """Length of the prompt's texts."""
+        return len(self.prompt) if isinstance(self.prompt, str) else sum(len(turn.content) for turn in self.prompt or ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +32,7 @@ class PromptRow:
 
     Attributes:
         prompt_id: 32 hex over the normalised prompt.
-        prompt: the cleaned text.
+        prompt: the cleaned text, or the cleaned turns of a chat as ``kd_core.prompts.turns`` keeps them.
         gold: the worked gold answer, or None.
         reference: the final answer to verify against, or None.
         split: the side it falls on, by hash of its text.

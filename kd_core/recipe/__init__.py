@@ -1,8 +1,8 @@
 """The typed recipe: what is distilled (identity) and where it runs (``run``).
 
 One frozen model. Every field but ``description`` and ``run`` is identity: it decides *what* is computed and enters the
-fingerprints. ``run`` decides where and how fast, and never does. Absent is None; there are no sentinels and no hidden
-defaults that matter. Importable without torch. Loading from YAML and error lines live in ``recipe_io``.
+fingerprints. ``run`` decides where and how fast, and never does. What a recipe leaves out is filled in when it is read (``defaults``), so
+a ``Recipe`` is whole. Importable without torch. Loading from YAML and error lines live in ``files``.
 
 One module a part; ``recipe`` is the whole.
 """
@@ -57,12 +57,13 @@ from kd_core.recipe.prompts import DatasetSource, FileSource, Prompts, Reasoning
 from kd_core.recipe.recipe import ARMS, Arm, Recipe
 from kd_core.recipe.run import Run, S3Options
 from kd_core.recipe.teaching import Answers, Curate, Dense, HiddenStates, Sampled, SoftLabels, TopK
-from kd_core.recipe.training import Decay, LearningRateSchedule, ReduceOnPlateau, Training, WarmupStableDecay
+from kd_core.recipe.training import AnyTraining, Decay, LearningRateSchedule, ReduceOnPlateau, StudentTraining, Training, WarmupStableDecay
 
 __all__ = [
     "ARMS",
     "Adapter",
     "Answers",
+    "AnyTraining",
     "Architecture",
     "Arm",
     "BetterThan",
@@ -114,6 +115,7 @@ __all__ = [
     "Student",
     "StudentFromConfig",
     "StudentFromTeacher",
+    "StudentTraining",
     "Suite",
     "Task",
     "Teacher",

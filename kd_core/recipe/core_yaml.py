@@ -5,14 +5,14 @@ text. It refuses keys that are no text or stand twice, and what is too large or 
 """
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import yaml
 
 from kd_core.errors import RecipeError
 
-__all__ = ["read_value", "read_yaml", "write_yaml"]
+__all__ = ["line_at", "read_value", "read_yaml", "write_value", "write_yaml"]
 
 _MAX_CHARACTERS = 1_000_000
 _MAX_DEPTH = 50
@@ -182,6 +182,39 @@ def _read(text: str, origin: str, loader: type[_Loader]) -> Any:
         raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
 
 
+def line_at(text: str, parts: Sequence[str]) -> int | None:
+    """Line, from 1, of the deepest of these keys that a document has below each other; None where it lacks the first.
+
+    Args:
+        text: a document that ``read_yaml`` reads.
+        parts: keys from the outermost; of list items their numbers.
+
+    >>> line_at("a: 1\\nb:\\n- c: 2\\n  d: 3", ["b", "0", "d"]), line_at("a: 1", ["a", "x"]), line_at("a: 1", ["x"])
+    (4, 1, None)
+    """
+    node, line = yaml.compose(text, Loader=_Loader), None
+    for part in parts:
+        if isinstance(node, yaml.SequenceNode):
+            found = [(item, item) for item in node.value[int(part) :][:1]] if part.isdecimal() else []
+        else:
+            found = [pair for pair in node.value if pair[0].value == part] if isinstance(node, yaml.MappingNode) else []
+        if not found:
+            break
+        key, node = found[0]
+        line = key.start_mark.line + 1
+    return line
+
+
 def write_yaml(data: Any) -> str:
     """Plain data as YAML that versions 1.1 and 1.2 read alike."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def write_value(value: Any) -> str:
+    """One value in a line, as ``read_value`` reads it.
+
+    >>> write_value([{"kind": "held_out"}]), write_value(None), write_value("no")
+    ('[{kind: held_out}]', 'null', "'no'")
+    """
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=_MAX_CHARACTERS)
+    return str(text).removesuffix("...\n").strip()

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from kd_core.recipe.fields import Frozen, Slug
+from kd_core.recipe.fields import Frozen, Slug, filled
 from kd_core.recipe.prompts import Source
 from kd_core.recipe.teaching import Answers
 
@@ -39,11 +39,15 @@ Suite = Annotated[HeldOutSuite | SourceSuite, Field(discriminator="kind")]
 class Evaluation(Frozen):
     """What is measured, on which items, how sure we want to be."""
 
-    suites: tuple[Suite, ...] = Field(min_length=1)
+    suites: tuple[Suite, ...] = Field(min_length=1, json_schema_extra=filled("[{kind: held_out, name: held_out}]"))
     """Suites; a gate rule holds for each of them, unless it names one. The report begins with the first."""
-    generate: Answers | None
+    generate: Answers | None = Field(json_schema_extra=filled("one greedy answer; none without an answer_marker or a reference"))
     """Sampling for pass@1 / accuracy; None measures held-out NLL, KL and agreement only."""
-    compare: tuple[Literal["teacher", "baseline", "ablation_hard"], ...] = ("teacher", "baseline")
+    compare: tuple[Literal["teacher", "baseline", "ablation_hard"], ...] = Field(
+        json_schema_extra=filled(
+            "teacher unless it is a server; baseline where there are gold answers, else ablation_hard beside supervision: soft"
+        )
+    )
     """Models beside the student. baseline: gold labels only. ablation_hard: same rows, hard labels only. Same steps."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1.0)
     """Coverage of every interval over new items and, with two seeds or more, new seeds; between 0.5 and 1."""
@@ -108,5 +112,5 @@ Rule = Annotated[BetterThan | NotWorseThanChampion | Floor | Ceiling, Field(disc
 class Gate(Frozen):
     """The rules of promotion; all must hold."""
 
-    rules: tuple[Rule, ...] = Field(min_length=1)
+    rules: tuple[Rule, ...] = Field(min_length=1, json_schema_extra=filled("see gate"))
     """Rules: costs by their value, everything else by its interval."""

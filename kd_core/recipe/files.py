@@ -1,11 +1,13 @@
 """Recipes from YAML, overrides, and errors as one clear line with the path in the YAML.
 
 Owns everything between a file's bytes and a valid ``Recipe``; `core_yaml` reads the YAML. It refuses unknown keys and says
-where: ``student.architecture.num_heads: ... (recipes/quickstart.yaml)``.
+where: ``recipes/quickstart.yaml:31: student.architecture.num_heads: ...``.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,18 +15,23 @@ from pydantic import BaseModel, ValidationError
 
 from kd_core.errors import RecipeError
 from kd_core.recipe import Recipe
-from kd_core.recipe.core_yaml import read_value, read_yaml, write_yaml
+from kd_core.recipe.core_yaml import line_at, read_value, read_yaml, write_yaml
+from kd_core.recipe.defaults import filled_in
+from kd_core.recipe.places import from_folder
 from kd_core.recipe.shipped import recipe_file, shipped_recipes
 
-__all__ = ["dump_recipe", "load_recipe", "parse_recipe"]
+__all__ = ["dump_recipe", "load_recipe", "parse_recipe", "what_is_filled_in"]
 
 _MAX_PROBLEMS = 5
 _MAX_SHOWN = 200
+_PART = re.compile(r"[^.\[\]]+")
 _WORDS = (("tuple", "list"), ("Tuple", "List"), (" after validation", ""), ("dictionary or object to extract fields from", "mapping"))
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file and apply ``a.b=value`` overrides.
+
+    Relative paths in the file start from its own folder, those in overrides from the working directory.
 
     Args:
         path: a YAML file, or the name of a shipped recipe.
@@ -34,6 +41,23 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: no such file, not YAML, a bad override, or not a valid recipe.
     """
+    data, line_of = _read_data(path, overrides)
+    return parse_recipe(data, origin=str(path), line_of=line_of)
+
+
+def what_is_filled_in(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Dotted path -> value of the fields that a recipe file and its overrides leave to ``defaults``.
+
+    Raises:
+        RecipeError: as ``load_recipe``.
+    """
+    data, line_of = _read_data(path, overrides)
+    parse_recipe(data, origin=str(path), line_of=line_of)
+    return filled_in(data)
+
+
+def _read_data(path: str | Path, overrides: Iterable[str]) -> tuple[dict[str, Any], Callable[[str], int | None]]:
+    """A recipe's data, and which line of the file a problem with it is about."""
     file = recipe_file(path)
     try:
         text = file.read_text(encoding="utf-8")
@@ -44,9 +68,21 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     data = read_yaml(text, str(path))
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: expected a mapping of recipe fields, found {type(data).__name__}")
+    from_folder(data, file.parent)
+    overrides = tuple(overrides)
     for override in overrides:
         _apply_override(data, override)
-    return parse_recipe(data, origin=str(path))
+    return data, partial(_line_of, text, overrides)
+
+
+def _line_of(text: str, overrides: Sequence[str], problem: str) -> int | None:
+    """The line in the file of what a problem's first words name; None where an override has changed it."""
+    parts = _PART.findall(problem.partition(": ")[0])
+    for override in overrides:
+        changed = override.partition("=")[0].strip().split(".")
+        if all(one == other for one, other in zip(parts, changed, strict=False)):
+            return None
+    return line_at(text, parts)
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
@@ -80,12 +116,13 @@ def _index(items: list[Any], part: str, path: str, override: str) -> int:
     return int(part)
 
 
-def parse_recipe(data: Mapping[str, Any], *, origin: str) -> Recipe:
+def parse_recipe(data: Mapping[str, Any], *, origin: str, line_of: Callable[[str], int | None] = lambda _: None) -> Recipe:
     """Validate plain data as a recipe.
 
     Args:
         data: fields of a recipe.
         origin: file name for messages.
+        line_of: the line in it that a problem, which begins with its path in the YAML, is about; None where there is none.
 
     Raises:
         RecipeError: one line a problem: path in the YAML, what is wrong, what is allowed.
@@ -97,7 +134,8 @@ def parse_recipe(data: Mapping[str, Any], *, origin: str) -> Recipe:
         lines = [_problem_line(problem, data) for problem in problems[:_MAX_PROBLEMS]]
         if len(problems) > _MAX_PROBLEMS:
             lines.append(f"and {len(problems) - _MAX_PROBLEMS} more problems")
-        raise RecipeError("\n".join(f"{origin}: {line}" for line in dict.fromkeys(lines))) from None
+        places = {line: line_of(line) for line in lines}
+        raise RecipeError("\n".join(f"{origin}{'' if at is None else f':{at}'}: {line}" for line, at in places.items())) from None
 
 
 def _is_consequence(problem: Any) -> bool:

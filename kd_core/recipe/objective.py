@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from kd_core.recipe.fields import Fraction, Frozen
+from kd_core.recipe.fields import Fraction, Frozen, filled
 
 __all__ = [
     "BlockPair",
@@ -190,13 +190,18 @@ Features = Annotated[HiddenStateFeatures | RelationFeatures, Field(discriminator
 class Objective(Frozen):
     """L = hard_weight * CE + soft_weight * T^2 * D(teacher_T || student_T) + features.weight * F, a mean over a step's tokens."""
 
-    supervision: Literal["soft", "hard", "gold"]
+    supervision: Literal["soft", "hard", "gold"] = Field(
+        json_schema_extra=filled("soft; hard of a server teacher, or with soft_labels: null")
+    )
     """soft: the full objective. hard: the same rows, CE alone. gold: gold rows only, CE alone."""
-    hard_weight: Schedule = Constant(kind="constant", value=1.0)
+    hard_weight: Schedule = Field(default=Constant(kind="constant", value=1.0), json_schema_extra=filled("0.1 under supervision: soft"))
     """Weight of the hard labels' cross-entropy under supervision soft."""
-    soft_weight: Schedule = Constant(kind="constant", value=0.0)
+    soft_weight: Schedule = Field(default=Constant(kind="constant", value=0.0), json_schema_extra=filled("0.9 under supervision: soft"))
     """Weight of the soft loss under supervision soft."""
-    temperature: Schedule = Constant(kind="constant", value=1.0)
+    temperature: Schedule = Field(
+        default=Constant(kind="constant", value=1.0),
+        json_schema_extra=filled("the first that soft labels are stored at, under supervision: soft"),
+    )
     """T of the soft loss; it must be among the temperatures at which soft labels are stored."""
     divergence: Divergence = ForwardKL(kind="forward_kl")
     """D: forward_kl, reverse_kl, jsd, skew_kl or total_variation."""

@@ -1,11 +1,11 @@
 """What a recipe says of its task and of where prompts come from."""
 
 import datetime
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from kd_core.recipe.fields import Fraction, Frozen, Revision
+from kd_core.recipe.fields import Fraction, Frozen, Revision, filled
 
 __all__ = ["DatasetSource", "FileSource", "Prompts", "ReasoningGymSource", "Source", "Split", "Task"]
 
@@ -13,17 +13,30 @@ __all__ = ["DatasetSource", "FileSource", "Prompts", "ReasoningGymSource", "Sour
 class Task(Frozen):
     """How a prompt becomes tokens and an answer becomes right or wrong."""
 
-    template: Literal["plain", "chat"]
+    template: Literal["plain", "chat"] = Field(json_schema_extra=filled("plain beside a trained teacher, else chat"))
     """plain: the prompt's own text. chat: the tokenizer's chat template, with the generation prompt added. Control tokens that a prompt
     spells stay text in both."""
     system: str | None = None
-    """System message for the chat template; None sends none."""
+    """System message for the chat template, for prompts that have none of their own; None sends none."""
     date: datetime.date | None = None
     """The day that a chat template writes where it asks for today's, for example 2026-01-01; needed by templates that ask."""
     answer_marker: str | None = None
     """The final answer is what follows the last occurrence of this text (GSM8K: '####'); None: the whole answer."""
-    verifier: Literal["math", "exact"]
+    verifier: Literal["math", "exact"] = Field(
+        json_schema_extra=filled("exact where there is no answer_marker and no reference to verify by; else say it")
+    )
     """math: equal as numbers or LaTeX (math-verify). exact: equal after trimming white space."""
+
+
+_Columns = TypeVar("_Columns", "FileSource", "DatasetSource")
+
+
+def _one_of_prompt_and_messages(source: _Columns) -> _Columns:
+    if (source.prompt is None) == (source.messages is None):
+        raise ValueError("say either prompt, such as '{question}', or messages, the column of chat turns")
+    if source.messages is not None and source.gold is not None:
+        raise ValueError("gold: the last assistant turn of messages is the gold answer; leave gold out")
+    return source
 
 
 class FileSource(Frozen):
@@ -31,15 +44,22 @@ class FileSource(Frozen):
 
     kind: Literal["file"]
     path: str
-    """A path, a glob ('**' is any folders), or s3://bucket/key; .jsonl, .json, .csv or .tsv, also with gzip, or .parquet."""
-    prompt: str
-    """The prompt, as a template over columns: '{question}' or '{Body} {Question}'."""
+    """A path from the recipe's own folder (in --set: from the working directory), a glob ('**' is any folders), or s3://bucket/key.
+    Names end in .jsonl, .json, .csv, .tsv or .parquet, and may go on with .gz or .zst."""
+    prompt: str | None = None
+    """The prompt, as a template over columns: '{question}' or '{Body} {Question}'; None where `messages` is given."""
     gold: str | None = None
     """The worked gold answer, as a template over columns; None where there is none."""
+    messages: str | None = None
+    """A column of chat turns, {role, content} or ShareGPT's {from, value}, in place of `prompt` and `gold`. The last assistant turn is
+    the gold answer, and alone is learnt; all before it is the prompt, in the chat template. A row that ends in a user or tool turn has
+    no gold answer; a system message of a row goes before task.system."""
     reference: str | None = None
     """The final answer to verify against; None: what follows task.answer_marker in the gold answer."""
     limit: int | None = Field(default=None, ge=1)
     """Use the first `limit` rows; None uses all."""
+
+    _prompts_are_said = model_validator(mode="after")(_one_of_prompt_and_messages)
 
 
 class DatasetSource(Frozen):
@@ -54,14 +74,18 @@ class DatasetSource(Frozen):
     """Configuration name, where the data set has several."""
     split: str
     """Split name, for example train."""
-    prompt: str
-    """The prompt, as a template over columns."""
+    prompt: str | None = None
+    """The prompt, as a template over columns; None where `messages` is given."""
     gold: str | None = None
     """The worked gold answer, as a template over columns."""
+    messages: str | None = None
+    """A column of chat turns in place of `prompt` and `gold`, as in a source of kind file."""
     reference: str | None = None
     """The final answer, as a template over columns; None: what follows task.answer_marker in the gold answer."""
     limit: int | None = Field(default=None, ge=1)
     """Use the first `limit` rows; None uses all."""
+
+    _prompts_are_said = model_validator(mode="after")(_one_of_prompt_and_messages)
 
 
 class ReasoningGymSource(Frozen):
@@ -87,9 +111,9 @@ class Split(Frozen):
     """Shares of prompts held out, by a hash of the prompt's words: the same words are on the same side in every source and run, and
     near copies are on the side of one of them."""
 
-    validation: Fraction
+    validation: Fraction = Field(json_schema_extra=filled("0.05"))
     """Share used for choosing between students."""
-    test: Fraction
+    test: Fraction = Field(json_schema_extra=filled("0.1; 0 where no suite is held_out"))
     """Share used only by evaluation suites of kind held_out."""
 
     @model_validator(mode="after")
@@ -104,7 +128,7 @@ class Prompts(Frozen):
 
     sources: tuple[Source, ...] = Field(min_length=1)
     """Sources, read in order; of duplicate prompts the first one wins."""
-    split: Split
+    split: Split = Field(json_schema_extra=filled("{validation: 0.05, test: 0.1}"))
     """Shares held out for validation and test."""
     max_characters: int = Field(default=20_000, ge=1)
     """Longer prompts are dropped and counted."""

@@ -1,18 +1,19 @@
 """The whole recipe: its parts, the compared models, and which combinations are meaningless."""
 
-from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from kd_core.recipe.defaults import fill_in
 from kd_core.recipe.evaluation import BetterThan, Ceiling, Evaluation, Floor, Gate, HeldOutSuite
-from kd_core.recipe.fields import Frozen, Slug
+from kd_core.recipe.fields import Frozen, Slug, filled
 from kd_core.recipe.models import PretrainedTeacher, ServerTeacher, Student, StudentFromConfig, StudentFromTeacher, Teacher, TrainedTeacher
 from kd_core.recipe.objective import ForwardKL, HiddenStateFeatures, Objective, Ramp, RelationFeatures, schedule_values
 from kd_core.recipe.prompts import Prompts, Task
 from kd_core.recipe.run import Run
 from kd_core.recipe.teaching import Answers, Curate, Dense, HiddenStates, Sampled, SoftLabels, TopK
-from kd_core.recipe.training import Training
+from kd_core.recipe.training import StudentTraining
 
 __all__ = ["ARMS", "Arm", "Recipe"]
 
@@ -30,36 +31,51 @@ class Recipe(Frozen):
     """Name of the recipe; part of no fingerprint but the publication's."""
     description: str = ""
     """For readers."""
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(min_length=1, json_schema_extra=filled("[0, 1, 2]"))
     """One student (and one of each compared model) is trained a seed; the first also seeds the teacher and its answers."""
-    task: Task
+    task: Task = Field(json_schema_extra=filled("template: plain beside a trained teacher, else chat"))
     """Template, answer form and verifier."""
     prompts: Prompts
     """Prompts for the teacher."""
     teacher: Teacher
     """Who teaches."""
-    answers: Answers | None
-    """How the teacher answers; None: no teacher answers, the student learns from gold rows (with soft labels on them)."""
+    answers: Answers | None = Field(json_schema_extra=filled("one a prompt, of a server teacher four, at temperature 0.7"))
+    """How the teacher answers; None (written out): no teacher answers, the student learns from gold rows (with soft labels on them)."""
     curate: Curate = Curate()
     """Which rows are kept."""
-    soft_labels: SoftLabels | None
+    soft_labels: SoftLabels | None = Field(
+        json_schema_extra=filled(
+            "dense for an alphabet of at most 256 characters, else 25 draws; none of a server teacher or beside supervision: hard"
+        )
+    )
     """How the teacher's distribution is stored; None: sequence-level distillation."""
     hidden_states: HiddenStates | None = None
     """Teacher's hidden states to keep beside the soft labels; None keeps none."""
     student: Student
     """Who learns."""
-    objective: Objective
+    objective: Objective = Field(
+        json_schema_extra=filled("soft labels with weight 0.9 and hard ones with 0.1; without soft labels hard ones alone")
+    )
     """What is minimised."""
-    training: Training
+    training: StudentTraining = Field(json_schema_extra=filled("by the kind and width of the student"))
     """How the student is trained."""
-    evaluation: Evaluation
+    evaluation: Evaluation = Field(json_schema_extra=filled("the held-out prompts, against the teacher and gold alone"))
     """What is measured."""
-    gate: Gate
+    gate: Gate = Field(
+        json_schema_extra=filled(
+            "better than gold alone, not worse than the champion by more than 0.02, no larger than the teacher, where these are there"
+        )
+    )
     """When the student is promoted."""
-    publish: Slug
+    publish: Slug = Field(json_schema_extra=filled("the recipe's name"))
     """Registered model name; its alias 'champion' moves when the gate says so."""
     run: Run = Run()
     """Where and how fast; no part of identity."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_whole(cls, data: Any) -> Any:
+        return fill_in(data) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kd_core.recipe.fields import Frozen
+from kd_core.recipe.fields import Frozen, filled
 
 __all__ = ["Answers", "Curate", "Dense", "HiddenStates", "Sampled", "SoftLabels", "TopK"]
 
@@ -12,13 +12,16 @@ __all__ = ["Answers", "Curate", "Dense", "HiddenStates", "Sampled", "SoftLabels"
 class Answers(Frozen):
     """How the teacher answers prompts."""
 
-    num_samples: int = Field(ge=1, le=1024)
+    num_samples: int = Field(ge=1, le=1024, json_schema_extra=filled("1; 4 of a server teacher"))
     """Answers a prompt."""
-    temperature: float = Field(ge=0.0, le=10.0)
+    temperature: float = Field(ge=0.0, le=10.0, json_schema_extra=filled("0.7; 0 in evaluation, where num_samples is 1"))
     """0 is greedy."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Nucleus: the smallest set of tokens with this probability."""
-    max_tokens: int = Field(ge=1)
+    max_tokens: int = Field(
+        ge=1,
+        json_schema_extra=filled("256, of a server teacher 512, at most half the positions of a trained one; in evaluation as in answers"),
+    )
     """Longest answer, tokens; longer ones end with finish reason 'length'."""
 
     @model_validator(mode="after")
@@ -31,9 +34,13 @@ class Answers(Frozen):
 class Curate(Frozen):
     """Which rows the student learns from."""
 
-    keep_unverified: bool = False
+    keep_unverified: bool = Field(
+        default=False, json_schema_extra=filled("true where no answer_marker and no reference says what a final answer is")
+    )
     """Keep answers whose prompt has no reference to verify against. Wrong answers are never kept."""
-    verify: bool = True
+    verify: bool = Field(
+        default=True, json_schema_extra=filled("false where no answer_marker and no reference says what a final answer is")
+    )
     """False keeps wrong answers too (a teacher that is no expert in the task, taught as a language model)."""
     keep_truncated: bool = False
     """Keep answers that met max_tokens, without an end token."""
@@ -52,9 +59,9 @@ class Sampled(_Refusable):
     """Unbiased soft labels: N systematic draws from the teacher at one temperature."""
 
     kind: Literal["sampled"]
-    num_draws: int = Field(ge=1, le=65_535)
+    num_draws: int = Field(ge=1, le=65_535, json_schema_extra=filled("25"))
     """Draws a position; 25 beat 50 independent draws on average."""
-    temperature: float = Field(gt=0.0, le=100.0)
+    temperature: float = Field(gt=0.0, le=100.0, json_schema_extra=filled("that of the objective, or 1"))
     """T0: the only temperature at which these labels may be trained on."""
 
 
@@ -62,9 +69,11 @@ class TopK(_Refusable):
     """The k most likely tokens, with the exact tail mass at every temperature of a grid."""
 
     kind: Literal["topk"]
-    k: int = Field(ge=1, le=65_535)
+    k: int = Field(ge=1, le=65_535, json_schema_extra=filled("64"))
     """Ids a position (at most the vocabulary)."""
-    temperatures: tuple[Annotated[float, Field(gt=0.0, le=100.0)], ...] = Field(min_length=1, max_length=16)
+    temperatures: tuple[Annotated[float, Field(gt=0.0, le=100.0)], ...] = Field(
+        min_length=1, max_length=16, json_schema_extra=filled("those of the objective, or 1")
+    )
     """Temperatures at which the normaliser is stored: training may use these and no others."""
 
 

@@ -1,13 +1,18 @@
-"""What a recipe says of a training run: optimiser, learning rate, validations, guards."""
+"""What a recipe says of a training run: its length, optimiser, learning rate, validations, guards.
 
+A ``Training`` has a number of steps. A ``StudentTraining`` may name epochs in their place: how many rows there are is known when curation
+is done, and ``for_rows`` makes a ``Training`` of it.
+"""
+
+from math import ceil, floor
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, WrapSerializer, model_validator
 
-from kd_core.recipe.fields import Fraction, Frozen
+from kd_core.recipe.fields import Fraction, Frozen, filled
 from kd_core.recipe.objective import Constant, Schedule
 
-__all__ = ["Decay", "LearningRateSchedule", "ReduceOnPlateau", "Training", "WarmupStableDecay"]
+__all__ = ["AnyTraining", "Decay", "LearningRateSchedule", "ReduceOnPlateau", "StudentTraining", "Training", "WarmupStableDecay"]
 
 
 class Decay(Frozen):
@@ -42,17 +47,13 @@ def _constant_as_number(schedule: Schedule, dump: SerializerFunctionWrapHandler)
     return schedule.value if isinstance(schedule, Constant) else dump(schedule)
 
 
-class Training(Frozen):
-    """One training run: AdamW with decoupled weight decay, linear warm-up, then a schedule."""
+class AnyTraining(Frozen):
+    """What any training run has, but for its length: AdamW with decoupled weight decay, linear warm-up, then a schedule."""
 
-    steps: int = Field(ge=1)
-    """Optimiser steps."""
     batch_rows: int = Field(ge=1)
     """Rows an optimiser step, over all devices."""
     learning_rate: float = Field(gt=0.0, le=1.0)
     """Peak learning rate."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear warm-up."""
     learning_rate_schedule: LearningRateSchedule = Decay(kind="cosine")
     """What follows the warm-up: cosine, linear, constant, warmup_stable_decay or plateau."""
     final_learning_rate: Fraction = 0.1
@@ -81,12 +82,6 @@ class Training(Frozen):
     """Steps that may be skipped because their gradients are NaN or infinite; one more is an error."""
 
     @model_validator(mode="after")
-    def _warmup_fits(self) -> Self:
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
-        return self
-
-    @model_validator(mode="after")
     def _validations_are_there(self) -> Self:
         readers = {
             "keep: best": self.keep == "best",
@@ -97,3 +92,87 @@ class Training(Frozen):
         if asked and self.validate_every_steps is None:
             raise ValueError(f"{', '.join(asked)} goes by validations while training; set validate_every_steps")
         return self
+
+
+class _Steps(Frozen):
+    steps: int = Field(ge=1)
+    """Optimiser steps."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
+
+
+class Training(AnyTraining, _Steps):
+    """A training run of so many steps: AdamW with decoupled weight decay, linear warm-up, then a schedule."""
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
+        return self
+
+
+class _StepsOrEpochs(Frozen):
+    steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps; None: as many as `epochs` says."""
+    epochs: float | None = Field(default=None, gt=0.0, le=100_000.0, json_schema_extra=filled("3, of a new model 10; none beside steps"))
+    """Passes over the curated rows, before any is left out for its length, in place of `steps`. Compared models take the same steps."""
+    least_steps: int | None = Field(
+        default=None, ge=1, json_schema_extra=filled("50, of a new model 500; none beside steps or epochs of your own")
+    )
+    """With `epochs`: at least so many optimiser steps, where there are few rows; None: no more than the epochs take."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps of linear warm-up, beside `steps`; None: as many as `warmup_share` says."""
+    warmup_share: float | None = Field(default=None, ge=0.0, lt=1.0, json_schema_extra=filled("0.05; none beside warmup_steps"))
+    """Share of the steps that is linear warm-up, rounded down, in place of `warmup_steps`; from 0 to below 1."""
+
+
+class StudentTraining(AnyTraining, _StepsOrEpochs):
+    """How students are trained, so many steps or epochs: AdamW with decoupled weight decay, linear warm-up, then a schedule."""
+
+    batch_rows: int = Field(ge=1, json_schema_extra=filled("16, of a new model 32"))
+    """Rows an optimiser step, over all devices."""
+    learning_rate: float = Field(
+        gt=0.0,
+        le=1.0,
+        json_schema_extra=filled(
+            "0.00005 of a pre-trained student, 0.0002 with adapters or made from the teacher, of a new model 0.024 / sqrt(hidden_size)"
+        ),
+    )
+    """Peak learning rate."""
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give one of steps and epochs, and leave the other out")
+        if self.least_steps is not None and self.epochs is None:
+            raise ValueError("least_steps goes with epochs; leave it out beside steps")
+        if self.warmup_steps is not None and self.warmup_share is not None:
+            raise ValueError("give one of warmup_steps and warmup_share, and leave the other out")
+        if self.warmup_steps is not None and self.steps is None:
+            raise ValueError("warmup_steps goes with steps; give a warmup_share beside epochs")
+        if self.steps is not None and self.warmup_steps is not None and self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}")
+        return self
+
+    @property
+    def length(self) -> str:
+        """How long it trains, in words: '500 steps', '3 epochs, at least 50 steps'."""
+        if self.epochs is None:
+            return f"{self.steps} steps"
+        return f"{self.epochs:g} epochs" + ("" if self.least_steps is None else f", at least {self.least_steps} steps")
+
+    def for_rows(self, num_rows: int) -> Training:
+        """The training of a student with so many curated rows, its steps and warm-up counted out.
+
+        >>> training = StudentTraining(epochs=2, batch_rows=8, learning_rate=0.1, warmup_share=0.1)
+        >>> counted = training.for_rows(101)
+        >>> counted.steps, counted.warmup_steps
+        (26, 2)
+        """
+        steps = self.steps
+        if steps is None:
+            assert self.epochs is not None, "there are steps or epochs"
+            steps = max(ceil(self.epochs * num_rows / self.batch_rows), self.least_steps or 1)
+        warmup = self.warmup_steps if self.warmup_steps is not None else floor((self.warmup_share or 0.0) * steps)
+        shared = {name: getattr(self, name) for name in AnyTraining.model_fields}
+        return Training(steps=steps, warmup_steps=warmup, **shared)

@@ -13,7 +13,16 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from kd_core.errors import SoftLabelError, TrainingError
-from kd_core.recipe import Arm, HiddenStateFeatures, PretrainedStudent, Recipe, ServerTeacher, StudentFromConfig, StudentFromTeacher
+from kd_core.recipe import (
+    Arm,
+    HiddenStateFeatures,
+    PretrainedStudent,
+    Recipe,
+    ServerTeacher,
+    StudentFromConfig,
+    StudentFromTeacher,
+    Training,
+)
 from kd_core.recipe.block_pairs import block_pairs
 from kd_core.rows.range_cache import RangeCache
 from kd_core.softlabels.forward import decoder_blocks
@@ -28,7 +37,7 @@ from kd_core.student.adapters import add_adapters, merge_adapters
 from kd_core.student.describe import teacher_config
 from kd_core.student.make import new_model, student_from_teacher, trainable
 from kd_core.student.vocabulary import trim_model
-from kd_core.summaries import ModelIdentity, TeacherSummary, TrainSummary, TrimmedVocabulary
+from kd_core.summaries import CurateSummary, ModelIdentity, TeacherSummary, TrainSummary, TrimmedVocabulary
 from kd_core.teacher.models import LoadedModel, load_model, load_tokenizer, pick_device, save_model
 from kd_core.tokens.batches import TokenRow
 from kd_core.tokens.encoding import num_columns, tokenizer_identity
@@ -78,7 +87,7 @@ def _learn(job: Job, rank: int) -> TrainSummary:
             student.model,
             TrainingData(rows, validation),
             num_columns=student.num_columns,
-            training=recipe.training.model_copy(update={"max_tokens": used.limit.tokens}),
+            training=_training(job).model_copy(update={"max_tokens": used.limit.tokens}),
             objective=recipe.objective,
             seed=seed,
             run=recipe.run,
@@ -100,6 +109,11 @@ def _learn(job: Job, rank: int) -> TrainSummary:
         vocabulary=vocabulary,
         feature_blocks=None if features is None else tuple((pair.student, pair.teacher) for pair in features.pairs),
     )
+
+
+def _training(job: Job) -> Training:
+    """The recipe's training, its epochs counted on all curated rows: compared models take the same steps, whatever each learns from."""
+    return job.recipe.training.for_rows(job.summary("curate", CurateSummary).rows)
 
 
 def _make_student(job: Job, seed: int) -> LoadedModel:

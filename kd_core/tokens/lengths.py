@@ -8,13 +8,13 @@ from collections.abc import Mapping
 import numpy as np
 
 from kd_core.errors import TrainingError
-from kd_core.recipe import Training
+from kd_core.recipe import AnyTraining
 from kd_core.summaries import RowLimit, UsedRows
 
 __all__ = ["expect_enough", "row_limit", "used_rows"]
 
 
-def row_limit(training: Training, *, positions: Mapping[str, int | None], field: str = "training") -> RowLimit:
+def row_limit(training: AnyTraining, *, positions: Mapping[str, int | None], field: str = "training") -> RowLimit:
     """The smallest of training.max_tokens and the models' positions.
 
     Args:
@@ -22,7 +22,7 @@ def row_limit(training: Training, *, positions: Mapping[str, int | None], field:
         positions: 'student' or 'teacher' -> positions that it was made for; None where it has no such number.
         field: where ``training`` stands in the recipe.
 
-    >>> training = Training(steps=1, batch_rows=1, learning_rate=0.1, max_tokens=100)
+    >>> training = AnyTraining(batch_rows=1, learning_rate=0.1, max_tokens=100)
     >>> row_limit(training, positions={"student": 64, "teacher": None})
     RowLimit(tokens=64, by="the student's positions")
     """
@@ -37,7 +37,7 @@ def used_rows(num_tokens: np.ndarray, num_supervised: np.ndarray, limit: RowLimi
     return UsedRows(len(num_tokens), int(fits.sum()), int(num_supervised.sum()), int(num_supervised[fits].sum()), limit)
 
 
-def expect_enough(used: UsedRows, training: Training, *, field: str = "training") -> None:
+def expect_enough(used: UsedRows, training: AnyTraining, *, field: str = "training") -> None:
     """Refuse a training that could use too few of its rows.
 
     Args:

@@ -598,7 +598,7 @@ def test_features_are_planned_with_the_pairs_that_training_will_use(data: Path, 
 
 
 def test_people_see_the_options_and_where_figures_come_from(data: Path, empty: LocalStore, capsys: pytest.CaptureFixture[str]) -> None:
-    show(plan_table(make_plan(_recipe(data, run={"price_per_gb_month": 0.02}), empty)))
+    show(plan_table(make_plan(_recipe(data, run={"price_per_gb_month": 0.02}), empty), {}))
     text = capsys.readouterr().out
     shown = [line for line in text.splitlines() if line.startswith(("sampled,", "dense"))]
     assert [line.split("  ")[0] for line in shown] == [f"sampled, {n} draws at T 1" for n in (2, 4, 8)] + ["dense"]

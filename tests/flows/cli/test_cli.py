@@ -1,6 +1,7 @@
 """The command line: what it prints and returns, for good input, bad input, absent servers and its own defects."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ def test_the_plan_of_a_finished_recipe_is_all_hits_and_free(finished, kd, monkey
     called = kd("plan", "--json", finished.recipe_file)
     assert (called.code, called.err) == (0, "")
     plan = json.loads(called.out)
-    assert set(plan) == {"stages", "total", "soft_label_options", "notes"}
+    assert set(plan) == {"filled_in", "stages", "total", "soft_label_options", "notes"}
     groups = dict.fromkeys(node["name"].partition(".")[0] for node in finished.said["nodes"])
     assert [stage["name"] for stage in plan["stages"]] == list(groups)
     for stage in plan["stages"]:
@@ -29,6 +30,35 @@ def test_the_plan_of_a_finished_recipe_is_all_hits_and_free(finished, kd, monkey
         assert (stage["status"], stage["seconds"], stage["bytes"]) == ("hit", 0.0, 0), stage
         assert stage["rows"] == stage["rows_cached"]
     assert sum("hit" in line for line in kd("plan", finished.recipe_file).out.splitlines()) == len(groups)
+
+
+def test_the_plan_of_a_short_recipe_shows_what_is_filled_in(kd, tmp_path):
+    (tmp_path / "sums.jsonl").write_text(
+        "".join(json.dumps({"q": f"{a}+{b}=", "a": f"#{a + b}"}) + "\n" for a in range(9) for b in range(9))
+    )
+    (tmp_path / "mine.yaml").write_text(
+        "name: mine\n"
+        "task: {answer_marker: '#', verifier: math}\n"
+        "prompts:\n"
+        "  sources: [&sums {kind: file, path: sums.jsonl, prompt: '{q}', gold: '{a}'}]\n"
+        "teacher:\n"
+        "  kind: trained\n"
+        "  sources: [*sums]\n"
+        "  tokenizer: {kind: characters, alphabet: '0123456789+=#'}\n"
+        "  architecture: &size {hidden_size: 32, num_layers: 1, num_heads: 2, intermediate_size: 64}\n"
+        "  training: {steps: 4, batch_rows: 8, learning_rate: 0.003}\n"
+        "student: {kind: config, architecture: *size}\n"
+    )
+    plan = json.loads(kd("plan", "--json", "mine.yaml").out)
+    assert plan["filled_in"]["seeds"] == [0, 1, 2]
+    assert plan["filled_in"]["training"] == {
+        "epochs": 10.0, "least_steps": 500, "warmup_share": 0.05, "batch_rows": 32, "learning_rate": 0.003,
+    }  # fmt: skip
+    lines = kd("plan", "mine.yaml", "--set", "training.steps=40").out.splitlines()
+    assert "  seeds = [0, 1, 2]" in lines
+    assert "  task.template = plain" in lines
+    assert "  training.batch_rows = 32" in lines
+    assert not [line for line in lines if line.startswith("  training.steps")]
 
 
 def test_a_plan_in_an_empty_directory_is_all_misses_and_writes_nothing(small_recipe, kd, tmp_path):
@@ -120,7 +150,7 @@ def test_one_problem_is_one_line_that_names_the_field(small_recipe, kd, tmp_path
     called = kd("run", "--local", small_recipe, "--set", change)
     assert (called.code, called.out) == (2, "")
     [line] = called.err.splitlines()
-    assert line.removeprefix("kd: ").removeprefix(f"{small_recipe}: ").startswith(expected)
+    assert re.match(rf"kd: (?:{re.escape(str(small_recipe))}(?::\d+)?: )?{re.escape(expected)}", line)
     assert list(tmp_path.iterdir()) == [], "nothing is written for a recipe that is not valid"
 
 
