@@ -64,7 +64,7 @@ def _read_data(path: str | Path, overrides: Iterable[str]) -> tuple[dict[str, An
     except (OSError, UnicodeDecodeError) as error:
         names = ", ".join(shipped_recipes())
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(f"{path}: cannot be read ({reason}); pass the path of a recipe such as mine.yaml, or a shipped one's name: {names}") from None
+        raise RecipeError(f"{path}: cannot be read ({reason}); pass the path of a recipe such as mine.yaml, or a name: {names}") from None
     data = read_yaml(text, str(path))
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: expected a mapping of recipe fields, found {type(data).__name__}")
