@@ -18,6 +18,7 @@ from typer.exceptions import TyperException
 
 from flows.cli.cache import cache_app
 from flows.cli.export import export
+from flows.cli.init import init
 from flows.cli.student import student_app
 from flows.cli.terminal import say
 from kd_core.errors import KDError, RecipeError
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(cache_app)
 app.add_typer(student_app)
+app.command()(init)
 app.command()(export)
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, for example recipes/quickstart.yaml.")]
