@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -17,6 +18,8 @@ from kd_core.summaries import GateSummary, PublishSummary, of
 from kd_core.train.checkpoints import Checkpoints
 
 __all__ = ["outcome", "outcome_text", "report_files", "status_rows"]
+
+_COLUMNS = 80
 
 
 def _record(recipe: Recipe, store: Store, name: str) -> Record | None:
@@ -60,13 +63,16 @@ def outcome(recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> dict[
 
 
 def outcome_text(recipe: Recipe, store: Store, done: Mapping[str, Artifact], recipe_file: str, overrides: list[str]) -> str:
-    """The end of a run in a few lines: verdict, main numbers, what to do next."""
+    """The end of a run in a few lines: what was asked, found and decided, then the rules, main numbers, and what to do next."""
     report = json.loads(report_files(recipe, store, recipe_file)["report.json"])
     record = _record(recipe, store, "publish")
     assert record is not None, "a run ends after publication"
     published = of(record, PublishSummary)
     hits, spent = sum(a.hit for a in done.values()), sum(a.seconds for a in done.values() if not a.hit)
-    lines = ["", report["verdict"]["headline"]]
+    finding = report["finding"]
+    lines = ["", *textwrap.wrap(f"{finding['asked']} {finding['found']}", _COLUMNS, break_on_hyphens=False), ""]
+    lines += [f"{finding['title']}."] if finding["claim"] != "shown" and report["verdict"]["promote"] else []
+    lines += [finding["decided"]]
     lines += [
         f"  {'holds' if reason['holds'] else 'FAILS'}  {reason['rule']}: {reason['detail']}" for reason in report["verdict"]["reasons"]
     ]

@@ -4,9 +4,10 @@ It shows what it is given and computes no measurement of its own, only ratios. E
 prompt or a recipe is escaped; the page loads nothing, runs nothing, and says so to the browser.
 """
 
+import base64
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,19 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from kd_core.evaluate import charts
-from kd_core.evaluate.charts import Curve, Point, label_of
-from kd_core.evaluate.gate import Verdict
-from kd_core.evaluate.statistics import METRICS, Comparison, Estimate, metric_of
+from kd_core.evaluate import charts, class_charts
+from kd_core.evaluate.charts import Point, label_of
+from kd_core.evaluate.class_charts import MAX_CLASSES, MAX_MODELS, confused_pairs, likeliest, percent
+from kd_core.evaluate.finding import certainty_words, find
+from kd_core.evaluate.report_data import ClassSample, ModelRow, ReportData, ratio
+from kd_core.evaluate.statistics import METRICS, metric_of
 
-__all__ = ["Curve", "ModelRow", "ReportData", "Sample", "SampleAnswer", "StageRow", "render_html", "render_markdown", "report_json"]
+__all__ = ["render_html", "render_markdown", "report_json"]
 
 TIMES, UNKNOWN = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
 MAX_SHOWN_CHARACTERS = 420
 MAX_TITLE_CHARACTERS = 4_000
+MAX_CLASS_SAMPLES = 12
 
 ROLES = {
     "teacher": "the large model that is learned from",
@@ -34,125 +38,15 @@ ROLES = {
 }
 
 
-@dataclass(frozen=True)
-class ModelRow:
-    """One model: size, speed and metrics.
-
-    Attributes:
-        name: teacher, student, baseline, ablation_hard or champion.
-        params: number of parameters; None where it is not known (a server's model).
-        bytes: size of the weights.
-        tokens_per_second: generated tokens a second; None if not measured.
-        metrics: estimates by metric name; those of further suites are named '<suite>/<metric>'.
-    """
-
-    name: str
-    params: int | None
-    bytes: int | None
-    tokens_per_second: float | None
-    metrics: Mapping[str, Estimate]
-
-
-@dataclass(frozen=True)
-class StageRow:
-    """One stage: its fingerprint, how it stands (done, in a finished run), and the seconds its computation took."""
-
-    name: str
-    fingerprint: str
-    status: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class SampleAnswer:
-    """A model's answer to a sample; ``right`` is None where it was not verified."""
-
-    model: str
-    text: str
-    right: bool | None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A prompt with its reference answer and what each model said."""
-
-    item_id: str
-    prompt: str
-    reference: str | None
-    answers: tuple[SampleAnswer, ...]
-
-
-@dataclass(frozen=True)
-class ReportData:
-    """Content of the report, as plain data.
-
-    Attributes:
-        recipe_name: name of the recipe.
-        description: the recipe's own words.
-        suites: names of all suites; metrics of the first have no prefix.
-        confidence: coverage of all intervals.
-        seeds: seeds of the students.
-        published_seed: the one whose student would be published: floors, truncation and the champion are judged by it.
-        verdict: the gate's decision.
-        champion: digest (or name) of the champion compared with; None if there was none.
-        models: in the order of display.
-        comparisons: paired differences.
-        stages: in the order of execution.
-        counts: title -> what was counted -> number: prompts, answers, reasons for rejection.
-        curves: losses over steps.
-        samples: answers side by side.
-        command: what reproduces this run.
-        recipe_yaml: the resolved recipe.
-        versions: package or tool -> version; the machine may stand here too.
-        price_per_hour: of the machine, for the cost of stages; None shows no cost.
-    """
-
-    recipe_name: str
-    description: str
-    suites: tuple[str, ...]
-    confidence: float
-    seeds: tuple[int, ...]
-    published_seed: int
-    verdict: Verdict
-    champion: str | None
-    models: tuple[ModelRow, ...]
-    comparisons: tuple[Comparison, ...]
-    stages: tuple[StageRow, ...]
-    command: str
-    recipe_yaml: str
-    versions: Mapping[str, str]
-    counts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    curves: tuple[Curve, ...] = ()
-    samples: tuple[Sample, ...] = ()
-    price_per_hour: float | None = None
-
-    @property
-    def scope(self) -> str:
-        """Say in whole sentences what the intervals are about."""
-        if len(self.seeds) == 1:
-            return (
-                "Intervals are about these checkpoints on new items. There is one training seed, so they say nothing of how the recipe "
-                "would do with another: give at least 2 seeds to compare recipes."
-            )
-        return (
-            f"Intervals are about the recipes on new items and new seeds, from {len(self.seeds)} seeds each; the teacher and the champion "
-            f"are one model each. The student of seed {self.published_seed}, which has the least validation loss, is the one that would be "
-            "published: floors, truncation and the champion are judged by that checkpoint alone."
-        )
-
-    def model(self, name: str) -> ModelRow | None:
-        """The row of a model, or None."""
-        return next((row for row in self.models if row.name == name), None)
-
-
 def report_json(data: ReportData) -> dict[str, Any]:
-    """The report as plain data: verdict, models, comparisons, stages, then the rest. Each interval says what it is about (``scope``).
+    """The report as plain data: finding, verdict, models, comparisons, stages, the rest. An interval says what it is about (``scope``).
 
     ``speed_up`` and ``memory_ratio`` are student / teacher in generated tokens a second and in bytes of weights; null
     where either is not known.
     """
-    student, teacher = data.model("student"), data.model("teacher")
+    student, teacher, found = data.model("student"), data.model("teacher"), find(data)
     return {
+        "finding": {**asdict(found), "text": found.text},
         "verdict": {
             "promote": data.verdict.promote,
             "headline": data.verdict.headline,
@@ -176,25 +70,47 @@ def report_json(data: ReportData) -> dict[str, Any]:
         "confidence": data.confidence,
         "seeds": list(data.seeds),
         "published_seed": data.published_seed,
-        "speed_up": _ratio(student, teacher, "tokens_per_second"),
-        "memory_ratio": _ratio(student, teacher, "bytes"),
+        "speed_up": ratio(student, teacher, "tokens_per_second"),
+        "memory_ratio": ratio(student, teacher, "bytes"),
         "counts": {title: dict(counts) for title, counts in data.counts.items()},
         "curves": [{**asdict(curve), "steps": list(curve.steps), "values": list(curve.values)} for curve in data.curves],
         "samples": [{**asdict(sample), "answers": [asdict(answer) for answer in sample.answers]} for sample in data.samples],
+        "samples_scored": data.samples_scored,
+        "class_samples": [_class_sample_json(sample) for sample in data.class_samples],
+        "confusions": [{"model": c.model, "classes": list(c.classes), "counts": [list(row) for row in c.counts]} for c in data.confusions],
+        "certainty": None if data.certainty is None else {**asdict(data.certainty), "meaning": certainty_words(data)},
         "versions": dict(data.versions),
+    }
+
+
+def _class_sample_json(sample: ClassSample) -> dict[str, Any]:
+    """A sample as plain data, its picture in base64."""
+    return {
+        "item_id": sample.item_id,
+        "picture_png": None if sample.picture_png is None else base64.b64encode(sample.picture_png).decode(),
+        "text": sample.text,
+        "true_class": sample.true_class,
+        "note": sample.note,
+        "models": {guess.model: [list(pair) for pair in guess.probabilities] for guess in sample.models},
     }
 
 
 def render_html(data: ReportData) -> str:
     """The report as one HTML file: inline CSS and SVG, no scripts, nothing loaded, deterministic."""
-    headline = _headline_metric(data)
+    headline = data.headline_metric
     points = [Point(row.name, row.params, row.metrics[headline]) for row in data.models if row.params and headline in row.metrics]
     drawings = {
         "forest": [charts.forest_plot(data.comparisons)] if data.comparisons else [],
         "size": [charts.quality_against_size(points, headline)] if len(points) > 1 else [],
         "curves": charts.loss_curves(data.curves),
+        "pictures": [
+            class_charts.picture(sample.picture_png, sample.true_class) if sample.picture_png else ""
+            for sample in data.class_samples[:MAX_CLASS_SAMPLES]
+        ],
+        "bars": [class_charts.class_bars(sample.models, sample.true_class) for sample in data.class_samples[:MAX_CLASS_SAMPLES]],
+        "confusions": [class_charts.confusion_matrix(c) if len(c.classes) <= MAX_CLASSES else "" for c in data.confusions],
     }
-    return _render("report.html.jinja", data, {name: [Markup(svg) for svg in svgs] for name, svgs in drawings.items()})
+    return _render("report.html.jinja", data, {name: [Markup(drawing) for drawing in own] for name, own in drawings.items()})
 
 
 def render_markdown(data: ReportData) -> str:
@@ -209,7 +125,10 @@ def _render(template: str, data: ReportData, drawings: Mapping[str, list[Markup]
     environment = _environment()
     return environment.get_template(template).render(
         data=data,
+        finding=find(data),
+        certainty=certainty_words(data),
         drawings=drawings,
+        class_samples=data.class_samples[:MAX_CLASS_SAMPLES],
         key_numbers=_key_numbers(data),
         metric_names=_metric_names(data),
         sizes=[(label, meaning, [size(row, data.model("teacher")) for row in data.models]) for label, meaning, size in _SIZES],
@@ -222,7 +141,7 @@ def _environment() -> Environment:
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"md": _md, "fence": _fence, "cut": _cut, "title_text": _title_text, "label": label_of, "duration": _duration}
-    environment.globals |= {"metric_of": metric_of, "metric_label": _metric_label}
+    environment.globals |= {"metric_of": metric_of, "metric_label": _metric_label, "guesses": _guesses, "confused_pairs": confused_pairs}
     return environment
 
 
@@ -232,48 +151,44 @@ def _metric_names(data: ReportData) -> list[str]:
     return sorted(names, key=lambda name: (name.rpartition("/")[0], list(METRICS).index(metric_of(name).name)))
 
 
-def _headline_metric(data: ReportData) -> str:
-    student = data.model("student")
-    measured = student.metrics if student else {}
-    return next((name for name in ("pass_at_1", "agreement", "nll") if name in measured), "nll")
-
-
 def _metric_label(name: str) -> str:
     return metric_of(name).label
+
+
+def _guesses(sample: ClassSample) -> list[tuple[str, str]]:
+    """Each model's likeliest classes of a sample in one line."""
+    return [
+        (guess.model, ", ".join(f"{name}: {percent(p)}" for name, p in likeliest(guess, sample.true_class)))
+        for guess in sample.models[:MAX_MODELS]
+    ]
 
 
 def _key_numbers(data: ReportData) -> list[tuple[str, str]]:
     """The numbers for the top of the page, each with its words: one a suite, then the baseline, size and speed."""
     student, teacher = data.model("student"), data.model("teacher")
     found: list[tuple[str, str]] = []
-    headline = _headline_metric(data)
+    headline = data.headline_metric
     for i, suite in enumerate(data.suites):
         name = headline if i == 0 else f"{suite}/{headline}"
         if student and name in student.metrics:
             found.append((f"{student.metrics[name].value:.3f}", f"{_metric_label(name)} of the student on {suite}"))
-    pair = next((p for p in data.comparisons if (p.metric, p.a, p.b) == (headline, "student", "baseline")), None)
-    if pair is not None:
-        word = "better" if pair.improvement >= 0 else "worse"
-        found.append((f"{pair.improvement:+.3f}", f"{word} than the baseline [{pair.improvement_low:+.3f}, {pair.improvement_high:+.3f}]"))
-    size = _ratio(teacher, student, "params")
+    for other, words in (("baseline", "the baseline"), ("ablation_hard", "hard labels")):
+        pair = data.comparison(headline, other)
+        if pair is not None:
+            verdict = "better than" if pair.improvement_low > 0 else "worse than" if pair.improvement_high < 0 else "not told apart from"
+            found.append((f"{pair.improvement:+.3f}", f"{verdict} {words} [{pair.improvement_low:+.3f}, {pair.improvement_high:+.3f}]"))
+    size = ratio(teacher, student, "params")
     if size is not None:
         found.append((f"{size:.3g}{TIMES}", "fewer parameters than the teacher"))
-    speed = _ratio(student, teacher, "tokens_per_second")
+    speed = ratio(student, teacher, "tokens_per_second")
     if speed is not None:
         found.append((f"{speed:.3g}{TIMES}", "the teacher's speed"))
     return found
 
 
-def _ratio(above: ModelRow | None, below: ModelRow | None, name: str) -> float | None:
-    if above is None or below is None:
-        return None
-    numerator, denominator = getattr(above, name), getattr(below, name)
-    return numerator / denominator if numerator is not None and denominator else None
-
-
 def _of_teacher(name: str, row: ModelRow, teacher: ModelRow | None) -> str:
-    ratio = _ratio(row, teacher, name)
-    return UNKNOWN if ratio is None else f"{ratio:.3g}{TIMES}"
+    found = ratio(row, teacher, name)
+    return UNKNOWN if found is None else f"{found:.3g}{TIMES}"
 
 
 _SIZES: tuple[tuple[str, str, Callable[[ModelRow, ModelRow | None], str]], ...] = (

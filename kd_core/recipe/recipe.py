@@ -30,7 +30,7 @@ class Recipe(Frozen):
     name: Slug
     """Name of the recipe; part of no fingerprint but the publication's."""
     description: str = ""
-    """For readers."""
+    """For readers. Its first sentence that ends in a question mark is what the report says was asked."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(min_length=1, json_schema_extra=filled("[0, 1, 2]"))
     """One student (and one of each compared model) is trained a seed; the first also seeds the teacher and its answers."""
     task: Task = Field(json_schema_extra=filled("template: plain beside a trained teacher, else chat"))

@@ -8,16 +8,17 @@ import pyarrow as pa
 from kd_core.artifacts import Record, find, workspace
 from kd_core.errors import ArtifactError
 from kd_core.evaluate.measure import Measured, measure
+from kd_core.evaluate.samples import samples_identity, with_samples
 from kd_core.evaluate.statistics import METRICS, Estimate, estimate
 from kd_core.evaluate.suites import suite_items
 from kd_core.ledger import Entry, current
 from kd_core.progress import Ticker
 from kd_core.recipe import Recipe, ServerTeacher
-from kd_core.stages.graph import build_graph, open_node
+from kd_core.stages.graph import build_graph, least_validation_loss, open_node
 from kd_core.stages.job import Job
 from kd_core.stages.teacher import load_teacher
 from kd_core.store import Store
-from kd_core.summaries import EvaluateSummary
+from kd_core.summaries import EvaluateSummary, TrainSummary, of
 from kd_core.teacher.models import LoadedModel, load_directory, load_tokenizer, pick_device
 from kd_core.tokens.encoding import encode_gold, encode_prompt
 
@@ -34,11 +35,12 @@ def evaluate_stage(job: Job) -> EvaluateSummary:
     rates: list[float] = []
     undecided = 0
     models = _models(job)
+    shown = _shown_seeds(job)
     for seed, record in models:
         loaded = teacher if record is None else _load(job, record)
         assert loaded is not None, "a node without a record is the teacher's own"
         found = _measure(job, loaded, suites, teacher, seed)
-        scores.append(found.scores)
+        scores.append(with_samples(found.scores, loaded, suites, job.recipe.task) if seed in shown else found.scores)
         rates.append(found.tokens_per_second)
         undecided += found.undecided_samples
         sizes = {"parameters": loaded.num_parameters, "bytes": loaded.num_bytes, "items_beyond_positions": _beyond(job, loaded, suites)}
@@ -128,6 +130,15 @@ def _models(job: Job) -> list[tuple[int, Record | None]]:
         assert holder is not None, "the graph has this node only when there is a champion"
         return [(0, _champion_record(job.store, holder))]
     return [(seed, job.inputs[f"model.{seed}"]) for seed in job.recipe.seeds]
+
+
+def _shown_seeds(job: Job) -> tuple[int, ...]:
+    """Seeds of the models that answer some prompts for the report alone: of the teacher, and of the student that would be published."""
+    if samples_identity(job.recipe) is None or job.node.name not in ("evaluate.teacher", "evaluate.student"):
+        return ()
+    if job.node.name == "evaluate.teacher":
+        return job.recipe.seeds[:1]
+    return (of(least_validation_loss([job.inputs[f"model.{seed}"] for seed in job.recipe.seeds]), TrainSummary).seed,)
 
 
 def _champion_record(store: Store, holder: Entry) -> Record:

@@ -17,6 +17,7 @@ from typing import Any
 from kd_core import artifacts
 from kd_core.curate.verifier import GRADER_VERSION
 from kd_core.errors import ArtifactError
+from kd_core.evaluate.samples import samples_identity
 from kd_core.fingerprint import fingerprint
 from kd_core.ledger import Entry, champion_before
 from kd_core.prompts.collect import CLEANING_VERSION
@@ -186,7 +187,7 @@ def _add_training(build: _Builder, recipe: Recipe, arm: Arm, seed: int) -> None:
 
 def _evaluation_identity(recipe: Recipe) -> dict[str, Any]:
     suites = [suite.model_dump(mode="json", exclude={"source"}) for suite in recipe.evaluation.suites]
-    return {**recipe.evaluation.model_dump(mode="json", include={"generate"}), "suites": suites}
+    return {**recipe.evaluation.model_dump(mode="json", include={"generate"}), "suites": suites, "samples": samples_identity(recipe)}
 
 
 def _add_verdict(build: _Builder, recipe: Recipe, holder: Entry | None) -> None:

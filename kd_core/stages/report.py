@@ -7,8 +7,11 @@ from typing import Any
 import pyarrow as pa
 
 from kd_core.curate import verify
+from kd_core.evaluate.certainty import Certainty, certainty
+from kd_core.evaluate.charts import Curve
 from kd_core.evaluate.gate import Verdict
-from kd_core.evaluate.report import Curve, ModelRow, ReportData, Sample, SampleAnswer, StageRow, render_html, render_markdown, report_json
+from kd_core.evaluate.report import render_html, render_markdown, report_json
+from kd_core.evaluate.report_data import ModelRow, ReportData, Sample, SampleAnswer, StageRow
 from kd_core.evaluate.statistics import METRICS, Comparison, Estimate, compare, estimate, metric_of, num_measured
 from kd_core.evaluate.suites import suite_items
 from kd_core.prompts import shown
@@ -16,6 +19,7 @@ from kd_core.recipe import ARMS, Recipe
 from kd_core.recipe.files import dump_recipe
 from kd_core.stages.gate import efficiency, model_scores
 from kd_core.stages.job import Job
+from kd_core.stages.sharded import frozen_rows
 from kd_core.summaries import (
     CurateSummary,
     EvaluateSummary,
@@ -66,6 +70,8 @@ def _report_data(job: Job) -> ReportData:
         counts={**_counts(job), "Items left out": _left_out(job, scores)},
         curves=tuple(_curves(job)),
         samples=tuple(sample for suite in recipe.evaluation.suites for sample in _samples(job, scores, suite.name)),
+        samples_scored=recipe.evaluation.generate is not None,
+        certainty=_certainty(job),
         command=f"kd run recipes/{recipe.name}.yaml",
         recipe_yaml=dump_recipe(_without_address(recipe)),
         versions={k: str(v) for k, v in _versions(job).items()},
@@ -99,7 +105,7 @@ def _comparisons(job: Job, scores: dict[str, pa.Table], others: list[str]) -> tu
     found = []
     for other in others:
         for position, suite in enumerate(job.recipe.evaluation.suites):
-            for metric in ("pass_at_1", "nll", "kl", "agreement"):
+            for metric in (name for name in METRICS if name != "truncated"):
                 if other == "teacher" and metric in ("kl", "agreement"):
                     continue  # the teacher's distance to itself is zero by definition
                 difference = compare(student, scores[other], metric, suite=suite.name, confidence=confidence, names=("student", other))
@@ -182,12 +188,33 @@ def _curves(job: Job) -> list[Curve]:
     return found
 
 
+def _certainty(job: Job) -> Certainty | None:
+    """Find how sure the teacher was of the rows that have soft labels; None where none have."""
+    if "soft_labels" not in job.inputs:
+        return None
+    rows = job.read_table("soft_labels", "keys.parquet")
+    if rows.num_rows == 0:
+        return None
+    cache, snapshot = frozen_rows(job, "soft_labels")
+    num_supervised = rows["num_tokens"].to_numpy() - rows["first_supervised"].to_numpy()
+    return certainty(cache, snapshot, rows["key"].to_pylist(), num_supervised)
+
+
 def _samples(job: Job, scores: dict[str, pa.Table], suite: str) -> list[Sample]:
-    """The first items of a suite with every model's answer; suites share the number of samples."""
+    """The first items of a suite with every model's answer; suites share the number of samples.
+
+    The student's is of the seed that would be published, another model's of its first. Answers that were made for the report alone are
+    cut short, and so are not verified.
+    """
     number = max(1, _NUM_SAMPLES // len(job.recipe.evaluation.suites))
     items = suite_items(job.recipe, lambda name: job.read_table("prompts", name))[suite].slice(0, number).to_pylist()
+    published, scored = job.summary("gate", GateSummary).student.seed, job.recipe.evaluation.generate is not None
     texts = {
-        name: {row["item_id"]: row["text"] for row in reversed(table.to_pylist()) if row["suite"] == suite}
+        name: {
+            row["item_id"]: row["text"]
+            for row in reversed(table.to_pylist())
+            if row["suite"] == suite and (name != "student" or row["seed"] == published)
+        }
         for name, table in scores.items()
     }
 
@@ -195,7 +222,8 @@ def _samples(job: Job, scores: dict[str, pa.Table], suite: str) -> list[Sample]:
         text = texts[name].get(item["prompt_id"])
         if text is None:
             return None
-        return SampleAnswer(name, text, None if item["reference"] is None else verify(text, item["reference"], job.recipe.task))
+        graded = scored and item["reference"] is not None
+        return SampleAnswer(name, text, verify(text, item["reference"], job.recipe.task) if graded else None)
 
     found = []
     for item in items:

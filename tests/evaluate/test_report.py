@@ -11,18 +11,11 @@ from html.parser import HTMLParser
 import pytest
 
 from kd_core.evaluate import charts
+from kd_core.evaluate.certainty import Certainty
+from kd_core.evaluate.charts import Curve
 from kd_core.evaluate.gate import Verdict
-from kd_core.evaluate.report import (
-    Curve,
-    ModelRow,
-    ReportData,
-    Sample,
-    SampleAnswer,
-    StageRow,
-    render_html,
-    render_markdown,
-    report_json,
-)
+from kd_core.evaluate.report import render_html, render_markdown, report_json
+from kd_core.evaluate.report_data import ModelRow, ReportData, Sample, SampleAnswer, StageRow
 from kd_core.evaluate.statistics import Comparison, Estimate
 from kd_core.summaries import RuleResult
 
@@ -127,6 +120,7 @@ def example():
         recipe_yaml="name: running-sums\nseeds: [0, 1, 2]\n",
         versions={"knowledge-distillery": "0.1.0", "torch": "2.13.0", "machine": "x86_64, 2 cores"},
         price_per_hour=0.85,
+        certainty=Certainty(0.0123, 104_220, 0.971, 12_800),
     )
 
 
@@ -137,7 +131,11 @@ def page():
 
 def test_json_shape():
     found = report_json(example())
-    assert list(found)[:4] == ["verdict", "models", "comparisons", "stages"]
+    assert list(found)[:5] == ["finding", "verdict", "models", "comparisons", "stages"]
+    assert set(found["finding"]) == {"asked", "found", "decided", "title", "claim", "text"}
+    assert found["finding"]["decided"] == found["verdict"]["headline"]
+    assert found["certainty"]["mean_entropy"] == 0.0123
+    assert (found["class_samples"], found["confusions"], found["samples_scored"]) == ([], [], True)
     assert set(found["verdict"]) == {"promote", "headline", "reasons", "champion"}
     assert found["verdict"]["reasons"][2] == {
         "rule": "parameter_ratio at most 0.1",
@@ -160,7 +158,7 @@ def test_json_shape():
 class Elements(HTMLParser):
     """What a browser would see: elements in order, attributes that load something, and that every element is closed."""
 
-    VOID = ("meta", "use", "path", "rect")
+    VOID = ("meta", "img", "use", "path", "rect")
 
     def __init__(self):
         super().__init__()
@@ -209,11 +207,62 @@ def test_the_page_is_one_well_formed_file_that_loads_nothing(page):
 def test_the_verdict_comes_first_with_every_rule(page):
     assert "✗ The student is not promoted" in page
     assert page.index("not promoted</strong>") < page.index("there is no champion yet") < page.index("<h2>Models")
+    assert '<section class="verdict no">' in page
     promoted = render_html(
         replace(example(), curves=(), verdict=Verdict(True, example().verdict.reasons[:2]), champion="digest-of-champion")
     )
     assert "✓ The student is promoted" in promoted
+    assert '<section class="verdict yes">' in promoted
     assert "digest-of-champion" in promoted
+
+
+def promoted_with(difference, low, high):
+    """The example promoted, with this paired difference of pass@1 between soft and hard labels."""
+    others = tuple(pair for pair in example().comparisons if (pair.metric, pair.b) != ("pass_at_1", "ablation_hard"))
+    pair = Comparison("pass_at_1", "student", "ablation_hard", difference, low, high, 500, 0, (3, 3))
+    return replace(example(), verdict=Verdict(True, example().verdict.reasons[:2]), comparisons=(pair, *others), curves=())
+
+
+def test_a_promotion_is_not_green_where_soft_labels_lost():
+    data = promoted_with(-0.086, -0.12, -0.05)
+    for text in (render_html(data), render_markdown(data)):
+        top = text[: text.index("there is no champion yet")]
+        assert "Promoted by its rules, but soft labels lost to hard ones" in top
+        assert "soft labels are worse than hard ones by 0.086" in top
+        assert "✓ The student is promoted" not in text
+    assert '<section class="verdict doubt">' in render_html(data)
+    assert '<section class="verdict yes">' in render_html(promoted_with(-0.086, -0.18, 0.01))
+
+
+def test_the_finding_is_the_first_thing_said(page):
+    said = (
+        "Asked whether a student an eighth of the teacher's size can do the teacher's work on test: it reaches 0.804 [0.784, 0.824] of "
+        "answers right; "
+    )
+    assert said in page.replace("&#39;", "'")
+    assert page.index("Asked whether") < page.index("<h2>")
+    assert render_markdown(example()).index("Asked whether") < 120
+    assert report_json(example())["finding"]["text"].startswith(said)
+
+
+def test_the_teachers_certainty_stands_beside_soft_against_hard(page):
+    words = "the teacher's mean entropy is 0.012 nats; at 97.1% of 12,800 of them its likeliest token has a probability above 0.99."
+    meaning = "A teacher that is always sure has nothing more to say than its words"
+    differences = page[page.index("What the differences are worth") : page.index("<h2>Training")].replace("&#39;", "'")
+    assert words in differences
+    assert meaning in differences
+    text = render_markdown(example()).replace("&#39;", "'")
+    assert text.index("## Paired differences") < text.index(words) < text.index("## Prompts")
+    assert "mean entropy" not in render_html(replace(example(), certainty=None))
+    unsure = render_markdown(replace(example(), certainty=Certainty(0.8, 10, 0.4, 10)))
+    assert meaning not in unsure
+    assert "Where a teacher hesitates" in unsure
+
+
+def test_answers_made_for_the_page_alone_say_so(page):
+    assert "no score rests on them" not in page
+    for text in (render_html(replace(example(), samples_scored=False)), render_markdown(replace(example(), samples_scored=False))):
+        assert "no score rests on them" in text
 
 
 def test_numbers_are_where_they_belong(page):
@@ -307,7 +356,14 @@ def test_long_texts_are_cut_with_the_rest_in_the_title(page):
 
 def test_sections_without_data_are_left_out():
     bare = replace(
-        example(), comparisons=(), curves=(), counts={"Prompts": {}}, samples=(), price_per_hour=None, models=example().models[1:2]
+        example(),
+        comparisons=(),
+        curves=(),
+        counts={"Prompts": {}},
+        samples=(),
+        price_per_hour=None,
+        models=example().models[1:2],
+        certainty=None,
     )
     page = render_html(bare)
     assert "svg" not in parsed(page).names

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 import yaml
 
 from kd_core.artifacts import Record, find, read_bytes
@@ -101,7 +102,10 @@ def test_the_report_as_json_has_the_documented_shape(finished, kd, monkeypatch):
     assert set(report) == {
         *("verdict", "models", "comparisons", "stages", "recipe", "suite", "confidence", "seeds", "speed_up", "memory_ratio"),
         *("counts", "curves", "samples", "versions", "suites", "published_seed"),
+        *("finding", "samples_scored", "class_samples", "confusions", "certainty"),
     }
+    assert report["finding"]["claim"] == "not_shown", "one seed shows nothing of a recipe"
+    assert "One seed" in report["finding"]["found"]
     assert set(report["verdict"]) == {"promote", "headline", "reasons", "champion"}
     assert set(report["models"]) == {"teacher", "student", "baseline", "ablation_hard"}
     for model in report["models"].values():
@@ -116,6 +120,16 @@ def test_the_report_as_json_has_the_documented_shape(finished, kd, monkeypatch):
     ]
     assert all(set(stage) == {"name", "fingerprint", "status", "seconds"} for stage in report["stages"])
     assert report["models"]["student"]["params"] < report["models"]["teacher"]["params"]
+
+
+def test_the_teachers_certainty_is_that_of_the_stored_rows(finished, kd, monkeypatch):
+    monkeypatch.chdir(finished.home)
+    found = json.loads(kd("report", "--json", finished.recipe_file).out)["certainty"]
+    query = "SELECT sum(mean_entropy * num_supervised) / sum(num_supervised) AS mean, sum(num_supervised) AS positions FROM soft_labels"
+    [row] = json.loads(kd("cache", "sql", query, "--json").out)
+    assert found["mean_entropy"] == pytest.approx(row["mean"])
+    assert found["positions"] == found["positions_read"] == row["positions"]
+    assert 0.0 <= found["sure_share"] < 1.0
 
 
 # ------------------------------------------------------------------------------------------- the second run
@@ -204,6 +218,22 @@ def test_a_student_that_fails_the_gate_is_registered_and_nothing_else_moves(copy
     client = MlflowClient(copy.tracking, copy.tracking)
     aliases = {alias: client.get_model_version_by_alias("small-student", alias) for alias in ("champion", "challenger")}
     assert {alias: version.tags["kd.digest"] for alias, version in aliases.items()} == {"champion": kept, "challenger": mine}
+
+
+def test_a_report_without_scored_answers_shows_some_of_the_published_student_and_the_teacher(copy):
+    overrides = ["evaluation.generate=null", "evaluation.compare=[teacher, ablation_hard]", "seeds=[0, 1]"]
+    store, recipe = LocalStore(copy.store), load_recipe(copy.recipe_file, overrides)
+    run_until(recipe, store, "report")
+    done = records(recipe, store)
+    report = json.loads(read_bytes(store, done["report"], "report.json"))
+    assert report["samples_scored"] is False
+    assert len(report["samples"]) == 5
+    assert {(a["model"], a["right"]) for sample in report["samples"] for a in sample["answers"]} == {("teacher", None), ("student", None)}
+    assert all("pass_at_1" not in model["metrics"] for model in report["models"].values())
+    answered = [row for row in table(store, done["evaluate.student"], "scores.parquet") if row["text"] is not None]
+    assert {row["seed"] for row in answered} == {report["published_seed"]}
+    shown = [next(a["text"] for a in sample["answers"] if a["model"] == "student") for sample in report["samples"]]
+    assert shown == [row["text"] for row in answered]
 
 
 def test_the_resolved_recipe_lies_beside_the_report(finished):

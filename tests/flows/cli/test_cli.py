@@ -90,7 +90,9 @@ def test_a_run_for_people_ends_with_verdict_numbers_and_the_next_command(finishe
     nodes = [node["name"] for node in finished.said["nodes"]]
     assert [line.split()[1] for line in called.err.splitlines()] == nodes
     assert all(line.startswith("= ") and line.endswith("already done") for line in called.err.splitlines())
-    assert finished.said["verdict"]["headline"] in called.out
+    assert called.out.startswith("\nAsked whether a student ")
+    assert all(len(line) <= 80 for line in called.out.split("\n\n")[0].splitlines())
+    assert "Promoted by its rules; one seed shows nothing of the recipe.\n" + finished.said["verdict"]["headline"] in called.out
     assert "small-student version 1; champion: version 1" in called.out
     assert f"{len(nodes)} of {len(nodes)} nodes were done already" in called.out
     assert called.out.rstrip().endswith(f"kd report {finished.recipe_file} --set run.shard_rows=32")
