@@ -19,6 +19,7 @@ from typer.exceptions import TyperException
 from flows.cli.cache import cache_app
 from flows.cli.export import export
 from flows.cli.init import init
+from flows.cli.schema import schema
 from flows.cli.student import student_app
 from flows.cli.terminal import say
 from kd_core.errors import KDError, RecipeError
@@ -40,6 +41,7 @@ app.add_typer(cache_app)
 app.add_typer(student_app)
 app.command()(init)
 app.command()(export)
+app.command()(schema)
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, for example recipes/quickstart.yaml.")]
 Overrides = Annotated[
