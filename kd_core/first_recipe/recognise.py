@@ -72,8 +72,8 @@ _NAMED = "by its name"
 
 
 def _is_text(rows: Rows, column: str) -> bool:
-    values = [row.get(column) for row in rows if row.get(column) is not None]
-    return bool(values) and all(isinstance(value, str) for value in values) and any(value.strip() for value in values)
+    values = [value for row in rows if (value := row.get(column)) is not None]
+    return all(isinstance(value, str) for value in values) and any(value.strip() for value in values)
 
 
 def _is_chat(rows: Rows, column: str) -> bool:
