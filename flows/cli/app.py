@@ -18,7 +18,9 @@ from typer.exceptions import TyperException
 
 from flows.cli.cache import cache_app
 from flows.cli.export import export
+from flows.cli.init import init
 from flows.cli.recipes import recipes
+from flows.cli.schema import schema
 from flows.cli.student import student_app
 from flows.cli.terminal import say
 from kd_core.errors import KDError, RecipeError
@@ -38,8 +40,10 @@ app = typer.Typer(
 )
 app.add_typer(cache_app)
 app.add_typer(student_app)
+app.command()(init)
 app.command()(export)
 app.command()(recipes)
+app.command()(schema)
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, or a shipped one's name (kd recipes).")]
 Overrides = Annotated[

@@ -11,6 +11,9 @@ from kd_core.errors import RecipeError
 
 __all__ = ["recipes"]
 
+_SCHEMA = "# yaml-language-server:"
+"""Begins a line that points to the schema from the checkout's folder of recipes; a printed recipe is going elsewhere."""
+
 
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one: kd recipes quickstart > mine.yaml")] = None,
@@ -24,7 +27,8 @@ def recipes(
     if name is not None and name not in shipped:
         raise RecipeError(f"no shipped recipe is called {name!r}; there are {', '.join(shipped)}")
     if name is not None:
-        text = shipped[name].read_text(encoding="utf-8")
+        lines = shipped[name].read_text(encoding="utf-8").splitlines(keepends=True)
+        text = "".join(line for line in lines if not line.startswith(_SCHEMA))
         return print(json.dumps({"name": name, "yaml": text}) if as_json else text, end="\n" if as_json else "")
     about = {each: load_recipe(file).description for each, file in shipped.items()}
     if as_json:

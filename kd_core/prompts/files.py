@@ -128,12 +128,12 @@ def file_sha256(file: SourceFile) -> str:
     return _digests[where]
 
 
-def file_rows(file: SourceFile, columns: list[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def file_rows(file: SourceFile, columns: list[str] | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Read (file and line, row) of all rows of one file; a row is column name -> text, None, list or mapping.
 
     Args:
         file: one that ``find_source_files`` found.
-        columns: those that are needed; other columns of a Parquet file are read only where one of these is not there.
+        columns: those that are needed, None: all; other columns of a Parquet file are read only where one of these is not there.
 
     Raises:
         SourceError: with file and line (or row), for what cannot be read.

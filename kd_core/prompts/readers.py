@@ -46,14 +46,14 @@ def format_of(name: str) -> str:
     return PurePosixPath(name.removesuffix(".gz").removesuffix(".zst")).suffix
 
 
-def read_rows(stream: io.BufferedIOBase, kind: str, address: str, columns: list[str]) -> _Located:
+def read_rows(stream: io.BufferedIOBase, kind: str, address: str, columns: list[str] | None) -> _Located:
     """Rows of an open file, each with file and line (or row).
 
     Args:
         stream: the file as it is stored.
         kind: one of READERS.
         address: the file's, for messages.
-        columns: those that are needed.
+        columns: those that are needed; None: all.
 
     Raises:
         SourceError: it is damaged, or of another form than its name says.
@@ -107,14 +107,14 @@ def _lines(stream: io.BufferedIOBase, address: str) -> Iterator[str]:
         yield text
 
 
-def _read_jsonl(stream: io.BufferedIOBase, address: str, columns: list[str]) -> _Located:
+def _read_jsonl(stream: io.BufferedIOBase, address: str, columns: list[str] | None) -> _Located:
     for number, line in enumerate(_lines(stream, address), start=1):
         at = f"{address}:{number}"
         if line.strip():
             yield at, _object(_decoded(partial(decode_json, line), at), at)
 
 
-def _read_json(stream: io.BufferedIOBase, address: str, columns: list[str]) -> _Located:
+def _read_json(stream: io.BufferedIOBase, address: str, columns: list[str] | None) -> _Located:
     text = _whole_text(stream, address)
     place = after_space(text, 0)
     if text[place : place + 1] != "[":
@@ -144,7 +144,7 @@ def _whole_text(stream: io.BufferedIOBase, address: str) -> str:
         return data.decode("utf-8-sig")
 
 
-def _read_csv(stream: io.BufferedIOBase, address: str, columns: list[str], *, delimiter: str = ",") -> _Located:
+def _read_csv(stream: io.BufferedIOBase, address: str, columns: list[str] | None, *, delimiter: str = ",") -> _Located:
     reader = csv.reader(_lines(stream, address), delimiter=delimiter, strict=True)
     names: list[str] | None = None
     while True:
@@ -165,7 +165,7 @@ def _read_csv(stream: io.BufferedIOBase, address: str, columns: list[str], *, de
             yield at, dict(zip(names, fields, strict=True))
 
 
-def _read_parquet(stream: io.BufferedIOBase, address: str, columns: list[str]) -> _Located:
+def _read_parquet(stream: io.BufferedIOBase, address: str, columns: list[str] | None) -> _Located:
     number = 0
     batches = _parquet_batches(stream, address, columns)
     while True:
@@ -180,13 +180,15 @@ def _read_parquet(stream: io.BufferedIOBase, address: str, columns: list[str]) -
             yield f"{address} row {number}", row
 
 
-def _parquet_batches(stream: io.BufferedIOBase, address: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(stream: io.BufferedIOBase, address: str, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
     """Batches in which a text that stands in many rows is in memory once."""
     file = pq.ParquetFile(stream)
     schema = file.schema_arrow
     if len(set(schema.names)) < len(schema.names):
         raise SourceError(f"{address}: a column's name stands twice: {', '.join(map(repr, schema.names))}")
-    wanted = list(dict.fromkeys(columns)) if set(columns) <= set(schema.names) else schema.names  # all, so that a message can list them
+    wanted = schema.names  # where one is not there too, so that a message can list them
+    if columns is not None and set(columns) <= set(schema.names):
+        wanted = list(dict.fromkeys(columns))
     for i in range(file.num_row_groups):
         group = file.metadata.row_group(i)
         for chunk in (group.column(j) for j in range(group.num_columns)):
@@ -213,7 +215,7 @@ def _object(row: object, at: str) -> Mapping[str, Any]:
     return row
 
 
-READERS: dict[str, Callable[[io.BufferedIOBase, str, list[str]], _Located]] = {
+READERS: dict[str, Callable[[io.BufferedIOBase, str, list[str] | None], _Located]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,

@@ -12,7 +12,7 @@ import yaml
 
 from kd_core.errors import RecipeError
 
-__all__ = ["line_at", "read_value", "read_yaml", "write_value", "write_yaml"]
+__all__ = ["line_of", "read_value", "read_yaml", "write_value", "write_yaml"]
 
 _MAX_CHARACTERS = 1_000_000
 _MAX_DEPTH = 50
@@ -166,6 +166,25 @@ def read_value(text: str, origin: str) -> Any:
         raise RecipeError(f"{origin}: {getattr(error, 'problem', error)}") from None
 
 
+def line_of(text: str, path: Sequence[str | int]) -> int | None:
+    """The line, from 1, at which a place stands in a document that ``read_yaml`` reads; of one that is not there, what would hold it.
+
+    >>> line_of("a: 1\\nb:\\n  c: [x, {d: 2}]\\n  e: 3", ("b", "c", 1, "d")), line_of("a: 1\\nb: {c: 1}", ("b", "x"))
+    (3, 2)
+    """
+    here, line = yaml.compose(text, Loader=_Loader), None
+    for part in path:
+        if isinstance(here, yaml.MappingNode):
+            key, value = next(((k, v) for k, v in here.value if k.value == part), (None, None))
+            line, here = (line if key is None else key.start_mark.line + 1), value
+        elif isinstance(here, yaml.SequenceNode) and isinstance(part, int) and part < len(here.value):
+            here = here.value[part]
+            line = here.start_mark.line + 1
+        else:
+            break
+    return line
+
+
 def _read(text: str, origin: str, loader: type[_Loader]) -> Any:
     if len(text) > _MAX_CHARACTERS:
         raise RecipeError(f"{origin}: {len(text):,} characters are no recipe; at most {_MAX_CHARACTERS:,} are read")
@@ -180,29 +199,6 @@ def _read(text: str, origin: str, loader: type[_Loader]) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{origin}:{mark.line + 1}:{mark.column + 1}" if mark else origin
         raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-
-
-def line_at(text: str, parts: Sequence[str]) -> int | None:
-    """Line, from 1, of the deepest of these keys that a document has below each other; None where it lacks the first.
-
-    Args:
-        text: a document that ``read_yaml`` reads.
-        parts: keys from the outermost; of list items their numbers.
-
-    >>> line_at("a: 1\\nb:\\n- c: 2\\n  d: 3", ["b", "0", "d"]), line_at("a: 1", ["a", "x"]), line_at("a: 1", ["x"])
-    (4, 1, None)
-    """
-    node, line = yaml.compose(text, Loader=_Loader), None
-    for part in parts:
-        if isinstance(node, yaml.SequenceNode):
-            found = [(item, item) for item in node.value[int(part) :][:1]] if part.isdecimal() else []
-        else:
-            found = [pair for pair in node.value if pair[0].value == part] if isinstance(node, yaml.MappingNode) else []
-        if not found:
-            break
-        key, node = found[0]
-        line = key.start_mark.line + 1
-    return line
 
 
 def write_yaml(data: Any) -> str:

@@ -112,5 +112,5 @@ Rule = Annotated[BetterThan | NotWorseThanChampion | Floor | Ceiling, Field(disc
 class Gate(Frozen):
     """The rules of promotion; all must hold."""
 
-    rules: tuple[Rule, ...] = Field(min_length=1, json_schema_extra=filled("see gate"))
+    rules: tuple[Rule, ...] = Field(min_length=1, json_schema_extra=filled("as `gate` says"))
     """Rules: costs by their value, everything else by its interval."""

@@ -26,8 +26,11 @@ def filled(rule: str) -> dict[str, Any]:
 
 
 def _not_required(schema: dict[str, Any]) -> None:
-    """Take fields that are filled in from those that a JSON Schema requires."""
+    """Take fields that are filled in from those that a JSON Schema requires or gives one default to."""
     properties = schema.get("properties", {})
+    for field in properties.values():
+        if FILLED in field:
+            field.pop("default", None)
     required = [name for name in schema.pop("required", ()) if FILLED not in properties[name]]
     if required:
         schema["required"] = required

@@ -1,13 +1,12 @@
 """Recipes from YAML, overrides, and errors as one clear line with the path in the YAML.
 
 Owns everything between a file's bytes and a valid ``Recipe``; `core_yaml` reads the YAML. It refuses unknown keys and says
-where: ``recipes/quickstart.yaml:31: student.architecture.num_heads: ...``.
+where: ``recipes/quickstart.yaml:27: student.architecture.num_head: unknown field; did you mean 'num_heads'? ...``.
 """
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from kd_core.errors import RecipeError
 from kd_core.recipe import Recipe
-from kd_core.recipe.core_yaml import line_at, read_value, read_yaml, write_yaml
+from kd_core.recipe.core_yaml import line_of, read_value, read_yaml, write_yaml
 from kd_core.recipe.defaults import filled_in
 from kd_core.recipe.places import from_folder
 from kd_core.recipe.shipped import recipe_file, shipped_recipes
@@ -28,7 +27,7 @@ _PART = re.compile(r"[^.\[\]]+")
 _WORDS = (("tuple", "list"), ("Tuple", "List"), (" after validation", ""), ("dictionary or object to extract fields from", "mapping"))
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply ``a.b=value`` overrides.
 
     Relative paths in the file start from its own folder, those in overrides from the working directory.
@@ -39,25 +38,24 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
             whole, with any # in it, or a list or a mapping in brackets; nothing is null.
 
     Raises:
-        RecipeError: no such file, not YAML, a bad override, or not a valid recipe.
+        RecipeError: no such file, not YAML, a bad override, or not a valid recipe; with the line of what is wrong in the file.
     """
-    data, line_of = _read_data(path, overrides)
-    return parse_recipe(data, origin=str(path), line_of=line_of)
+    data, text = _read_data(path, overrides)
+    changed = [_parts(override.partition("=")[0]) for override in overrides]
+    return _parse(data, str(path), lambda place: None if _meets(place, changed) else line_of(text, place))
 
 
-def what_is_filled_in(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+def what_is_filled_in(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Dotted path -> value of the fields that a recipe file and its overrides leave to ``defaults``.
 
     Raises:
-        RecipeError: as ``load_recipe``.
+        RecipeError: no such file, not YAML, or a bad override; whether the recipe is valid is not asked.
     """
-    data, line_of = _read_data(path, overrides)
-    parse_recipe(data, origin=str(path), line_of=line_of)
-    return filled_in(data)
+    return filled_in(_read_data(path, overrides)[0])
 
 
-def _read_data(path: str | Path, overrides: Iterable[str]) -> tuple[dict[str, Any], Callable[[str], int | None]]:
-    """A recipe's data, and which line of the file a problem with it is about."""
+def _read_data(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """The fields of a recipe with the overrides, and the text of its file."""
     file = recipe_file(path)
     try:
         text = file.read_text(encoding="utf-8")
@@ -69,28 +67,26 @@ def _read_data(path: str | Path, overrides: Iterable[str]) -> tuple[dict[str, An
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: expected a mapping of recipe fields, found {type(data).__name__}")
     from_folder(data, file.parent)
-    overrides = tuple(overrides)
     for override in overrides:
         _apply_override(data, override)
-    return data, partial(_line_of, text, overrides)
+    return data, text
 
 
-def _line_of(text: str, overrides: Sequence[str], problem: str) -> int | None:
-    """The line in the file of what a problem's first words name; None where an override has changed it."""
-    parts = _PART.findall(problem.partition(": ")[0])
-    for override in overrides:
-        changed = override.partition("=")[0].strip().split(".")
-        if all(one == other for one, other in zip(parts, changed, strict=False)):
-            return None
-    return line_at(text, parts)
+def _parts(path: str) -> list[str]:
+    return path.strip().split(".")
+
+
+def _meets(place: Sequence[str | int], changed: Sequence[Sequence[str]]) -> bool:
+    """Whether a place is, holds or lies in one that an override has changed: what the file says there is not what was read."""
+    return any(all(str(a) == b for a, b in zip(place, path, strict=False)) for path in changed)
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
-    if not equals or not all(path.strip().split(".")):
+    if not equals or not all(_parts(path)):
         raise RecipeError(f"--set {override!r}: expected path=value, for example --set training.steps=300")
     value = read_value(text, f"--set {path}")
-    *parents, last = path.strip().split(".")
+    *parents, last = _parts(path)
     here: Any = data
     for i, part in enumerate(parents):
         here = _descend(here, part, ".".join(parents[: i + 1]), override)
@@ -116,26 +112,34 @@ def _index(items: list[Any], part: str, path: str, override: str) -> int:
     return int(part)
 
 
-def parse_recipe(data: Mapping[str, Any], *, origin: str, line_of: Callable[[str], int | None] = lambda _: None) -> Recipe:
+def parse_recipe(data: Mapping[str, Any], *, origin: str) -> Recipe:
     """Validate plain data as a recipe.
 
     Args:
         data: fields of a recipe.
         origin: file name for messages.
-        line_of: the line in it that a problem, which begins with its path in the YAML, is about; None where there is none.
 
     Raises:
         RecipeError: one line a problem: path in the YAML, what is wrong, what is allowed.
     """
+    return _parse(data, origin, lambda place: None)
+
+
+def _parse(data: Mapping[str, Any], origin: str, line: Callable[[Sequence[str | int]], int | None]) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         problems = [problem for problem in error.errors(include_url=False) if not _is_consequence(problem)]
-        lines = [_problem_line(problem, data) for problem in problems[:_MAX_PROBLEMS]]
+        found = []
+        for problem in problems[:_MAX_PROBLEMS]:
+            place = _place(problem["loc"], data)
+            said = place or _named(problem["msg"])
+            number = line(said) if said else None
+            where = origin if number is None else f"{origin}:{number}"
+            found.append(f"{where}: {_problem_line(problem, _path(place))}")
         if len(problems) > _MAX_PROBLEMS:
-            lines.append(f"and {len(problems) - _MAX_PROBLEMS} more problems")
-        places = {line: line_of(line) for line in lines}
-        raise RecipeError("\n".join(f"{origin}{'' if at is None else f':{at}'}: {line}" for line, at in places.items())) from None
+            found.append(f"{origin}: and {len(problems) - _MAX_PROBLEMS} more problems")
+        raise RecipeError("\n".join(dict.fromkeys(found))) from None
 
 
 def _is_consequence(problem: Any) -> bool:
@@ -143,8 +147,7 @@ def _is_consequence(problem: Any) -> bool:
     return bool(problem["type"] == "too_short" and len(problem["input"]) >= problem["ctx"]["min_length"])
 
 
-def _problem_line(problem: Any, data: Mapping[str, Any]) -> str:
-    path = _yaml_path(problem["loc"], data)
+def _problem_line(problem: Any, path: str) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         allowed = _fields_at(problem["loc"][:-1])
@@ -170,19 +173,38 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text):,} characters)"
 
 
-def _yaml_path(loc: tuple[str | int, ...], data: Any) -> str:
+def _place(loc: tuple[str | int, ...], data: Any) -> tuple[str | int, ...]:
     """The error's location without the tags that pydantic weaves in (of unions, of numbers turned to schedules): no keys of the YAML."""
-    path, here, tagged = "", data, False
+    place: tuple[str | int, ...] = ()
+    here, tagged = data, False
     for part in loc:
         if isinstance(part, int) and isinstance(here, (list, tuple)):
-            path, here, tagged = f"{path}[{part}]", here[part] if part < len(here) else None, False
+            place, here, tagged = (*place, part), here[part] if part < len(here) else None, False
         elif not isinstance(here, Mapping):
             break
         elif part == here.get("kind") and not tagged:
             tagged = True
         else:
-            path, here, tagged = f"{path}.{part}".lstrip("."), here.get(str(part)), False
-    return path
+            place, here, tagged = (*place, part), here.get(str(part)), False
+    return place
+
+
+def _named(message: str) -> tuple[str | int, ...]:
+    """The place that a problem of several fields names at its beginning.
+
+    >>> _named("Value error, gate.rules[0].than: baseline is not in evaluation.compare")
+    ('gate', 'rules', 0, 'than')
+    """
+    parts = _PART.findall(message.removeprefix("Value error, ").partition(": ")[0])
+    return tuple(int(part) if part.isdecimal() else part for part in parts)
+
+
+def _path(place: Sequence[str | int]) -> str:
+    """
+    >>> _path(("prompts", "sources", 0, "kind"))
+    'prompts.sources[0].kind'
+    """
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
 
 
 def _models_at(loc: tuple[str | int, ...]) -> list[type[BaseModel]]:

@@ -125,9 +125,9 @@ def _name_is_kind(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
-Divergence = Annotated[
-    ForwardKL | ReverseKL | JensenShannon | SkewKL | TotalVariation, Field(discriminator="kind"), BeforeValidator(_name_is_kind)
-]
+_Divergence = ForwardKL | ReverseKL | JensenShannon | SkewKL | TotalVariation
+_Name = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "total_variation"]
+Divergence = Annotated[_Divergence, Field(discriminator="kind"), BeforeValidator(_name_is_kind, json_schema_input_type=_Name | _Divergence)]
 
 
 class BlockPair(Frozen):

@@ -41,7 +41,9 @@ class Recipe(Frozen):
     """Who teaches."""
     answers: Answers | None = Field(json_schema_extra=filled("one a prompt, of a server teacher four, at temperature 0.7"))
     """How the teacher answers; None (written out): no teacher answers, the student learns from gold rows (with soft labels on them)."""
-    curate: Curate = Curate()
+    curate: Curate = Field(
+        default=Curate(), json_schema_extra=filled("verified answers and all gold; all answers where nothing says what a final answer is")
+    )
     """Which rows are kept."""
     soft_labels: SoftLabels | None = Field(
         json_schema_extra=filled(

@@ -113,7 +113,7 @@ def test_fingerprints_do_not_know_the_folder(tmp_path: Path, monkeypatch: pytest
     [
         ({"training": {**DATA["training"], "steps": 0}}, [], [r":\d+: training\.steps: "]),
         ({"nam": 1}, [], [r":\d+: nam: unknown field"]),
-        ({"training": {"steps": 1, "batch_rows": 1}}, [], [r":\d+: training\.learning_rate: this field is required"]),
+        ({"prompts": {"split": {"validation": 0.1, "test": 0.2}}}, [], [r":\d+: prompts\.sources: this field is required"]),
         ({"seeds": [1, 1]}, [], [r":\d+: seeds: a seed stands twice"]),
         ({}, ["training.steps=0"], [r": training\.steps: "]),
         (
@@ -133,7 +133,7 @@ def test_a_mistake_says_its_line_in_the_file(tmp_path: Path, changes: dict[str, 
         assert found, line
         if number := re.match(rf"{re.escape(str(path))}:(\d+): (?:\w+\.)*(\w+)", line):
             named = text[int(number[1]) - 1].split(":")[0].strip()
-            assert named in (number[2], "training"), "the line of the field, or of what lacks it"
+            assert named in (number[2], "prompts"), "the line of the field, or of what lacks it"
 
 
 def test_a_row_says_its_line_in_a_path_that_one_can_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,6 +279,51 @@ def test_broken_files_are_refused_with_line_and_column(tmp_path: Path, text: str
     assert line in str(caught.value)
 
 
+WRONG_FILE = """\
+name: mine
+task: {answer_marker: "#", verifer: math}
+prompts:
+  sources:
+    - {kind: reasoning_gym, task: chain_sum, num: 5, seed: 0}
+    - kind: reasoning_gym
+      task: chain_sum
+      num: 0
+      sead: 1
+teacher: {kind: pretrained, model: m}
+student: &it
+  kind: from_techer
+traning: {steps: 3}
+"""
+
+
+def test_a_mistake_has_the_line_it_stands_in(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(WRONG_FILE)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    assert [line.removeprefix(f"{file}").split("; allowed")[0] for line in str(caught.value).splitlines()] == [
+        ":2: task.verifier: this field is required and is not there",
+        ":2: task.verifer: unknown field; did you mean 'verifier'? allowed: answer_marker, date, system, template, verifier",
+        ":8: prompts.sources[1].num: input should be greater than or equal to 1, found 0",
+        ":6: prompts.sources[1].seed: this field is required and is not there",
+        ":9: prompts.sources[1].sead: unknown field; did you mean 'seed'? allowed: config, kind, num, seed, style, task",
+        ": and 2 more problems",
+    ]
+
+
+def test_what_an_override_changed_has_no_line(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(WRONG_FILE)
+    for overrides, line in [
+        (["task={verifier: x}", "prompts.sources=[]"], f"{file}: task.verifier: input should be 'math' or 'exact', found 'x'"),
+        (["task={verifier: math}", "prompts.sources.1.num=-2"], f"{file}: prompts.sources[1].num: input should be greater"),
+        (["student.kind=x", "task.verifier=math"], f"{file}:2: task.verifer: unknown field"),
+    ]:
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(file, overrides)
+        assert line in str(caught.value)
+
+
 def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"nowhere\.yaml: cannot be read \(No such file or directory\); pass the path of a recipe"):
         load_recipe(tmp_path / "nowhere.yaml")

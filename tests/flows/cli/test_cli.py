@@ -274,3 +274,9 @@ def test_two_runs_of_one_recipe_at_once_share_the_work_or_adopt_it(small_recipe,
     assert said[0]["published"]["version"] == 1
     assert len(history(LocalStore(tmp_path / ".kd/store"), "small-student")) == 1
     assert json.loads(kd("status", "--json", small_recipe).out)["nodes"][-1]["status"] == "done"
+
+
+def test_the_schema_and_the_reference_are_printed_as_they_are_committed(kd):
+    docs = Path(__file__).parents[3] / "docs"
+    assert kd("schema").out == (docs / "recipe.schema.json").read_text()
+    assert kd("schema", "--markdown").out == (docs / "recipe.md").read_text()
