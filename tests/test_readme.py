@@ -11,7 +11,7 @@ import pytest
 import typer
 import yaml
 
-from flows.cli import app
+from flows.cli.app import app
 from kd_core.recipe import Recipe
 from kd_core.recipe.core_yaml import read_yaml
 from kd_core.recipe.files import load_recipe, parse_recipe

@@ -21,9 +21,14 @@ class RawRow:
     reference: str | None
 
     @property
+    def prompt_texts(self) -> tuple[str, ...]:
+        """The prompt's text, or those of its turns."""
+        return (self.prompt,) if isinstance(self.prompt, str) else tuple(turn.content for turn in self.prompt or ())
+
+    @property
     def prompt_characters(self) -> int:
         """Length of the prompt's texts."""
-        return len(self.prompt) if isinstance(self.prompt, str) else sum(len(turn.content) for turn in self.prompt or ())
+        return sum(map(len, self.prompt_texts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Object storage: one protocol, a local directory and S3, and the one function that chooses between them."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,10 +23,15 @@ def open_store(uri: str, options: "S3Options") -> Store:
         options: how to reach S3; unused for a local directory.
 
     Raises:
-        StoreError: another scheme, or a bucket that cannot be reached (the message says why and what to do).
+        StoreError: another scheme, a file in the place of a directory, or a bucket that cannot be reached (the message says why and what
+            to do).
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:
+        path = Path(uri).absolute()
+        file = next((place for place in (path, *path.parents) if os.path.exists(place) and not os.path.isdir(place)), None)
+        if file is not None:
+            raise StoreError(f"store {uri!r}: {file} is a file, and a store is a directory; name another one (a recipe's is run.store)")
         return LocalStore(Path(uri))
     bucket, _, prefix = rest.partition("/")
     if scheme != "s3" or not bucket:

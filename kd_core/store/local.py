@@ -81,6 +81,12 @@ def _same(path: Path, data: bytes | Path) -> bool:
     return path.stat().st_size == len(data) and sha256_file(path) == sha256_bytes(data)
 
 
+def _refuse(error: OSError) -> None:
+    """A directory that cannot be listed is no empty one; one that is not there is."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
 class LocalStore:
     """Objects as files below one directory, which is made at the first write."""
 
@@ -163,7 +169,7 @@ class LocalStore:
             check_key(prefix.removesuffix("/"))
         found = []
         with self._errors("list", prefix):
-            for directory, _, names in os.walk(self._root / prefix.rpartition("/")[0]):
+            for directory, _, names in os.walk(self._root / prefix.rpartition("/")[0], onerror=_refuse):
                 base = Path(directory).relative_to(self._root).as_posix()
                 keys = (name if base == "." else f"{base}/{name}" for name in names if "~" not in name)
                 found += [info for key in keys if key.startswith(prefix) and (info := self.info(key)) is not None]
