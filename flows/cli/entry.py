@@ -1,6 +1,7 @@
 """One call of ``kd``, from the environment to the exit code: errors become one line, never a traceback.
 
-Exit codes: 0 done; 1 failed (or a doctor's finding); 2 bad input: the command, the recipe, its data, its store; 130 interrupted.
+Exit codes: 0 done; 1 failed (or a doctor's finding); 2 bad input: the command, the recipe, its data, its store (where it
+cannot be used at all; damage in it is a failure); 130 interrupted.
 """
 
 import logging
@@ -16,7 +17,7 @@ from typer.exceptions import TyperException
 
 from flows.cli.app import app
 from flows.cli.terminal import say
-from kd_core.errors import IntegrityError, KDError, RecipeError, SourceError, StoreError
+from kd_core.errors import KDError, RecipeError, SourceError, StoreAccessError
 
 __all__ = ["run"]
 
@@ -55,9 +56,8 @@ def run() -> NoReturn:
 
 
 def _exit_code(error: KDError) -> int:
-    """2 where what was handed in is bad; damage in a good store is a failure."""
-    bad_input = isinstance(error, RecipeError | SourceError | StoreError) and not isinstance(error, IntegrityError)
-    return 2 if bad_input else 1
+    """2 where what was handed in is bad."""
+    return 2 if isinstance(error, RecipeError | SourceError | StoreAccessError) else 1
 
 
 class _Warnings(logging.Handler):

@@ -62,10 +62,10 @@ def open_store_alone(uri: str, endpoint: str | None, region: str, shown: "Displa
     """Reach a store that must be there.
 
     Raises:
-        StoreError: it is not, or cannot be reached.
+        StoreAccessError: it is not, or cannot be reached.
     """
     shown.step(f"opening {uri}")
-    from kd_core.errors import StoreError
+    from kd_core.errors import StoreAccessError
     from kd_core.recipe import S3Options
     from kd_core.recipe.addresses import check_address
     from kd_core.store import open_store
@@ -75,7 +75,7 @@ def open_store_alone(uri: str, endpoint: str | None, region: str, shown: "Displa
             Path(uri).stat()
         except OSError as error:
             advice = "name one with --store (a recipe's is its run.store), or run a recipe first"
-            raise StoreError(f"no store at {Path(uri).absolute()}: {advice} ({error.strerror})") from error
+            raise StoreAccessError(f"no store at {Path(uri).absolute()}: {advice} ({error.strerror})") from error
     if endpoint is not None:
         check_address(endpoint, field="--s3-endpoint", instead="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     return open_store(uri, S3Options(endpoint=endpoint, region=region))

@@ -68,7 +68,7 @@ def test_stats_of_each_table(there, finished):
         assert (called.code, called.err) == (0, "")
         assert ("Rows by mean entropy" in called.out) == (table == "soft_labels")
     called = there("stats")
-    assert (called.code, called.out) == (2, "")
+    assert (called.code, called.out) == (1, "")
     assert "say which namespace; there are: " in called.err
 
 
@@ -167,7 +167,7 @@ def test_explode_to_screen_and_files(there, tmp_path):
         (("verify", "--live", "nowhere.yaml"), 2, "nowhere.yaml: cannot be read"),
         (("explode", "--out", "x.txt"), 2, "write to a name that ends in .parquet or .csv"),
         (("explode", "--key", "nowhere"), 1, "has no row nowhere"),
-        (("explode", "--namespace", "zz"), 2, "'zz' names 0 namespaces"),
+        (("explode", "--namespace", "zz"), 1, "'zz' names 0 namespaces"),
         (("ls", "--store", "gs://bucket"), 2, "use s3://bucket/prefix or a local directory"),
     ],
 )
