@@ -45,6 +45,9 @@ def test_every_line_of_a_shell_block_is_a_command_that_is_looked_at() -> None:
 @pytest.mark.parametrize("words", KD, ids=" ".join)
 def test_command_and_options_exist(words: list[str]) -> None:
     command, bare = typer.main.get_command(app), ["kd", *words] in MENTIONED
+    if words[0].startswith("-"):
+        assert words[0] in {name for parameter in command.params for name in parameter.opts}
+        return
     while words and hasattr(command, "commands"):
         assert words[0] in command.commands, f"kd has no command {words[0]!r}"
         command, words = command.commands[words[0]], words[1:]
