@@ -21,15 +21,11 @@ def locate(ref: ModelRef) -> Path | None:
 
     Raises:
         TeacherError: pkg:// names a package or file that is not there.
-        RecipeError: a hub id without a revision, or a directory with one.
+        RecipeError: a hub id without a revision.
     """
     if ref.model.startswith("pkg://"):
         return _package_file(ref.model)
     path = Path(ref.model).expanduser()
-    if path.is_dir() and ref.revision is not None:  # the loaders would prefer it to the hub, and no revision pins it
-        raise RecipeError(
-            f"model {ref.model!r} has a revision, as on the hub, and is a directory here; to use that, leave the revision out"
-        )
     if path.is_dir():
         return path
     if ref.revision is None:

@@ -89,8 +89,6 @@ def test_a_directory_here_is_not_taken_for_one_beside_the_recipe(tmp_path: Path,
     assert isinstance(teacher, PretrainedTeacher)
     with pytest.raises(RecipeError, match=r"mine/first' is no local directory here"):
         locate(teacher)
-    with pytest.raises(RecipeError, match="has a revision, as on the hub, and is a directory here"):
-        locate(teacher.model_copy(update={"model": "first", "revision": "0" * 40}))
 
 
 def test_fingerprints_do_not_know_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
