@@ -66,7 +66,7 @@ def plan(recipe_file: RecipeFile, overrides: Overrides = [], as_json: AsJson = F
         from flows.registry import with_registry
         from kd_core.recipe.files import load_recipe, what_is_filled_in
 
-        recipe = with_registry(load_recipe(recipe_file, overrides))
+        recipe, filled = with_registry(load_recipe(recipe_file, overrides)), what_is_filled_in(recipe_file, overrides)
         shown.step(f"reading the sources of {recipe.name}, and what {recipe.run.store} holds of it")
         from kd_core.planning.faults import look_ahead, outlook_json
 

@@ -82,8 +82,8 @@ def plan_table(plan: "Plan", filled_in: Mapping[str, Any]) -> Group:
     title = "Plan (nothing has been run)"
     parts: list[RenderableType] = [_columns(title, [("stage", names), ("status", marks)], [*counts, *costs])]
     if filled_in:
-        lines_of = [_quoted(f"  {path} = {write_value(value)}") for path, value in filled_in.items()]
-        parts = ["Filled in, as the recipe does not say it:", *lines_of, "", *parts]
+        defaults = [_quoted(f"  {path} = {write_value(value)}") for path, value in filled_in.items()]
+        parts = ["Filled in, as the recipe does not say it:", *defaults, "", *parts]
     if total.price_a_month is not None:
         parts.append(f"Keeping what is added costs {total.price_a_month:.4f} a month.")
     if plan.soft_label_options:
