@@ -9,11 +9,13 @@ PINNED := $(shell grep '^torch==' constraints.txt)
 BUILD = $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH) '$(PINNED)+$(TORCH)')
 # Processes that tests run in, each with servers of its own
 WORKERS ?= 2
+# --quiet would silence what --strict counts
+MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 # One test data directory, if you have one: see CONTRIBUTING.md
 export KD_TEST_DATA
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test drills check bench clean
+.PHONY: help setup demo test drills check docs bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
@@ -37,14 +39,18 @@ test: $(STAMP) ## all tests that need no GPU and no network, but for the drills
 drills: $(STAMP) ## kills, restarts and whole stacks: half a minute or more each
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m drill
 
-check: $(STAMP) ## ruff, strict types, layering, documents
+check: $(STAMP) ## ruff, strict types, layering, documents and their links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest tests/test_layering.py tests/test_documents.py
+	$(BIN)/pytest tests/test_layering.py tests/test_documents.py tests/test_readme.py -m 'not slow'
+	$(MKDOCS)
+
+docs: $(STAMP) ## the documents as pages, in site/
+	$(MKDOCS)
 
 bench: $(STAMP) ## measure side by side with peers; prints one table
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks
 
 clean: ## remove .venv and all local state (.kd)
-	rm -rf $(VENV) .kd reports
+	rm -rf $(VENV) .kd reports site dist

@@ -28,14 +28,12 @@ __all__ = ["distill"]
 
 
 @flow(name="distill", flow_run_name="distill-{recipe_file}", validate_parameters=True)
-def distill(
-    recipe: Recipe | None = None, recipe_file: str = "recipes/quickstart.yaml", overrides: list[str] | None = None
-) -> dict[str, Artifact]:
+def distill(recipe: Recipe | None = None, recipe_file: str = "quickstart", overrides: list[str] | None = None) -> dict[str, Artifact]:
     """Distil a student and publish it if the evidence allows.
 
     Args:
         recipe: a whole recipe, as the form in the UI builds it; leave it empty to use a file.
-        recipe_file: a recipe's YAML file, as the worker sees it.
+        recipe_file: a recipe's YAML file as the worker sees it, or the name of a shipped recipe.
         overrides: changes to the file, each 'dotted.path=value'.
     """
     chosen = with_registry(recipe if recipe is not None else load_recipe(recipe_file, overrides or ()))

@@ -15,13 +15,13 @@ __all__ = ["evaluate_model"]
 
 @flow(name="evaluate_model", flow_run_name="evaluate-{model}", validate_parameters=True)
 def evaluate_model(
-    model: str = "champion", recipe_file: str = "recipes/quickstart.yaml", overrides: list[str] | None = None
+    model: str = "champion", recipe_file: str = "quickstart", overrides: list[str] | None = None
 ) -> list[dict[str, str | float | int]]:
     """Measure a model on a recipe's suites.
 
     Args:
         model: 'champion' (of the recipe's registered model), or a local directory in the Hugging Face layout.
-        recipe_file: the recipe whose prompts, suites and teacher are used.
+        recipe_file: the recipe (file, or a shipped one's name) whose prompts, suites and teacher are used.
         overrides: changes to the file, each 'dotted.path=value'.
     """
     recipe = with_registry(load_recipe(recipe_file, overrides or ()))

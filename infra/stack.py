@@ -1,7 +1,7 @@
 """The local stack: an S3 server (SeaweedFS), an MLflow server, a Prefect server and a Prefect worker.
 
     up(home)            start all, wait until they answer        down(home)      stop all, leave no process
-    status(home)        what runs                                deploy(info)    register the flows of prefect.yaml
+    status(home)        what runs                                deploy(info, file)  register the flows of a prefect.yaml
     object_store(home)  the S3 server alone, for a `with` block (tests)
 
 All state (data, databases, logs, generated credentials) is below ``home``; ports move when they are taken. The worker
@@ -356,26 +356,20 @@ def status(home: Path) -> StackInfo | None:
     return _info(home, state)
 
 
-def deploy(info: StackInfo) -> bool:
-    """Register every deployment of ./prefect.yaml with the Prefect server.
-
-    Returns:
-        False if the current directory has no prefect.yaml.
+def deploy(info: StackInfo, file: Path) -> None:
+    """Register every deployment of a prefect.yaml with the Prefect server.
 
     Raises:
         KDError: the deployment failed; the message ends with what the command said.
     """
-    if not Path("prefect.yaml").is_file():
-        return False
     log = _log(info.home, "deploy")
-    command = [binary("prefect"), "--no-prompt", "deploy", "--all"]
-    with log.open("wb") as file:
+    command = [binary("prefect"), "--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
+    with log.open("wb") as output:
         done = subprocess.run(
-            command, env=_environment(info.env), stdin=subprocess.DEVNULL, stdout=file, stderr=file, timeout=_START_SECONDS
+            command, env=_environment(info.env), stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=_START_SECONDS
         )
     if done.returncode != 0:
-        raise KDError(f"`prefect deploy --all` failed with code {done.returncode}; its log {log} ends with:\n{tail(log)}")
-    return True
+        raise KDError(f"`{shlex.join(command[1:])}` failed with code {done.returncode}; its log {log} ends with:\n{tail(log)}")
 
 
 @contextmanager

@@ -267,13 +267,18 @@ def kd_process(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]
 
 
 @pytest.fixture(scope="session")
-def small_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_overrides() -> list[str]:
+    """What shrinks the quickstart recipe to seconds, as words for ``--set``."""
+    return [f"{path}={json.dumps(value)}" for path, value in _SHRUNKEN.items()]
+
+
+@pytest.fixture(scope="session")
+def small_recipe(small_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quickstart recipe, shrunk to seconds."""
     from kd_core.recipe.files import dump_recipe, load_recipe
 
-    overrides = [f"{path}={json.dumps(value)}" for path, value in _SHRUNKEN.items()]
     path = tmp_path_factory.mktemp("recipe") / "small.yaml"
-    path.write_text(dump_recipe(load_recipe(_ROOT / "recipes" / "quickstart.yaml", overrides)))
+    path.write_text(dump_recipe(load_recipe(_ROOT / "recipes" / "quickstart.yaml", small_overrides)))
     return path
 
 

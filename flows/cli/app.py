@@ -5,7 +5,6 @@ Imports are inside the commands, so that ``kd --help`` and a run in which everyt
 
 import os
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -15,11 +14,14 @@ from flows.cli.cache import cache_app
 from flows.cli.chat import chat
 from flows.cli.console import display
 from flows.cli.export import export
+from flows.cli.init import init
 from flows.cli.options import HELP, AsJson, Overrides, RecipeFile, open_recipe, print_json
+from flows.cli.recipes import recipes
 from flows.cli.schema import schema
 from flows.cli.status import status
 from flows.cli.student import student_app
 from flows.cli.terminal import say
+from kd_core import __version__
 
 __all__ = ["app"]
 
@@ -38,7 +40,7 @@ _HOME = Path(".kd/stack")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"kd {metadata.version('knowledge-distillery')}")
+        print(f"kd {__version__}")
         raise typer.Exit
 
 
@@ -47,6 +49,10 @@ def _group(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
     """A recipe goes in, a promoted student with its evidence comes out."""
+
+
+app.command()(init)
+app.command()(recipes)
 
 
 @app.command()
@@ -64,6 +70,7 @@ def plan(recipe_file: RecipeFile, overrides: Overrides = [], as_json: AsJson = F
         shown.step(f"reading the sources of {recipe.name}, and what {recipe.run.store} holds of it")
         from kd_core.planning.faults import look_ahead, outlook_json
 
+        filled = what_is_filled_in(recipe_file, overrides)
         found = look_ahead(recipe, prefect_url=os.environ.get("PREFECT_API_URL"))
     if as_json:
         print_json({"filled_in": filled, **outlook_json(found)})
@@ -188,15 +195,16 @@ app.add_typer(cache_app)
 
 @app.command()
 def up(home: Home = _HOME, as_json: AsJson = False) -> None:
-    """Start Prefect, MLflow, an S3 server and a worker as local processes, and deploy prefect.yaml."""
+    """Start Prefect, MLflow, an S3 server and a worker as local processes, and deploy ./prefect.yaml, or without one ours."""
     with display(quiet=as_json) as shown:
         shown.step(f"starting servers with their state in {home}")
+    from flows.deployments import deployments_file
     from infra.stack import deploy
     from infra.stack import up as start
 
     tell = (lambda text: None) if as_json else (lambda text: say(text, file=sys.stderr))
     info = start(home, say=tell)
-    deploy(info)
+    deploy(info, deployments_file())
     from flows.cli.tables import stack_json, stack_text
 
     if as_json:

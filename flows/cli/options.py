@@ -26,7 +26,7 @@ __all__ = [
     "print_json",
 ]
 
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, for example recipes/quickstart.yaml.")]
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, or a shipped one's name (kd recipes).")]
 Overrides = Annotated[
     list[str],
     typer.Option(

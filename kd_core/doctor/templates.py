@@ -3,6 +3,7 @@
 from kd_core.doctor.findings import Skipped
 from kd_core.doctor.subject import Subject
 from kd_core.errors import SourceError, TeacherError
+from kd_core.prompts import user_words
 from kd_core.recipe import Recipe
 from kd_core.task_kinds.generation import rows_tokenizer
 from kd_core.tokens.encoding import encode_answer, encode_prompt, end_token
@@ -23,7 +24,7 @@ def check_control_tokens(subject: Subject) -> str:
     tokenizer, task = subject.student.tokenizer, subject.recipe.text_task
     spelt = control_tokens(tokenizer)
     control = {int(tokenizer.convert_tokens_to_ids(token)) for token in spelt}
-    text, end = subject.texts[0], end_token(tokenizer, task)
+    text, end = user_words(subject.texts[0]), end_token(tokenizer, task)
     token = tokenizer.convert_ids_to_tokens(end)
     if token not in spelt:
         raise Skipped(f"the end token {token!r} is no special token, and no text can spell it")

@@ -145,7 +145,7 @@ def has_gold(source: Source) -> bool:
         case ReasoningGymSource():
             return source.style == "running_totals"
         case FileSource() | DatasetSource():
-            return source.gold is not None
+            return source.gold is not None or source.messages is not None
         case FolderSource() | ScikitLearnSource():
             return True  # an image's folder, or its target, is its class
 

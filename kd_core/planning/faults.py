@@ -156,7 +156,7 @@ def _texts(known: Known, teacher: TrainedTeacher, *, own: bool) -> Iterator[str]
         yield from _filled(suite)
     for i, source in enumerate(teacher.sources if own else ()):
         rows = islice(read_source(source, where=f"teacher.sources.{i}", s3=known.basis.recipe.run.s3), _SAMPLED_ROWS)
-        yield from (clean(text) for _, row in rows if row.prompt and row.gold for text in (row.prompt, row.gold))
+        yield from (clean(text) for _, row in rows if row.prompt and row.gold for text in (*row.prompt_texts, row.gold))
 
 
 def _filled(table: pa.Table) -> Iterator[str]:

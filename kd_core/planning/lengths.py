@@ -89,7 +89,7 @@ class Lengths:
         if not isinstance(teacher, TrainedTeacher) or any(isinstance(source, DatasetSource) for source in teacher.sources):
             return None
         lengths = [
-            len(row.prompt) + len(row.gold) + 1.0
+            row.prompt_characters + len(row.gold) + 1.0
             for i, source in enumerate(teacher.sources)
             for _, row in islice(read_source(source, where=f"teacher.sources.{i}", s3=self.basis.recipe.run.s3), _SAMPLE_ROWS)
             if row.prompt and row.gold

@@ -16,7 +16,7 @@ from kd_core.planning.costs import price
 from kd_core.planning.features import feature_notes
 from kd_core.planning.known import Known
 from kd_core.planning.soft_labels import SoftLabelOption, bytes_factor, scoring_rate, soft_label_options
-from kd_core.planning.usable import row_notes, template_notes
+from kd_core.planning.usable import row_notes, template_notes, turn_notes
 from kd_core.planning.work import Work, add, work_of
 from kd_core.recipe import Recipe, ServerTeacher
 from kd_core.stages.graph import Node, build_graph
@@ -168,6 +168,7 @@ def _notes(known: Known, stages: Sequence[StagePlan]) -> Iterator[str]:
     if answers is not None and longest and known.basis.records["answers"] is None:
         yield f"answers: as long as answers.max_tokens allows, {answers.max_tokens:,} tokens each; shorter ones cost less"
     yield from _length_notes(known)
+    yield from turn_notes(known)
     yield from row_notes(known)
     yield from template_notes(known.basis.recipe)
     yield from feature_notes(known)

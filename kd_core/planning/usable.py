@@ -1,5 +1,5 @@
-"""Notes of a plan on rows and templates before anything is paid: the share of rows that can be learnt from, and whether a chat
-template can be used.
+"""Notes of a plan on rows and templates before anything is paid: which turns of chats are learnt, the share of rows that can be
+learnt from, and whether a chat template can be used.
 """
 
 from collections.abc import Iterator
@@ -8,12 +8,22 @@ import numpy as np
 import pyarrow.compute as pc
 
 from kd_core.planning.known import Known
-from kd_core.recipe import PretrainedStudent, PretrainedTeacher, Recipe, ServerTeacher, StudentFromConfig, Task, TrainedTeacher
+from kd_core.prompts import turns_of
+from kd_core.recipe import (
+    PretrainedStudent,
+    PretrainedTeacher,
+    ReasoningGymSource,
+    Recipe,
+    ServerTeacher,
+    StudentFromConfig,
+    Task,
+    TrainedTeacher,
+)
 from kd_core.summaries import RowLimit, TeacherSummary, UsedRows, of
 from kd_core.teacher.reference import locate
 from kd_core.tokens.lengths import row_limit, used_rows
 
-__all__ = ["row_notes", "template_notes"]
+__all__ = ["row_notes", "template_notes", "turn_notes"]
 
 
 def row_notes(known: Known) -> Iterator[str]:
@@ -60,6 +70,17 @@ def _used(known: Known, limit: RowLimit) -> UsedRows | None:
     prompts, answers = (pc.utf8_length(gold[name]).to_numpy() * (known.lengths.tokens_of(1.0) or 1.0) for name in ("prompt", "gold"))
     supervised = np.ceil(answers).astype(np.int64) + 1
     return used_rows(np.ceil(prompts).astype(np.int64) + supervised, supervised, limit)
+
+
+def turn_notes(known: Known) -> Iterator[str]:
+    """One sentence on which turns of chats are learnt."""
+    if all(isinstance(source, ReasoningGymSource) or source.messages is None for source in known.basis.recipe.prompts.sources):
+        return
+    table, several = known.counts.prompts.table, ""
+    if table is not None:
+        num = sum(len(turns_of(prompt)) > 1 for prompt in table["prompt"].to_pylist())
+        several = f" ({num:,} of {table.num_rows:,} prompts have several turns or a system message of their own)"
+    yield f"messages: of each row the last assistant turn alone is learnt; what stands before it is the prompt{several}"
 
 
 def template_notes(recipe: Recipe) -> Iterator[str]:

@@ -16,10 +16,11 @@ import pyarrow as pa
 
 from kd_core.curate import final_answer
 from kd_core.errors import SourceError
-from kd_core.prompts.cleaning import Side, clean, normalise, prompt_id, side_of
+from kd_core.prompts.cleaning import Side, clean, prompt_id, side_of
 from kd_core.prompts.decontaminate import Wording, groups, index_suite, overlap, set_aside_common, wording
 from kd_core.prompts.rows import PromptRow, RawRow, to_table
 from kd_core.prompts.sources import read_source
+from kd_core.prompts.turns import Turn, prompt_key, prompt_text, user_words
 from kd_core.recipe import AnyTask, HeldOutSuite, Recipe, S3Options, Source, SourceSuite, Split, Suite, Task
 
 __all__ = ["CLEANING_VERSION", "PromptSet", "collect_gold", "collect_prompts"]
@@ -66,7 +67,7 @@ def collect_prompts(recipe: Recipe, keep: Keep | None = None) -> PromptSet:
     prompts, task, s3 = recipe.prompts, recipe.task, recipe.run.s3
     counts: Counter[str] = Counter(dict.fromkeys(("read", "empty", "too_long", "duplicate", "train", "validation", "test"), 0))
     reader = _read_sources(prompts.sources, where="prompts.sources", task=task, s3=s3, keep=keep)
-    rows = _clean_rows(reader, counts, max_characters=prompts.max_characters)
+    rows = _clean_rows(reader, counts, task=task, max_characters=prompts.max_characters)
     benchmarks = _read_suites(recipe.evaluation.suites, counts, task=task, s3=s3, keep=keep)
     kept = _held_apart(rows.values(), benchmarks, counts, split=prompts.split)
     counts.update(row.split for row in kept)
@@ -112,7 +113,7 @@ def collect_gold(
     """
     counts: Counter[str] = Counter(dict.fromkeys(("read", "empty", "too_long", "no_gold", "duplicate", "held_out", "train"), 0))
     reader = _read_sources(sources, where="teacher.sources", task=task, s3=s3, keep=keep)
-    rows = _clean_rows(reader, counts, max_characters=max_characters, gold_only=True)
+    rows = _clean_rows(reader, counts, task=task, max_characters=max_characters, gold_only=True)
     kept = _held_apart(rows.values(), _read_suites(suites, Counter(), task=task, s3=s3, keep=keep), counts, split=split)
     learnt = [row for row in kept if row.split == "train"]
     counts["held_out"] = len(kept) - len(learnt)
@@ -166,6 +167,7 @@ def _clean_rows(
     rows: Iterable[tuple[str, RawRow]],
     counts: Counter[str],
     *,
+    task: AnyTask,
     max_characters: int | None,
     gold_only: bool = False,
 ) -> _Rows:
@@ -173,18 +175,35 @@ def _clean_rows(
     kept: _Rows = {}
     for source, raw in rows:
         counts["read"] += 1
-        prompt, gold, reference = (_clean_or_none(text, raw.at) for text in (raw.prompt, raw.gold, raw.reference))
-        if prompt is None:
+        turns = _clean_turns(raw, task)
+        gold, reference = (_clean_or_none(text, raw.at) for text in (raw.gold, raw.reference))
+        if not turns:
             counts["empty"] += 1
-        elif max_characters is not None and len(prompt) > max_characters:
+        elif max_characters is not None and sum(len(turn.content) for turn in turns) > max_characters:
             counts["too_long"] += 1
         elif gold_only and gold is None:
             counts["no_gold"] += 1
-        elif (key := normalise(prompt)) in kept:
+        elif (key := prompt_key(prompt := prompt_text(turns))) in kept:
             counts["duplicate"] += 1
         else:
             kept[key] = PromptRow(prompt_id(key), prompt, gold, reference, "test", source)
     return kept
+
+
+def _clean_turns(raw: RawRow, task: Task) -> tuple[Turn, ...]:
+    """The turns of a prompt, cleaned; none where the user says nothing.
+
+    Raises:
+        SourceError: the task's template cannot word several turns.
+    """
+    said = (Turn("user", raw.prompt),) if isinstance(raw.prompt, str) else raw.prompt or ()
+    turns = tuple(Turn(turn.role, _clean_or_none(turn.content, raw.at) or "") for turn in said)
+    if not any(turn.role == "user" and turn.content for turn in turns):
+        return ()
+    if len(turns) > 1 and task.template == "plain":
+        roles = ", ".join(turn.role for turn in turns[:4]) + (" ..." if len(turns) > 4 else "")
+        raise SourceError(f"{raw.at}: a prompt of {len(turns)} turns ({roles}) needs the model's chat template; set task.template: chat")
+    return turns
 
 
 def _clean_or_none(text: str | None, at: str) -> str | None:
@@ -205,7 +224,7 @@ def _read_suites(suites: Sequence[Suite], counts: Counter[str], *, task: AnyTask
             where = f"evaluation.suites.{i}.source"
             reader = _read_one(suite.source, where=where, task=task, s3=s3, keep=keep)
             own: Counter[str] = Counter()
-            found[suite.name] = _clean_rows(reader, own, max_characters=None)
+            found[suite.name] = _clean_rows(reader, own, task=task, max_characters=None)
             counts.update({f"{reason}.{suite.name}": own[reason] for reason in ("empty", "duplicate")})
     return found
 
@@ -214,7 +233,7 @@ def _held_apart(rows: Iterable[PromptRow], benchmarks: Mapping[str, _Rows], coun
     """Split rows, near copies on one side, and keep them off every suite, the recipe's own sides included."""
     everything = list(rows)
     items = [item for suite in benchmarks.values() for item in suite.values()]
-    wordings = set_aside_common([wording(row.prompt) for row in [*everything, *items]])
+    wordings = set_aside_common([wording(user_words(row.prompt)) for row in [*everything, *items]])
     prompts, rest = wordings[: len(everything)], iter(wordings[len(everything) :])
     pairs = list(zip(_split(everything, prompts, counts, split), prompts, strict=True))
     for name, suite in benchmarks.items():

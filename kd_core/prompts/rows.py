@@ -6,19 +6,33 @@ from dataclasses import dataclass, fields
 import pyarrow as pa
 
 from kd_core.prompts.cleaning import Side
+from kd_core.prompts.turns import Turn
 
 __all__ = ["PROMPT_SCHEMA", "PromptRow", "RawRow", "to_table"]
 
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """What a source says, before cleaning; `at` names file and line for messages, `media` is the prompt where that is an image."""
+    """What a source says, before cleaning; `at` names file and line for messages.
+
+    A prompt is a text, or the turns of a chat; where it is an image, that is `media`.
+    """
 
     at: str
-    prompt: str | None
+    prompt: str | tuple[Turn, ...] | None
     gold: str | None
     reference: str | None
     media: bytes | None = None
+
+    @property
+    def prompt_texts(self) -> tuple[str, ...]:
+        """The prompt's text, or those of its turns."""
+        return (self.prompt,) if isinstance(self.prompt, str) else tuple(turn.content for turn in self.prompt or ())
+
+    @property
+    def prompt_characters(self) -> int:
+        """Length of the prompt's texts."""
+        return sum(map(len, self.prompt_texts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +41,8 @@ class PromptRow:
 
     Attributes:
         prompt_id: 32 hex over the normalised prompt.
-        prompt: the cleaned text; of an image the SHA-256 of its file, 64 hex digits.
+        prompt: the cleaned text, or the cleaned turns of a chat as ``kd_core.prompts.turns`` keeps them; of an image the SHA-256 of its
+            file, 64 hex digits.
         gold: the worked gold answer, or None.
         reference: the final answer to verify against, or None.
         split: the side it falls on, by hash of its text.

@@ -4,7 +4,8 @@ Owns the dispatch and the Hugging Face data sets; files, images and generated fa
 content: a moved file is the same file, and a data set is its pinned revision.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -15,8 +16,9 @@ from kd_core.fingerprint import fingerprint
 from kd_core.prompts.files import file_rows, file_sha256, find_source_files, local_file
 from kd_core.prompts.generated import generate_rows
 from kd_core.prompts.images import SCIKIT_LEARN_ROWS, folder_identity, folder_rows, named_image, scikit_learn_identity, scikit_learn_rows
+from kd_core.prompts.messages import read_chat
 from kd_core.prompts.rows import RawRow
-from kd_core.prompts.templates import Template, compile_template, fill
+from kd_core.prompts.templates import Template, compile_template, expect_column, fill
 from kd_core.prompts.values import batch_rows
 from kd_core.recipe import DatasetSource, FileSource, FolderSource, ReasoningGymSource, S3Options, ScikitLearnSource, Source
 
@@ -66,13 +68,13 @@ def source_identity(source: Source, *, s3: S3Options, where: str = "source", ima
     """
     match source:
         case FileSource():
-            _templates(source, where)
+            _form(source, where)
             files = find_source_files(source.path, where=where, s3=s3)
             content = [{"name": file.name, "sha256": file_sha256(file)} for file in files]
             pictures = _image_hashes(source, where, s3) if images else None
             return {"files": content, **source.model_dump(mode="json", exclude={"path"}), "images": pictures}
         case DatasetSource():
-            _templates(source, where)
+            _form(source, where)
             return source.model_dump(mode="json")
         case ReasoningGymSource():
             return {"version": metadata.version("reasoning-gym"), **source.model_dump(mode="json")}
@@ -89,19 +91,43 @@ def estimate_rows(source: Source) -> int | None:
     return source.num if isinstance(source, ReasoningGymSource) else source.limit
 
 
-def _templates(source: FileSource | DatasetSource, where: str) -> tuple[Template, Template | None, Template | None]:
-    return (
-        compile_template(source.prompt, where=f"{where}.prompt"),
-        None if source.gold is None else compile_template(source.gold, where=f"{where}.gold"),
-        None if source.reference is None else compile_template(source.reference, where=f"{where}.reference"),
-    )
+@dataclass(frozen=True)
+class _Form:
+    """How a row of columns becomes a prompt with its gold answer and reference."""
+
+    where: str
+    prompt: Template | None
+    gold: Template | None
+    messages: str | None
+    reference: Template | None
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns it needs, each once."""
+        used = [column for template in (self.prompt, self.gold, self.reference) if template for column in template.columns]
+        return list(dict.fromkeys([*used, *([self.messages] if self.messages else [])]))
+
+    def read(self, row: Mapping[str, Any], at: str) -> RawRow:
+        if self.messages is None:
+            return RawRow(at, fill(self.prompt, row, at=at), fill(self.gold, row, at=at), fill(self.reference, row, at=at))
+        expect_column(self.messages, row, at=at, needed_by=f"{self.where}.messages")
+        turns, gold = read_chat(row[self.messages], column=self.messages, at=at)
+        return RawRow(at, turns, gold, fill(self.reference, row, at=at))
+
+
+def _form(source: FileSource | DatasetSource, where: str) -> _Form:
+    def template(field: str, text: str | None) -> Template | None:
+        return None if text is None else compile_template(text, where=f"{where}.{field}")
+
+    prompt, gold = template("prompt", source.prompt), template("gold", source.gold)
+    return _Form(where, prompt, gold, source.messages, template("reference", source.reference))
 
 
 def _file_source_rows(source: FileSource, where: str, s3: S3Options) -> Iterator[tuple[str, RawRow]]:
-    prompt, gold, reference = _templates(source, where)
+    form = _form(source, where)
     for file in find_source_files(source.path, where=where, s3=s3):
-        for row in file_rows(file, prompt=prompt, gold=gold, reference=reference):
-            yield f"file:{file.name}", row
+        for at, row in file_rows(file, form.columns):
+            yield f"file:{file.name}", form.read(row, at)
 
 
 def _with_images(rows: Iterator[tuple[str, RawRow]], source: FileSource, where: str, s3: S3Options) -> Iterator[tuple[str, RawRow]]:
@@ -127,17 +153,15 @@ def _image_hashes(source: FileSource, where: str, s3: S3Options) -> str:
 
 
 def _dataset_rows(source: DatasetSource, where: str) -> Iterator[RawRow]:
-    prompt, gold, reference = _templates(source, where)
+    form = _form(source, where)
     rows = _load_dataset(source, where)
     if source.limit is not None:
         rows = rows.select(range(min(source.limit, len(rows))))
-    columns = {column for template in (prompt, gold, reference) if template for column in template.columns}
-    if columns <= set(rows.column_names):
-        rows = rows.select_columns(sorted(columns))  # images and audio of other columns are not decoded
+    if set(form.columns) <= set(rows.column_names):
+        rows = rows.select_columns(sorted(form.columns))  # images and audio of other columns are not decoded
     tables = rows.with_format("arrow").iter(batch_size=1000)
     for number, row in enumerate(row for table in tables for batch in table.to_batches() for row in batch_rows(batch)):
-        at = f"{source.id} {source.split} row {number}"
-        yield RawRow(at, fill(prompt, row, at=at), fill(gold, row, at=at), fill(reference, row, at=at))
+        yield form.read(row, f"{source.id} {source.split} row {number}")
 
 
 def _load_dataset(source: DatasetSource, where: str) -> Any:

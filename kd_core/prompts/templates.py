@@ -10,7 +10,7 @@ from string import Formatter
 
 from kd_core.errors import SourceError
 
-__all__ = ["MAX_CHARACTERS", "Template", "compile_template", "fill"]
+__all__ = ["MAX_CHARACTERS", "Template", "compile_template", "expect_column", "fill"]
 
 
 MAX_CHARACTERS = 10_000_000
@@ -53,7 +53,7 @@ def compile_template(text: str, *, where: str) -> Template:
     except ValueError as error:
         raise SourceError(
             f"{where}: template {text!r}: {error}; write column names in braces, such as '{{question}}'; "
-            "a turn of a chat must be a column of its own"
+            "the turns of a chat are read by `messages: COLUMN` in place of prompt and gold"
         ) from error
     template = Template(where, tuple(parts))
     if not template.columns:
@@ -81,8 +81,7 @@ def fill(template: Template | None, row: Mapping[str, object], *, at: str) -> st
         pieces.append(literal)
         if column is None:
             continue
-        if column not in row:
-            raise SourceError(f"{at}: no column {column!r}, which {template.where} needs; there are: {', '.join(map(repr, row)) or 'none'}")
+        expect_column(column, row, at=at, needed_by=template.where)
         value = row[column]
         if value is None:
             return None
@@ -97,7 +96,18 @@ def fill(template: Template | None, row: Mapping[str, object], *, at: str) -> st
     return "".join(pieces)
 
 
+def expect_column(column: str, row: Mapping[str, object], *, at: str, needed_by: str) -> None:
+    """Refuse a row without a column.
+
+    Raises:
+        SourceError: it names the columns that there are.
+    """
+    if column not in row:
+        raise SourceError(f"{at}: no column {column!r}, which {needed_by} needs; there are: {', '.join(map(repr, row)) or 'none'}")
+
+
 def _kind(value: object) -> str:
-    if isinstance(value, list) and value and isinstance(value[0], dict) and {"role", "content"} <= set(value[0]):
-        return "a list of chat turns, of which one must be chosen, such as the last user's for the prompt"
+    first = value[0] if isinstance(value, list) and value else None
+    if isinstance(first, dict) and first.keys() & {"role", "from"}:
+        return "a list of chat turns, which `messages: COLUMN` reads in place of prompt and gold"
     return f"a {type(value).__name__}"

@@ -98,7 +98,8 @@ def _has_gold(recipe: Mapping[str, Any]) -> bool:
     """Whether a source has worked gold answers, of which some are learnt from."""
 
     def worked(source: Any) -> bool:
-        return _at(source, "gold") is not None or (_is_generated(source) and _at(source, "style") == "running_totals")
+        told = _at(source, "gold") is not None or _at(source, "messages") is not None
+        return told or (_is_generated(source) and _at(source, "style") == "running_totals")
 
     sources = _items(_at(recipe, "prompts", "sources"))
     return _at(recipe, "curate", "gold_rows") != 0 and any(map(worked, sources))

@@ -5,6 +5,7 @@ where: ``recipes/quickstart.yaml:27: student.architecture.num_head: unknown fiel
 """
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -15,26 +16,31 @@ from kd_core.errors import RecipeError
 from kd_core.recipe import Recipe
 from kd_core.recipe.core_yaml import line_of, read_value, read_yaml, write_yaml
 from kd_core.recipe.defaults import filled_in
+from kd_core.recipe.places import from_folder
+from kd_core.recipe.shipped import recipe_file, shipped_recipes
 
 __all__ = ["dump_recipe", "load_recipe", "parse_recipe", "what_is_filled_in"]
 
 _MAX_PROBLEMS = 5
 _MAX_SHOWN = 200
+_PART = re.compile(r"[^.\[\]]+")
 _WORDS = (("tuple", "list"), ("Tuple", "List"), (" after validation", ""), ("dictionary or object to extract fields from", "mapping"))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply ``a.b=value`` overrides.
 
+    Relative paths in the file start from its own folder, those in overrides from the working directory.
+
     Args:
-        path: a YAML file.
+        path: a YAML file, or the name of a shipped recipe.
         overrides: each 'dotted.path=value'; list items by number ('prompts.sources.0.num=4400'). A value is one YAML 1.2 scalar,
             whole, with any # in it, or a list or a mapping in brackets; nothing is null.
 
     Raises:
         RecipeError: no such file, not YAML, a bad override, or not a valid recipe; with the line of what is wrong in the file.
     """
-    data, text = _read_data(Path(path), overrides)
+    data, text = _read_data(path, overrides)
     changed = [_parts(override.partition("=")[0]) for override in overrides]
     return _parse(data, str(path), lambda place: None if _meets(place, changed) else line_of(text, place))
 
@@ -45,19 +51,22 @@ def what_is_filled_in(path: str | Path, overrides: Sequence[str] = ()) -> dict[s
     Raises:
         RecipeError: no such file, not YAML, or a bad override; whether the recipe is valid is not asked.
     """
-    return filled_in(_read_data(Path(path), overrides)[0])
+    return filled_in(_read_data(path, overrides)[0])
 
 
-def _read_data(file: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
+def _read_data(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
     """The fields of a recipe with the overrides, and the text of its file."""
+    file = recipe_file(path)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        names = ", ".join(shipped_recipes())
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError(f"{file}: cannot be read ({reason}); pass the path of a recipe such as recipes/quickstart.yaml") from None
-    data = read_yaml(text, str(file))
+        raise RecipeError(f"{path}: cannot be read ({reason}); pass the path of a recipe such as mine.yaml, or a name: {names}") from None
+    data = read_yaml(text, str(path))
     if not isinstance(data, dict):
-        raise RecipeError(f"{file}: expected a mapping of recipe fields, found {type(data).__name__}")
+        raise RecipeError(f"{path}: expected a mapping of recipe fields, found {type(data).__name__}")
+    from_folder(data, file.parent)
     for override in overrides:
         _apply_override(data, override)
     return data, text
@@ -124,7 +133,8 @@ def _parse(data: Mapping[str, Any], origin: str, line: Callable[[Sequence[str | 
         found = []
         for problem in problems[:_MAX_PROBLEMS]:
             place = _place(problem["loc"], data)
-            number = line(place) if place else None
+            said = place or _named(problem["msg"])
+            number = line(said) if said else None
             where = origin if number is None else f"{origin}:{number}"
             found.append(f"{where}: {_problem_line(problem, _path(place))}")
         if len(problems) > _MAX_PROBLEMS:
@@ -181,6 +191,16 @@ def _place(loc: tuple[str | int, ...], data: Any) -> tuple[str | int, ...]:
         else:
             place, here, tagged = (*place, part), here.get(str(part)), False
     return place
+
+
+def _named(message: str) -> tuple[str | int, ...]:
+    """The place that a problem of several fields names at its beginning.
+
+    >>> _named("Value error, gate.rules[0].than: baseline is not in evaluation.compare")
+    ('gate', 'rules', 0, 'than')
+    """
+    parts = _PART.findall(message.removeprefix("Value error, ").partition(": ")[0])
+    return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
 def _path(place: Sequence[str | int]) -> str:

@@ -89,7 +89,8 @@ class ModelRef(Frozen):
     """A pre-trained model."""
 
     model: str
-    """A local directory, pkg://package/path.gguf inside an installed package, or a hub id (then `revision` is required)."""
+    """A local directory (from the recipe's own folder; in --set from the working directory), pkg://package/path.gguf inside an installed
+    package, or a hub id (then `revision` is required)."""
     revision: Revision | None = None
     """Commit of the hub repository, 40 hex digits; None for a local directory or pkg://."""
     dtype: Literal["float32", "bfloat16"] = "float32"

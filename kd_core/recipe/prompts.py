@@ -1,7 +1,7 @@
 """What a recipe says of its task and of where prompts come from."""
 
 import datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -31,7 +31,7 @@ class Task(Frozen):
     """plain: the prompt's own text. chat: the tokenizer's chat template, with the generation prompt added. Control tokens that a prompt
     spells stay text in both."""
     system: str | None = None
-    """System message for the chat template; None sends none."""
+    """System message for the chat template, for prompts that have none of their own; None sends none."""
     date: datetime.date | None = None
     """The day that a chat template writes where it asks for today's, for example 2026-01-01; needed by templates that ask."""
     answer_marker: str | None = None
@@ -67,20 +67,38 @@ AnyTask = Annotated[
 """Every kind of task; what the stages do for one is its file in ``kd_core.task_kinds``."""
 
 
+_Columns = TypeVar("_Columns", "FileSource", "DatasetSource")
+
+
+def _one_of_prompt_and_messages(source: _Columns) -> _Columns:
+    if (source.prompt is None) == (source.messages is None):
+        raise ValueError("say either prompt, such as '{question}', or messages, the column of chat turns")
+    if source.messages is not None and source.gold is not None:
+        raise ValueError("gold: the last assistant turn of messages is the gold answer; leave gold out")
+    return source
+
+
 class FileSource(Frozen):
     """Rows of JSONL, JSON, CSV, TSV or Parquet files, local or s3://."""
 
     kind: Literal["file"]
     path: str
-    """A path, a glob ('**' is any folders), or s3://bucket/key; .jsonl, .json, .csv or .tsv, also with gzip, or .parquet."""
-    prompt: str
-    """The prompt, as a template over columns: '{question}' or '{Body} {Question}'."""
+    """A path from the recipe's own folder (in --set: from the working directory), a glob ('**' is any folders), or s3://bucket/key.
+    Names end in .jsonl, .json, .csv, .tsv or .parquet, and may go on with .gz or .zst."""
+    prompt: str | None = None
+    """The prompt, as a template over columns: '{question}' or '{Body} {Question}'; None where `messages` is given."""
     gold: str | None = None
     """The worked gold answer, as a template over columns; None where there is none."""
+    messages: str | None = None
+    """A column of chat turns, {role, content} or ShareGPT's {from, value}, in place of `prompt` and `gold`. The last assistant turn is
+    the gold answer, and alone is learnt; all before it is the prompt, in the chat template. A row that ends in a user or tool turn has
+    no gold answer; a system message of a row goes before task.system."""
     reference: str | None = None
     """The final answer to verify against; None: what follows task.answer_marker in the gold answer."""
     limit: int | None = Field(default=None, ge=1)
     """Use the first `limit` rows; None uses all."""
+
+    _prompts_are_said = model_validator(mode="after")(_one_of_prompt_and_messages)
 
 
 class DatasetSource(Frozen):
@@ -95,14 +113,18 @@ class DatasetSource(Frozen):
     """Configuration name, where the data set has several."""
     split: str
     """Split name, for example train."""
-    prompt: str
-    """The prompt, as a template over columns."""
+    prompt: str | None = None
+    """The prompt, as a template over columns; None where `messages` is given."""
     gold: str | None = None
     """The worked gold answer, as a template over columns."""
+    messages: str | None = None
+    """A column of chat turns in place of `prompt` and `gold`, as in a source of kind file."""
     reference: str | None = None
     """The final answer, as a template over columns; None: what follows task.answer_marker in the gold answer."""
     limit: int | None = Field(default=None, ge=1)
     """Use the first `limit` rows; None uses all."""
+
+    _prompts_are_said = model_validator(mode="after")(_one_of_prompt_and_messages)
 
 
 class ReasoningGymSource(Frozen):

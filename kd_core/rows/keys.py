@@ -11,7 +11,7 @@ import pyarrow as pa
 from kd_core.artifacts import Record
 from kd_core.fingerprint import fingerprint
 from kd_core.recipe import Answers, HiddenStates, Recipe, ServerTeacher, SoftLabels
-from kd_core.summaries import TeacherSummary, of, plain
+from kd_core.summaries import ModelIdentity, TeacherSummary, of, plain
 
 __all__ = [
     "about_answers",
@@ -68,9 +68,10 @@ def answer_rows(recipe: Recipe, answers: Answers, teacher: Record, prompts: pa.T
     ]
 
 
-def about_soft_labels(policy: SoftLabels, teacher: Record) -> dict[str, Any]:
+def about_soft_labels(policy: SoftLabels, teacher: Record | ModelIdentity) -> dict[str, Any]:
     """Describe what all soft labels of one row store share: who scores, what is kept."""
-    return {"teacher": _identity(teacher), "policy": policy.model_dump(mode="json", exclude={"max_refused_rows"})}
+    identity = plain(teacher) if isinstance(teacher, ModelIdentity) else _identity(teacher)
+    return {"teacher": identity, "policy": policy.model_dump(mode="json", exclude={"max_refused_rows"})}
 
 
 def soft_label_namespace(policy: SoftLabels, teacher: Record) -> str:

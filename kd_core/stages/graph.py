@@ -221,12 +221,22 @@ def _add_verdict(build: _Builder, recipe: Recipe, holder: Entry | None) -> None:
         "champion": holder.artifact.digest if holder is not None else None,
     }
     build.add("gate", "gate", gate, {**evaluated, **students, "teacher": "teacher"})
-    report = {"name": recipe.name, "description": recipe.description, "recipe": recipe.model_dump(mode="json", exclude={"run"})}
+    whole = _without_places(recipe.model_dump(mode="json", exclude={"run"}))
+    report = {"name": recipe.name, "description": recipe.description, "recipe": whole}
     build.add("report", "report", report, {name: name for name in build.nodes})
     everything = {name: name for name in build.nodes}
     tracking = recipe.run.tracking
     place = fingerprint(tracking and redact_url(tracking))  # a publication is an effect at a place: another registry has not had it yet
     build.add("publish", "publish", {"model": recipe.publish, "registry": place}, everything)
+
+
+def _without_places(data: Any) -> Any:
+    """Plain data of a recipe without paths of files and local models: their content is above, and the same in another folder."""
+    if isinstance(data, dict):
+        kind, is_local = data.get("kind"), data.get("revision") is None and "://" not in str(data.get("model"))
+        gone = {"path"} if kind in ("file", "folder") else {"model"} if kind == "pretrained" and is_local else set()
+        return {name: _without_places(value) for name, value in data.items() if name not in gone}
+    return [_without_places(value) for value in data] if isinstance(data, list) else data
 
 
 def _evaluated(recipe: Recipe) -> tuple[str, ...]:

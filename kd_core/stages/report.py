@@ -13,6 +13,7 @@ from kd_core.evaluate.report import render_html, render_markdown, report_json
 from kd_core.evaluate.report_data import ModelRow, ReportData, Sample, SampleAnswer, StageRow
 from kd_core.evaluate.statistics import METRICS, Comparison, Estimate, compare, estimate, metric_of, num_measured
 from kd_core.evaluate.suites import suite_items
+from kd_core.prompts import shown
 from kd_core.recipe import ARMS, Recipe
 from kd_core.recipe.files import dump_recipe
 from kd_core.stages.class_evidence import class_samples, confusions, tells_classes
@@ -232,7 +233,7 @@ def _samples(job: Job, scores: dict[str, pa.Table], suite: str) -> list[Sample]:
     for item in items:
         answers = tuple(a for name in _ORDER if name in texts and (a := answer(name, item)) is not None)
         if answers:
-            found.append(Sample(item["prompt_id"], item["prompt"], item["reference"], answers))
+            found.append(Sample(item["prompt_id"], shown(item["prompt"]), item["reference"], answers))
     return found
 
 

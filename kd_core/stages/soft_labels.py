@@ -17,7 +17,7 @@ from kd_core.stages.scoring import Capture, CuratedRow
 from kd_core.summaries import ScoringSummary
 from kd_core.task_kinds import TaskModel, kind_of
 
-__all__ = ["soft_labels_stage"]
+__all__ = ["pack_soft_labels", "soft_labels_stage"]
 
 
 def soft_labels_stage(job: Job) -> ScoringSummary:
@@ -41,7 +41,7 @@ def soft_labels_stage(job: Job) -> ScoringSummary:
     def pack(found: Sequence[tuple[CuratedRow, ScoredRow]]) -> Packed:
         if not found:  # the teacher failed on every row of the shard
             return Packed(SOFT_LABEL_SCHEMA.empty_table(), 0)
-        packed = _pack_soft_labels(found, models[-1] if models else _model_before(cache, capture.keys, found[0][1].key))
+        packed = pack_soft_labels(found, models[-1] if models else _model_before(cache, capture.keys, found[0][1].key))
         models[:] = [packed.metadata[CODEC_MODEL]]
         return packed
 
@@ -67,7 +67,8 @@ def _model_before(cache: RowCache, keys: Sequence[str], key: str) -> bytes:
     return Shard.open(cache, held, lambda key, part: part.verified(read(key, part.start, part.length))).metadata[CODEC_MODEL]
 
 
-def _pack_soft_labels(found: Sequence[tuple[CuratedRow, ScoredRow]], known: bytes) -> Packed:
+def pack_soft_labels(found: Sequence[tuple[CuratedRow, ScoredRow]], known: bytes) -> Packed:
+    """Make a shard of scored rows; ``known`` is the codec's model of the shard before, or nothing."""
     labels = [np.array(row.tokens.ids[row.tokens.first_supervised :], np.int64) for row, _ in found]
     model, blobs = encode_rows([scored.targets for _, scored in found], labels, known)
     rows = []

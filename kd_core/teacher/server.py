@@ -20,6 +20,7 @@ import httpx
 
 from kd_core.errors import TeacherError
 from kd_core.fingerprint import fingerprint
+from kd_core.prompts import messages_of
 from kd_core.recipe import Answers, ServerTeacher, Task
 from kd_core.recipe.addresses import check_address
 from kd_core.teacher.replies import ServerAnswer, ServerError, read_body, read_reply, retry_after, server_message
@@ -100,9 +101,9 @@ def answer_prompts(
     Args:
         teacher: names the model.
         url: base URL, for example http://127.0.0.1:8000/v1.
-        prompts: prompt text and sample index; one request each.
+        prompts: prompt, as ``kd_core.prompts.turns`` keeps it, and sample index; one request each.
         answers: temperature, top_p and max_tokens.
-        task: its ``system`` message, if any, goes first.
+        task: its ``system`` message, if any, goes first where a prompt has none of its own.
         seed: base seed; each request carries ``sample_seed(seed, prompt, index)``.
         concurrency: requests in flight, at least 1.
         on_done: called with each row's number and answer as soon as it is there, also of those that come after an error.
@@ -117,13 +118,12 @@ def answer_prompts(
             the first prompts, or fails on more rows than the session allows.
     """
     endpoint = check_address(url, field="run.teacher_url", instead=API_KEY_VARIABLE) + "/chat/completions"
-    system = [] if task.system is None else [{"role": "system", "content": task.system}]
     bodies = [
         {
             "model": teacher.model,
             "temperature": answers.temperature,
             "top_p": answers.top_p,
-            "messages": [*system, {"role": "user", "content": prompt}],
+            "messages": messages_of(prompt, task),
             "seed": sample_seed(seed, prompt, index),
             "stream": False,
         }

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from kd_core.curate import thoughts
 from kd_core.errors import SourceError
 from kd_core.fingerprint import fingerprint
+from kd_core.prompts import messages_of, turns_of
 from kd_core.recipe import CharacterTokenizer, Task
 from kd_core.summaries import TokenizerIdentity
 from kd_core.tokens.templates import THOUGHT, control_tokens, end_of_turn, literal_ids, opens_thought, render, template_ids
@@ -69,14 +70,21 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> TokenizerIdentity:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, task: Task) -> list[int]:
     """Token ids after which the answer begins.
 
+    Args:
+        tokenizer: of the model that answers.
+        prompt: a text, or turns as ``kd_core.prompts.turns`` keeps them.
+        task: template, and the system message of prompts that have none of their own.
+
     Raises:
         SourceError: the prompt has characters the tokenizer does not know, or the tokenizer has no chat template.
         RecipeError: the chat template cannot be used as the recipe asks; see ``templates.render``.
     """
     if task.template == "plain":
-        return _encode(tokenizer, prompt)
+        turns = turns_of(prompt)
+        assert len(turns) == 1, "prompts of several turns are refused where they are read"
+        return _encode(tokenizer, turns[0].content)
     text = render(tokenizer, prompt, task)
-    if _spells(tokenizer, prompt) or _spells(tokenizer, task.system or ""):
+    if any(_spells(tokenizer, message["content"]) for message in messages_of(prompt, task)):
         return template_ids(tokenizer, prompt, task)
     return _plain_ids(tokenizer, text)
 

@@ -5,6 +5,7 @@ in another token than the tokenizer's end token, or open a thought for the model
 """
 
 import datetime
+import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kd_core.curate import thoughts
 from kd_core.errors import RecipeError, SourceError
+from kd_core.prompts import messages_of, turns_of, user_words
 from kd_core.recipe import Task
 
 __all__ = ["THOUGHT", "check_template", "control_tokens", "end_of_turn", "opens_thought", "render", "template_ids"]
@@ -30,16 +32,43 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str, task: Task) -> str:
     """A prompt as the chat template words it, up to where the answer begins.
 
     Raises:
-        SourceError: the tokenizer has no chat template.
+        SourceError: the tokenizer has no chat template, or it refuses a prompt's turns or leaves one out.
         RecipeError: the template refuses the system message, asks for a date that task.date does not state, or fails.
     """
-    messages = _messages(prompt, task.system)
+    messages = messages_of(prompt, task)
     try:
-        return str(_apply(tokenizer, messages, task.date, add_generation_prompt=True, tokenize=False))
+        text = str(_apply(tokenizer, messages, task.date, add_generation_prompt=True, tokenize=False))
     except (SourceError, RecipeError):
         raise
     except Exception as error:  # whatever the template's author wrote
-        raise _refusal(tokenizer, task, error) from error
+        raise _refusal(tokenizer, task, error, prompt) from error
+    if len(turns_of(prompt)) > 1 and (lost := next((m["role"] for m in messages if not _is_written(m["content"], text)), None)):
+        raise _refused_turns(prompt, f"leaves a turn of role {lost} out without a word")
+    return text
+
+
+def _takes(tokenizer: PreTrainedTokenizerBase, prompt: str, task: Task) -> bool:
+    """Whether the template words a prompt."""
+    try:
+        _apply(tokenizer, messages_of(prompt, task), task.date or _SOME_DAY, add_generation_prompt=True, tokenize=False)
+    except Exception:  # whatever the template's author wrote
+        return False
+    return True
+
+
+def _is_written(content: str, text: str) -> bool:
+    """Whether a template's text holds a turn: trimmed, without the thought of an earlier answer, or as JSON, as some word it."""
+    said = content.rpartition(THOUGHT[1])[2].strip()
+    return said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text
+
+
+def _refused_turns(prompt: str, what: str) -> SourceError:
+    turns = turns_of(prompt)
+    roles = ", ".join(turn.role for turn in turns[:8]) + (" ..." if len(turns) > 8 else "")
+    return SourceError(
+        f"the prompt of {len(turns)} turns ({roles}) whose user says {user_words(prompt)[:60]!r}: the model's chat template {what}; "
+        "correct or remove such rows"
+    )
 
 
 def template_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, task: Task) -> list[int]:
@@ -48,7 +77,7 @@ def template_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, task: Task) ->
     Raises:
         SourceError: this tokenizer cannot spell them.
     """
-    return literal_ids(tokenizer, _messages(prompt, task.system), task.date, add_generation_prompt=True)
+    return literal_ids(tokenizer, messages_of(prompt, task), task.date, add_generation_prompt=True)
 
 
 def literal_ids(
@@ -63,11 +92,6 @@ def literal_ids(
             f"plain text: {error}; remove such rows"
         ) from error
     return [int(i) for i in ids]
-
-
-def _messages(prompt: str, system: str | None) -> list[dict[str, str]]:
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return [*first, {"role": "user", "content": prompt}]
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], date: datetime.date | None, **options: Any) -> Any:
@@ -94,7 +118,7 @@ def _clock(date: datetime.date | None) -> str:
     return "{% macro strftime_now(format) %}" + body + "{% endmacro %}{{ '' }}"
 
 
-def _refusal(tokenizer: PreTrainedTokenizerBase, task: Task, error: Exception) -> RecipeError:
+def _refusal(tokenizer: PreTrainedTokenizerBase, task: Task, error: Exception, prompt: str = _PROBE) -> RecipeError | SourceError:
     """What a template's failure means for the recipe."""
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if _NO_CLOCK in said:
@@ -102,13 +126,10 @@ def _refusal(tokenizer: PreTrainedTokenizerBase, task: Task, error: Exception) -
             "task.date: the chat template writes the clock's date into every prompt, so tokens would change with the day of the run; "
             "state the day it shall write, for example task.date: 2026-01-01"
         )
-    if task.system is not None:
-        try:
-            _apply(tokenizer, _messages(_PROBE, None), task.date or _SOME_DAY, add_generation_prompt=True, tokenize=False)
-        except Exception:  # then it is not the system message
-            pass
-        else:
-            return RecipeError(f"task.system: the chat template takes no system message ({said}); leave it out, or put it into the prompts")
+    if len(turns_of(prompt)) > 1 and _takes(tokenizer, _PROBE, task):
+        return _refused_turns(prompt, f"refuses it: {said}")
+    if task.system is not None and _takes(tokenizer, _PROBE, task.model_copy(update={"system": None})):
+        return RecipeError(f"task.system: the chat template takes no system message ({said}); leave it out, or put it into the prompts")
     return RecipeError(
         f"task.template: chat, and the chat template of this tokenizer fails: {type(error).__name__}: {said}; use task.template: plain, or "
         "mend the template"

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from kd_core.recipe.files import load_recipe
 
 ROOT = Path(__file__).parents[2]
-PROJECT: dict[str, Any] = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+PROJECT: dict[str, Any] = yaml.safe_load((ROOT / "flows" / "prefect.yaml").read_text())
 DEPLOYMENTS: list[dict[str, Any]] = PROJECT["deployments"]
 BY_NAME = {f"{entry['entrypoint'].rpartition('.')[2]}/{entry['name']}": entry for entry in DEPLOYMENTS}
 
@@ -75,14 +75,14 @@ def test_the_nightly_run_has_one_cron_schedule_with_a_slug_and_never_overlaps():
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_every_entrypoint_is_a_real_flow_that_takes_the_parameters(name, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_every_entrypoint_is_a_real_flow_that_takes_the_parameters_in_any_directory(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     entry = BY_NAME[name]
     assert ":" not in entry["entrypoint"], "a path would put flows/ first on sys.path and make a second copy of the module"
     flow = load_flow_from_entrypoint(entry["entrypoint"], use_placeholder_flow=False)
     assert flow.name == name.partition("/")[0]
     assert flow.validate_parameters(entry["parameters"])
-    assert (ROOT / entry["parameters"]["recipe_file"]).is_file()
+    assert load_recipe(entry["parameters"]["recipe_file"]).name == "quickstart"
 
 
 @pytest.fixture(scope="module")

@@ -149,10 +149,9 @@ def test_the_whole_stack_comes_up_once_runs_a_flow_and_goes_down_whole(tmp_path:
         assert status(home) == info
         assert httpx.get(f"{info.urls['mlflow']}/api/2.0/mlflow/registered-models/search").json() == {}
 
-        assert not deploy(info)
         (project / "probe.py").write_text(textwrap.dedent(PROBE))
         (project / "prefect.yaml").write_text(PREFECT_YAML % project)
-        assert deploy(info)
+        deploy(info, project / "prefect.yaml")
         api, auth = info.env["PREFECT_API_URL"], httpx.BasicAuth(*info.env["PREFECT_API_AUTH_STRING"].split(":"))
         assert httpx.get(f"{api}/deployments/name/probe/probe").status_code == 401
         deployment = httpx.get(f"{api}/deployments/name/probe/probe", auth=auth).json()["id"]

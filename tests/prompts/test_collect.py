@@ -9,6 +9,7 @@ import pytest
 from kd_core.errors import SourceError
 from kd_core.prompts import PROMPT_SCHEMA, PromptSet, collect_gold, collect_prompts
 from kd_core.prompts.cleaning import normalise, prompt_id, side_of
+from kd_core.prompts.turns import Turn, prompt_text, user_words
 from kd_core.recipe import Recipe, S3Options, Split, Task
 
 LONG = "in a far village thirteen old bakers bake {n} loaves of dark bread on each cold morning before anyone is awake there"
@@ -205,3 +206,64 @@ def test_gold_for_a_teacher_is_the_train_side_only_and_off_every_benchmark(tmp_p
     assert counts["read"] == sum(num for name, num in counts.items() if name != "read")
     with pytest.raises(SourceError, match=r"teacher\.sources: no gold row is left"):
         collect_gold(teacher, task=Task.model_validate(TASK), split=Split(**SPLIT), suites=(), max_characters=1, s3=S3Options())
+
+
+# ------------------------------------------------------------------------------------------- chats
+
+
+def chat(path: Path, chats: list[list[str]], *, system: str | None = None) -> dict[str, Any]:
+    """A file of chats, each its turns by turns of user and assistant."""
+    first = [] if system is None else [{"role": "system", "content": system}]
+    rows = [[*first, *({"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns))] for turns in chats]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return {"kind": "file", "path": str(path), "messages": "messages"}
+
+
+def chat_recipe(*sources: dict[str, Any], template: str = "chat", suites: list[dict[str, Any]] | None = None) -> Recipe:
+    data = recipe(list(sources), suites or [HELD_OUT]).model_dump(mode="json")
+    return Recipe.model_validate({**data, "task": {"template": template, "verifier": "exact"}})
+
+
+def test_chats_become_prompts_with_the_last_answer_as_gold(tmp_path: Path) -> None:
+    single = [[f"What is {i}+{i}?", f"{2 * i}"] for i in range(100)]
+    several = [[f"Name {i}.", f"{i}", "And the next?", f"{i + 1}"] for i in range(100)]
+    open_ended = [["Hello?", "Hi.", "Bye."], ["  ", "What?"], [" What is 3+3? ", "6"]]
+    found = collect_prompts(chat_recipe(chat(tmp_path / "x.jsonl", [*single, *several, *open_ended])))
+    rows = {row["prompt"]: row for row in found.table.to_pylist()}
+    assert (rows["What is 7+7?"]["gold"], rows["What is 7+7?"]["reference"]) == ("14", "14")
+    text = prompt_text([Turn("user", "Name 5."), Turn("assistant", "5"), Turn("user", "And the next?")])
+    assert rows[text]["gold"] == "6"
+    assert rows[prompt_text([Turn("user", "Hello?"), Turn("assistant", "Hi."), Turn("user", "Bye.")])]["gold"] is None
+    assert (found.counts["read"], found.counts["empty"], found.counts["duplicate"]) == (203, 1, 1)
+    assert found.counts["read"] == dropped(found) + sum(found.counts[side] for side in ("train", "validation", "test"))
+
+
+def test_a_single_user_turn_is_the_same_prompt_as_a_text(tmp_path: Path) -> None:
+    texts = write(tmp_path / "a.jsonl", [{"q": f"What is {i}+{i}?", "a": f"{2 * i}"} for i in range(50)])
+    chats = chat(tmp_path / "b.jsonl", [[f"what is {i}+{i}?", f"{2 * i}"] for i in range(50)])
+    assert collect_prompts(chat_recipe(texts, chats)).counts["duplicate"] == 50
+    plain = collect_prompts(chat_recipe(chats, template="plain"))
+    assert plain.table.num_rows == 50
+
+
+def test_chats_with_the_same_user_words_are_on_one_side_and_off_a_benchmark_that_has_them(tmp_path: Path) -> None:
+    asked = [[LONG.format(n=n), "Go on.", "How many loaves?", f"{n}"] for n in range(120)]
+    brief, kind = (chat(tmp_path / f"{name}.jsonl", asked, system=f"Be {name}.") for name in ("brief", "kind"))
+    found = collect_prompts(chat_recipe(brief, kind))
+    assert (found.table.num_rows, found.counts["duplicate"]) == (240, 0)
+    sides: dict[str, set[str]] = {}
+    for row in found.table.to_pylist():
+        sides.setdefault(user_words(row["prompt"]), set()).add(row["split"])
+    assert set(map(len, sides.values())) == {1}
+    bench = chat(tmp_path / "bench.jsonl", asked[:5], system="Be exact.")
+    suites = [HELD_OUT, {"kind": "source", "name": "bench", "source": bench}]
+    left = collect_prompts(chat_recipe(brief, suites=suites))
+    assert left.counts["overlap.bench"] + left.counts["test"] + left.counts["validation"] + left.counts["train"] == 120
+    planted = {user_words(row) for row in left.suites["bench"]["prompt"].to_pylist()}
+    assert not planted & {user_words(row["prompt"]) for row in left.table.to_pylist() if row["split"] != "test"}
+
+
+def test_a_plain_template_refuses_several_turns_by_file_and_line(tmp_path: Path) -> None:
+    source = chat(tmp_path / "x.jsonl", [["a", "b"], ["a", "b", "c", "d"]])
+    with pytest.raises(SourceError, match=r"x\.jsonl:2: a prompt of 3 turns \(user, assistant, user\) needs .*task\.template: chat"):
+        collect_prompts(chat_recipe(source, template="plain"))

@@ -1,3 +1,4 @@
+import csv
 import gzip
 import json
 from pathlib import Path
@@ -7,14 +8,21 @@ import pyarrow.parquet as pq
 import pytest
 
 import kd_core.store
+from infra.fault_proxy import fault_proxy
 from infra.stack import StackInfo
 from kd_core.errors import SourceError
-from kd_core.prompts import estimate_rows, source_identity
+from kd_core.progress import silent
+from kd_core.prompts import estimate_rows, fetched, source_identity
 from kd_core.prompts.rows import RawRow
 from kd_core.prompts.sources import read_source
 from kd_core.prompts.templates import compile_template, fill
 from kd_core.recipe import DatasetSource, FileSource, S3Options, Source
+from kd_core.recipe.files import load_recipe
+from kd_core.stages.graph import build_graph, open_node
+from kd_core.stages.run import run_node
+from kd_core.summaries import PromptsSummary, of
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 S3 = S3Options()
 ROWS = [{"q": "1 + 1?", "a": 2, "hint": None}, {"q": "2 + 2?", "a": 4, "hint": "count"}]
 
@@ -95,7 +103,9 @@ def test_bad_json_names_file_and_line_and_blank_lines_count(tmp_path: Path) -> N
         ("x.csv", b'q,a\n"1\n1",2\n3\n', r"x\.csv:4: 1 fields, and the first line names 2 columns"),
         ("x.csv", b'q,a\n1,"2\n', r"x\.csv:2: not valid CSV: unexpected end of data"),
         ("x.txt", b"q\n1\n", r"x\.txt ends in none of \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
-        ("x.jsonl", b"\x28\xb5\x2f\xfd...", r"x\.jsonl: it is compressed by zstd; decompress it"),
+        ("x.jsonl", b"BZh91AY&SY", r"x\.jsonl: it is compressed by bzip2; decompress it, or compress it by gzip or zstd"),
+        ("x.jsonl", b"\x28\xb5\x2f\xfd...", r"x\.jsonl:1: cannot be read: .*; copy the file again"),
+        ("x.jsonl", pa.compress(b'{"q": 1}\n' * 9, "zstd", asbytes=True)[:-4], r"x\.jsonl:\d+: cannot be read: .*; copy the file again"),
         ("x.jsonl", gzip.compress(b'{"q": 1}\n' * 9)[:-9], r"x\.jsonl:\d+: damaged gzip: .*; copy the file again"),
         ("x.json", gzip.compress(b'[{"q": 1}]')[:-9], r"x\.json: damaged gzip: .*; copy the file again"),
     ],
@@ -104,6 +114,28 @@ def test_another_form_than_stated_is_refused(tmp_path: Path, name: str, content:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SourceError, match=message):
         read(file_source(tmp_path / name))
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_every_format_is_read_compressed_under_its_name_and_under_a_plain_one(tmp_path: Path, suffix: str, ending: str) -> None:
+    rows = [{"q": f"{i} + é?", "a": str(2 * i)} for i in range(3000)]
+    plain = tmp_path / f"plain.{suffix}"
+    if suffix in ("csv", "tsv"):
+        with plain.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["q", "a"], delimiter="," if suffix == "csv" else "\t")
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        write(plain, rows)
+    data = plain.read_bytes()
+    half = len(data) // 2
+    parts = [gzip.compress(p) if ending == "gz" else pa.compress(p, "zstd", asbytes=True) for p in (data[:half], data[half:])]
+    wanted = [(row.prompt, row.reference) for _, row in read(file_source(plain, reference="{a}"))]
+    assert wanted == [(row["q"], row["a"]) for row in rows]
+    for name in (f"x.{suffix}.{ending}", f"x.{suffix}"):
+        (tmp_path / name).write_bytes(b"".join(parts))  # of several members, as parallel compressors write them
+        assert [(row.prompt, row.reference) for _, row in read(file_source(tmp_path / name, reference="{a}"))] == wanted
 
 
 def test_a_missing_file_says_how_to_set_the_path(tmp_path: Path) -> None:
@@ -143,6 +175,51 @@ def test_objects_of_a_bucket_are_read_like_files(tmp_path: Path, monkeypatch: py
         read(file_source("s3://corpus/data/none.jsonl"))
     with pytest.raises(SourceError, match="no file at 's3://corpus'"):
         read(file_source("s3://corpus"))
+
+
+class _CountingBucket(kd_core.store.LocalStore):
+    """A bucket that counts who reads its objects, and how."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.reads: list[str] = []
+
+    def get(self, key: str) -> bytes:
+        self.reads.append(f"get {key}")
+        return super().get(key)
+
+    def download(self, key: str, path: Path) -> None:
+        self.reads.append(f"download {key}")
+        super().download(key, path)
+
+
+def test_an_object_is_downloaded_once_a_process_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = _CountingBucket(tmp_path / "bucket")
+    monkeypatch.setattr(kd_core.store, "open_bucket", lambda name, s3: bucket)
+    bucket.create("big.jsonl", b"".join(b'{"q": "%d"}\n' % i for i in range(100_000)))
+    source = file_source("s3://counted/big.jsonl")
+    first = source_identity(source, s3=S3)
+    assert source_identity(source, s3=S3) == first, "a graph drawn twice"
+    assert len(read(source)) == 100_000
+    assert len(read(source.model_copy(update={"limit": 3}))) == 3
+    assert bucket.reads == ["download big.jsonl"]
+    bucket.delete("big.jsonl")
+    bucket.create("big.jsonl", b'{"q": "other"}\n')
+    assert [row.prompt for _, row in read(source)] == ["other"]
+    assert source_identity(source, s3=S3) != first
+    assert bucket.reads == ["download big.jsonl"] * 2
+
+
+def test_the_oldest_downloads_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = _CountingBucket(tmp_path / "bucket")
+    monkeypatch.setattr(kd_core.store, "open_bucket", lambda name, s3: bucket)
+    monkeypatch.setattr(fetched, "KEPT_BYTES", 250)
+    monkeypatch.setattr(fetched, "_kept", {})
+    for name in "abc":
+        bucket.create(f"{name}.jsonl", json.dumps({"q": name * 90}).encode())
+    for name in ("a", "b", "a", "c", "b", "a"):
+        assert len(read(file_source(f"s3://bounded/{name}.jsonl"))) == 1
+    assert bucket.reads == [f"download {name}.jsonl" for name in "abca"]
 
 
 @pytest.mark.parametrize("text", ["{q.real}", "{q[0]}", "{}", "{q!r}", "{q:>5}", "{q", "q}", "plain", ""])
@@ -236,3 +313,29 @@ def test_objects_of_a_real_bucket_are_read_like_files(s3_environment: StackInfo)
     found = [(label, row.prompt) for label, row in read_source(source, where="prompts.sources.0", s3=s3)]
     assert found == [("file:a.jsonl", "a"), ("file:b.jsonl", "b")]
     assert [file["name"] for file in source_identity(source, s3=s3)["files"]] == ["a.jsonl", "b.jsonl"]
+
+
+@pytest.mark.stack
+def test_a_run_of_prompts_gets_an_object_of_100_000_rows_once(s3_environment: StackInfo, tmp_path: Path) -> None:
+    gets: list[str] = []
+
+    def decide(method: str, path: str) -> None:
+        if method == "GET" and path.endswith("/once/big.jsonl"):
+            gets.append(path)
+
+    bucket = kd_core.store.S3Store(s3_environment.bucket, "", options=S3Options(endpoint=s3_environment.urls["s3"]))
+    bucket.create("once/big.jsonl", b"".join(b'{"q": "%d + 1 = ?", "a": "%d"}\n' % (i, i + 1) for i in range(100_000)))
+    bucket.close()
+    with fault_proxy(s3_environment.urls["s3"], decide) as address:
+        overrides = [
+            f"prompts.sources=[{{kind: file, path: 's3://{s3_environment.bucket}/once/big.jsonl', prompt: '{{q}}', gold: '{{a}}'}}]",
+            f"run.s3.endpoint={address}",
+            "task.answer_marker=null",
+        ]
+        recipe = load_recipe(RECIPES / "quickstart.yaml", overrides)
+        store = kd_core.store.LocalStore(tmp_path / "store")
+        nodes = build_graph(recipe, store)
+        assert {name: node.fingerprint for name, node in build_graph(recipe, store).items()} == {n: v.fingerprint for n, v in nodes.items()}
+        run_node(recipe, nodes, "prompts", store=store, tick=silent, extra={})
+        assert of(open_node(store, nodes["prompts"]), PromptsSummary).counts["read"] == 100_000
+    assert len(gets) == 1

@@ -209,6 +209,8 @@ def _recipes(folder: Path) -> dict[str, Recipe]:
 
 _ADDED: dict[tuple[str, str], Any] = {  # values for fields whose type alone does not say what else is allowed
     ("DatasetSource", "config"): "main",
+    ("DatasetSource", "messages"): "turns",
+    ("FileSource", "messages"): "turns",
     ("DatasetSource", "revision"): REVISION[::-1],
     ("PretrainedStudent", "revision"): REVISION[::-1],
     ("PretrainedTeacher", "revision"): REVISION[::-1],

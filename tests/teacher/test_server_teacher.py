@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from kd_core.errors import RecipeError, TeacherError
+from kd_core.prompts.turns import Turn, prompt_text
 from kd_core.recipe import Answers, ServerTeacher, Task
 from kd_core.teacher import server as module
 from kd_core.teacher.replies import ServerAnswer
@@ -571,3 +572,15 @@ def test_seeds_depend_on_all_three_parts_and_fit_in_31_bits() -> None:
     seeds = [sample_seed(s, p, i) for s in range(5) for p in ("a", "b") for i in range(50)]
     assert len(set(seeds)) == 500
     assert all(0 <= s < 2**31 for s in seeds)
+
+
+def test_turns_are_sent_as_they_are_and_a_system_message_of_their_own_wins() -> None:
+    turns = [Turn("user", "1+1?"), Turn("assistant", "2"), Turn("user", "And 2+2?")]
+    prompts = [(prompt_text(turns), 0), (prompt_text([Turn("system", "Be kind."), *turns]), 0)]
+    with serving(lambda body, count: completion("4")) as teacher:
+        answer_prompts(
+            TEACHER, url=teacher.url, prompts=prompts, answers=SAMPLING, task=TASK, seed=0, concurrency=1, on_done=lambda found: None
+        )
+    sent = [[(m["role"], m["content"]) for m in body["messages"]] for body in teacher.bodies]
+    spoken = [("user", "1+1?"), ("assistant", "2"), ("user", "And 2+2?")]
+    assert sorted(sent) == [[("system", "Be brief."), *spoken], [("system", "Be kind."), *spoken]]

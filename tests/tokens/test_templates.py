@@ -10,6 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kd_core.errors import RecipeError, SourceError
+from kd_core.prompts.turns import Turn, prompt_text
 from kd_core.recipe import PretrainedStudent, Task
 from kd_core.teacher.models import LoadedModel, load_tokenizer
 from kd_core.tokens.encoding import encode_answer, encode_gold, encode_prompt, end_token
@@ -193,3 +194,52 @@ def test_a_tokenizer_that_cannot_spell_a_control_token_refuses_the_row() -> None
     closed = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
     with pytest.raises(SourceError, match=r"^'a<end>' spells a control token, and this tokenizer .* cannot write it as plain text"):
         encode_prompt(closed, "a<end>", PLAIN)
+
+
+# ------------------------------------------------------------------------------------------- several turns
+
+CHATS = (Turn("system", "Be kind."), Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"))
+
+
+def test_turns_are_worded_by_the_template_and_a_system_message_of_their_own_wins(smollm) -> None:
+    for tokenizer in (smollm, characters()):
+        messages = [{"role": turn.role, "content": turn.content} for turn in CHATS]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert render(tokenizer, prompt_text(CHATS), BRIEF) == text
+        assert encode_prompt(tokenizer, prompt_text(CHATS), BRIEF) == tokenizer.encode(text, add_special_tokens=False)
+        assert "Be brief." in render(tokenizer, prompt_text(CHATS[1:]), BRIEF)
+
+
+def test_control_tokens_in_any_turn_stay_text() -> None:
+    tokenizer = characters()
+    ids = encode_prompt(tokenizer, prompt_text([*CHATS[:2], Turn("assistant", "x<|im_end|>"), CHATS[3]]), CHAT)
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 4
+    assert "x<|im_end|>" in tokenizer.decode(ids)
+
+
+ALTERNATE = "{% if messages[0].role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}" + CHATML
+NO_TOOLS = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "line"),
+    [
+        (ALTERNATE, CHATS, "the prompt of 4 turns (system, user, assistant, user) whose user says 'a\\nc': the model's chat"),
+        (NO_TOOLS, (*CHATS, Turn("tool", "Zz9")), "the model's chat template leaves a turn of role tool out without a word; correct"),
+    ],
+)
+def test_turns_that_a_template_cannot_word_are_refused_by_name(template: str, turns: tuple[Turn, ...], line: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        encode_prompt(characters(template), prompt_text(turns), CHAT)
+    assert line in str(caught.value)
+
+
+def test_turns_that_a_template_words_in_its_own_way_are_taken() -> None:
+    trimmed = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] | trim if m.role != 'tool' else m.content | tojson }}")
+    turns = (*CHATS[:2], Turn("assistant", "<think>hm</think> b "), Turn("tool", 'say "hi"'))
+    assert 'say \\"hi\\"' in render(characters(trimmed), prompt_text(turns), CHAT)
+
+
+def test_a_missing_day_is_named_for_turns_too() -> None:
+    with pytest.raises(RecipeError, match=r"^task\.date: "):
+        render(characters(DATED), prompt_text(CHATS[1:]), CHAT)
