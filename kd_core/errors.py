@@ -1,12 +1,13 @@
 """Every error a user can meet, as one small tree.
 
     KDError                  something is wrong; the message says what, where, and what to do
-    |- RecipeError           the recipe (or a command-line override) is not valid        exit code 2
-    |- StoreError            the object store refused, failed or is not reachable
+    |- RecipeError           the recipe (or a command-line override) is not valid             exit code 2
+    |- StoreError            the object store refused or failed
+    |  |- StoreAccessError   it cannot be opened, reached or written at all                  exit code 2
     |  `- IntegrityError     bytes in the store are not the bytes that were recorded
     |     `- QuarantinedError and they were rows, now moved aside: they are computed again by whoever asks next
     |- ArtifactError         a record is missing, or disagrees with the current recipe
-    |- SourceError           prompts or gold data cannot be read or are not of the stated form
+    |- SourceError           prompts or gold data cannot be read or are not of the stated form   exit code 2
     |- TeacherError          the teacher cannot be loaded, reached, or answers nonsense
     |- SoftLabelError        soft labels are missing, malformed or not valid for the objective
     |- TrainingError         training diverged or cannot be resumed
@@ -23,6 +24,7 @@ __all__ = [
     "RecipeError",
     "SoftLabelError",
     "SourceError",
+    "StoreAccessError",
     "StoreError",
     "TeacherError",
     "TrainingError",
@@ -40,6 +42,10 @@ class RecipeError(KDError):
 
 class StoreError(KDError):
     """The object store failed or cannot be reached."""
+
+
+class StoreAccessError(StoreError):
+    """The store's address, rights or server are wrong: it cannot be opened, reached or written."""
 
 
 class IntegrityError(StoreError):

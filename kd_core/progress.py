@@ -1,9 +1,10 @@
 """How stages say how far they are: one small value to one callable. Who shows it (rich, Prefect, nobody) is not their business."""
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-__all__ = ["Tick", "Ticker", "silent"]
+__all__ = ["Pace", "Tick", "Ticker", "silent"]
 
 
 @dataclass(frozen=True)
@@ -28,3 +29,31 @@ Ticker = Callable[[Tick], None]
 
 def silent(tick: Tick) -> None:
     """Show nothing."""
+
+
+@dataclass
+class Pace:
+    """Amounts a second of the units that were gone over since the last reading.
+
+    >>> pace = Pace({"rows": 6, "tokens": 4800}, since=time.monotonic() - 2)
+    >>> pace.read()
+    '3.0 rows/s, 2,400 tokens/s'
+    >>> pace.amounts
+    {'rows': 0, 'tokens': 0}
+    """
+
+    amounts: dict[str, int] = field(default_factory=dict)
+    since: float = field(default_factory=time.monotonic)
+
+    def add(self, **amounts: int) -> None:
+        """Count more of some units."""
+        for unit, amount in amounts.items():
+            self.amounts[unit] = self.amounts.get(unit, 0) + amount
+
+    def read(self) -> str:
+        """Rates since the last reading, in words."""
+        now = time.monotonic()
+        seconds = max(now - self.since, 1e-6)
+        rates = {unit: amount / seconds for unit, amount in self.amounts.items()}
+        self.amounts, self.since = dict.fromkeys(self.amounts, 0), now
+        return ", ".join(f"{rate:,.{0 if rate >= 10 else 1}f} {unit}/s" for unit, rate in rates.items())

@@ -33,6 +33,7 @@ _CLEAN = {
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     "AWS_EC2_METADATA_DISABLED": "true",
     "DO_NOT_TRACK": "1",
+    "COLUMNS": "80",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -194,11 +195,12 @@ _SHRUNKEN: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Called:
-    """What a command line left: exit code, standard output, standard error."""
+    """What a command line left: exit code, standard output, standard error, and the lines in which it told there what it was doing."""
 
     code: int
     out: str
     err: str
+    steps: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,9 @@ def _call(*words: object) -> Called:
         finally:
             signal.signal(signal.SIGTERM, handler)
     assert isinstance(code, int)
-    return Called(code, out.getvalue(), err.getvalue())
+    lines = err.getvalue().splitlines(keepends=True)
+    steps = tuple(line.strip() for line in lines if line.startswith("  ") and line.endswith(" ...\n"))
+    return Called(code, out.getvalue(), "".join(line for line in lines if line.strip() not in steps), steps)
 
 
 @pytest.fixture

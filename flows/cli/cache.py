@@ -4,16 +4,16 @@ Every command takes the store itself (``--store``), not a recipe: one cache serv
 (``repair``, ``gc``) shows its plan and does nothing without ``--yes``.
 """
 
-import json
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.console import display, human_bytes
+from flows.cli.console import Display, display, human_bytes
+from flows.cli.options import DEFAULT_REGION, DEFAULT_STORE, HELP, AsJson, Endpoint, Region, StoreUri, open_store_alone, print_json
 from flows.cli.row_output import print_rows
 from flows.cli.terminal import say
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from kd_core.cache.parity import Parity
-    from kd_core.progress import Ticker
     from kd_core.store import Store
 
 __all__ = ["cache_app"]
@@ -31,29 +30,12 @@ cache_app = typer.Typer(
     help="Look into the cache of the teacher's work, and look after it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings=HELP,
 )
 
-StoreUri = Annotated[str, typer.Option("--store", metavar="URI", help="A local directory, or s3://bucket/prefix.")]
-Endpoint = Annotated[str | None, typer.Option("--s3-endpoint", metavar="URL", help="Address of an S3-compatible server; AWS without it.")]
-Region = Annotated[str, typer.Option("--s3-region", help="Region of the bucket.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output and nothing else.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do it. Without this the plan is shown and nothing is changed.")]
 
-_STORE, _REGION = ".kd/store", "us-east-1"
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
-
-
-def _open(uri: str, endpoint: str | None, region: str) -> "Store":
-    from kd_core.errors import StoreError
-    from kd_core.recipe import S3Options
-    from kd_core.recipe.addresses import check_address
-    from kd_core.store import open_store
-
-    if "://" not in uri and not Path(uri).is_dir():
-        raise StoreError(f"no store at {Path(uri).absolute()}: name one with --store (a recipe's is its run.store), or run a recipe first")
-    if endpoint is not None:
-        check_address(endpoint, field="--s3-endpoint", instead="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-    return open_store(uri, S3Options(endpoint=endpoint, region=region))
 
 
 def _seconds(text: str) -> float:
@@ -82,9 +64,9 @@ def sql_command(
     statement: Annotated[
         str, typer.Argument(metavar="SQL", help="One SELECT on soft_labels, answers, hidden_states, commits, namespaces.")
     ],
-    store_uri: StoreUri = _STORE,
+    store_uri: StoreUri = DEFAULT_STORE,
     endpoint: Endpoint = None,
-    region: Region = _REGION,
+    region: Region = DEFAULT_REGION,
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV with a header line.")] = False,
 ) -> None:
@@ -92,10 +74,12 @@ def sql_command(
 
     kd cache sql "SELECT source, avg(mean_entropy) FROM soft_labels GROUP BY source"
     """
-    from kd_core.cache.query import sql
-
+    with display(quiet=as_json or as_csv) as shown:
+        store = open_store_alone(store_uri, endpoint, region, shown)
+        shown.step("asking")
+        from kd_core.cache.query import sql
     try:
-        with sql(_open(store_uri, endpoint, region), statement) as answer:
+        with sql(store, statement) as answer:
             print_rows(answer.columns, answer.rows, "json" if as_json else "csv" if as_csv else "table")
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="SQL") from error
@@ -103,9 +87,9 @@ def sql_command(
 
 @cache_app.command()
 def explode(
-    store_uri: StoreUri = _STORE,
+    store_uri: StoreUri = DEFAULT_STORE,
     endpoint: Endpoint = None,
-    region: Region = _REGION,
+    region: Region = DEFAULT_REGION,
     namespace: Annotated[str | None, typer.Option("--namespace", metavar="NS", help="First digits of a soft-label namespace.")] = None,
     key: Annotated[list[str], typer.Option("--key", metavar="KEY", help="A row's key. May be repeated.")] = [],  # noqa: B006
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="K", help="At most so many rows of the cache.")] = None,
@@ -113,20 +97,23 @@ def explode(
     as_json: AsJson = False,
 ) -> None:
     """Show soft labels as plain rows: key, position, token, probability."""
-    from kd_core.cache.catalog import find_namespace
-    from kd_core.cache.explode import EXPLODED_SCHEMA
-    from kd_core.cache.explode import explode as exploded
-
     if out is not None and out.suffix not in (".parquet", ".csv"):
         raise typer.BadParameter(f"{out}: write to a name that ends in .parquet or .csv", param_hint="--out")
-    found = find_namespace(_open(store_uri, endpoint, region), namespace, table="soft_labels")
+    with display(quiet=as_json) as shown:
+        store = open_store_alone(store_uri, endpoint, region, shown)
+        shown.step("reading soft labels")
+        from kd_core.cache.catalog import find_namespace
+        from kd_core.cache.explode import EXPLODED_SCHEMA
+        from kd_core.cache.explode import explode as exploded
+
+        found = find_namespace(store, namespace, table="soft_labels")
     tables = exploded(found.cache, found.snapshot, keys=set(key) if key else None, limit=limit)
     if out is None:
         rows = (tuple(row.values()) for table in tables for row in table.to_pylist())
         return print_rows(EXPLODED_SCHEMA.names, rows, "json" if as_json else "table")
     num_rows = _write_exploded(out, tables)
     if as_json:
-        return _print_json({"file": str(out), "rows": num_rows, "bytes": out.stat().st_size})
+        return print_json({"file": str(out), "rows": num_rows, "bytes": out.stat().st_size})
     say(f"Written: {out} ({num_rows:,} rows, {human_bytes(out.stat().st_size)})")
 
 
@@ -146,28 +133,21 @@ def _write_exploded(out: Path, tables: "Iterator[pa.Table]") -> int:
 
 
 @cache_app.command("ls")
-def list_command(store_uri: StoreUri = _STORE, endpoint: Endpoint = None, region: Region = _REGION, as_json: AsJson = False) -> None:
-    """List the row tables: whose they are, rows, tokens, bytes, age."""
-    from kd_core.cache.catalog import namespaces
+def list_command(
+    store_uri: StoreUri = DEFAULT_STORE, endpoint: Endpoint = None, region: Region = DEFAULT_REGION, as_json: AsJson = False
+) -> None:
+    """List the row stores: whose they are, which recipes use them, rows, tokens, bytes, age.
 
-    store = _open(store_uri, endpoint, region)
-    found = namespaces(store)
-    rows = [
-        {
-            "namespace": n.cache.namespace,
-            "table": n.cache.table,
-            "teacher": n.teacher,
-            "policy": n.policy,
-            "rows": n.num_rows,
-            "tokens": n.num_tokens,
-            "bytes": n.snapshot.size_bytes(),
-            "commits": len(n.snapshot.commits),
-            "age_seconds": max(0.0, time.time() - n.modified_seconds),
-        }
-        for n in found
-    ]
+    Recipes are those that came to a report in this store.
+    """
+    with display(quiet=as_json) as shown:
+        store = open_store_alone(store_uri, endpoint, region, shown)
+        shown.step("reading commits and reports")
+        from kd_core.cache.contents import reported, row_stores
+
+        rows = row_stores(store, reported(store), now_seconds=time.time())
     if as_json:
-        return _print_json({"store": store.uri, "namespaces": rows})
+        return print_json({"store": store.uri, "namespaces": rows})
     from flows.cli.cache_tables import namespaces_table
     from flows.cli.tables import show
 
@@ -179,27 +159,29 @@ def stats(
     namespace: Annotated[
         str | None, typer.Argument(metavar="[NS]", help="First digits of a namespace; not needed if there is one.")
     ] = None,
-    store_uri: StoreUri = _STORE,
+    store_uri: StoreUri = DEFAULT_STORE,
     endpoint: Endpoint = None,
-    region: Region = _REGION,
+    region: Region = DEFAULT_REGION,
     as_json: AsJson = False,
 ) -> None:
     """Figures of one row table: bytes a token by part, entropies, finish reasons, duplicate rows, orphan shards."""
     from dataclasses import asdict
 
-    from kd_core.cache.catalog import find_namespace
-    from kd_core.cache.figures import figures
-
-    found = find_namespace(_open(store_uri, endpoint, region), namespace, table=None)
     with display(quiet=as_json) as shown:
+        store = open_store_alone(store_uri, endpoint, region, shown)
+        shown.step("reading footers")
+        from kd_core.cache.catalog import find_namespace
+        from kd_core.cache.figures import figures
+
+        found = find_namespace(store, namespace, table=None)
         numbers = figures(found, tick=shown.work("stats"))
     about = {"namespace": found.cache.namespace, "table": found.cache.table, "teacher": found.teacher, "policy": found.policy}
     if as_json:
-        return _print_json({**about, **asdict(numbers)})
+        return print_json({**about, **asdict(numbers)})
     from flows.cli.cache_tables import bytes_table, counts_table, entropy_table
     from flows.cli.tables import show
 
-    say(" ".join(str(value) for value in about.values() if value))
+    show("\n".join(f"{name:<9} {value}" for name, value in about.items() if value))
     tables = [bytes_table(numbers), entropy_table(numbers) if numbers.entropy else None]
     tables.append(counts_table("Finish reasons", numbers.finish_reasons) if numbers.finish_reasons else None)
     unused = {"duplicate rows": numbers.duplicate_rows, "orphan shards": numbers.orphan_shards}
@@ -214,9 +196,9 @@ def stats(
 
 @cache_app.command()
 def verify(
-    store_uri: StoreUri = _STORE,
+    store_uri: StoreUri = DEFAULT_STORE,
     endpoint: Endpoint = None,
-    region: Region = _REGION,
+    region: Region = DEFAULT_REGION,
     sample: Annotated[float, typer.Option("--sample", metavar="F", callback=_share, help="Share of the shards to read, drawn anew.")] = 1.0,
     live: Annotated[str | None, typer.Option("--live", metavar="RECIPE", help="Also score rows again with this recipe's teacher.")] = None,
     rows: Annotated[int, typer.Option("--rows", min=1, metavar="K", help="Rows to score again.")] = 16,
@@ -226,21 +208,22 @@ def verify(
     """Check every byte and row, or a sample. Exit code 1 names what is damaged."""
     from dataclasses import asdict
 
-    from kd_core.cache.verify import verify as verified
-
-    store = _open(store_uri, endpoint, region)
     with display(quiet=as_json) as shown:
+        store = open_store_alone(store_uri, endpoint, region, shown)
+        shown.step("checking every byte" if sample == 1.0 else f"checking {sample:.0%} of the shards")
+        from kd_core.cache.verify import verify as verified
+
         found = verified(store, sample=sample, tick=shown.work("verify"))
-        parity = None if live is None else _parity(live, overrides, store, rows, shown.work("live teacher"))
+        parity = None if live is None else _parity(live, overrides, store, rows, shown)
     if as_json:
         compared = None if parity is None else {**asdict(parity), "holds": parity.holds}
-        _print_json({"store": store.uri, **asdict(found), "live": compared})
+        print_json({"store": store.uri, **asdict(found), "live": compared})
     else:
-        from flows.cli.cache_tables import damage_table, parity_table
+        from flows.cli.cache_tables import damage_text, parity_table
         from flows.cli.tables import show
 
         if found.damage:
-            show(damage_table(found, store.uri))
+            say(damage_text(found, store.uri))
         what = (
             f"{found.shards:,} of {found.commits:,} shards ({found.rows:,} rows), {found.artifacts:,} of {found.records:,} artifacts, "
             f"{found.entries:,} ledger entries and {found.checkpoints:,} checkpoints were read"
@@ -263,45 +246,50 @@ _PARITY_FAILS = (
 )
 
 
-def _parity(recipe_file: str, overrides: list[str], store: "Store", rows: int, tick: "Ticker") -> "Parity":
+def _parity(recipe_file: str, overrides: list[str], store: "Store", rows: int, shown: Display) -> "Parity":
+    shown.step(f"loading the teacher of {recipe_file}")
     from kd_core.cache.parity import live_parity
     from kd_core.recipe.files import load_recipe
 
-    return live_parity(load_recipe(recipe_file, overrides), store, num_rows=rows, tick=tick)
+    return live_parity(load_recipe(recipe_file, overrides), store, num_rows=rows, tick=shown.work("live teacher"))
 
 
 @cache_app.command()
 def repair(
-    store_uri: StoreUri = _STORE, endpoint: Endpoint = None, region: Region = _REGION, yes: Yes = False, as_json: AsJson = False
+    store_uri: StoreUri = DEFAULT_STORE,
+    endpoint: Endpoint = None,
+    region: Region = DEFAULT_REGION,
+    yes: Yes = False,
+    as_json: AsJson = False,
 ) -> None:
     """Put damaged objects aside, so that the next run computes their rows again."""
     from dataclasses import asdict
 
-    from kd_core.cache.repair import plan_repair
-    from kd_core.cache.repair import repair as repaired
-    from kd_core.cache.verify import verify as verified
-
-    store = _open(store_uri, endpoint, region)
     with display(quiet=as_json) as shown:
+        store = open_store_alone(store_uri, endpoint, region, shown)
+        shown.step("checking every byte")
+        from kd_core.cache.repair import plan_repair
+        from kd_core.cache.repair import repair as repaired
+        from kd_core.cache.verify import verify as verified
+
         moves = plan_repair(store, verified(store, tick=shown.work("verify")).damage)
         if yes:
             repaired(store, moves, tick=shown.work("repair"))
     if as_json:
-        return _print_json({"store": store.uri, "done": yes, "moves": [asdict(move) for move in moves]})
-    from flows.cli.cache_tables import repair_table
-    from flows.cli.tables import show
+        return print_json({"store": store.uri, "done": yes, "moves": [asdict(move) for move in moves]})
+    from flows.cli.cache_tables import repair_text
 
     if not moves:
         return say("Nothing is damaged.")
-    show(repair_table(moves, store.uri, done=yes))
+    say(repair_text(moves, store.uri, done=yes))
     say("Run the recipe again to compute the lost rows." if yes else "Nothing was changed; do it with --yes.")
 
 
 @cache_app.command()
 def gc(
-    store_uri: StoreUri = _STORE,
+    store_uri: StoreUri = DEFAULT_STORE,
     endpoint: Endpoint = None,
-    region: Region = _REGION,
+    region: Region = DEFAULT_REGION,
     grace: Annotated[str, typer.Option("--grace", metavar="DURATION", help="Keep what is younger: 7d, 36h, 30m.")] = "7d",
     unused: Annotated[bool, typer.Option("--namespaces", help="Also row tables that no record in the store names.")] = False,
     yes: Yes = False,
@@ -310,25 +298,22 @@ def gc(
     """Delete what no commit and no record reaches, once it is old enough."""
     from dataclasses import asdict
 
-    from kd_core.cache.garbage import collect, plan_collection
-
-    store, grace_seconds = _open(store_uri, endpoint, region), _seconds(grace)
+    grace_seconds = _seconds(grace)
     with display(quiet=as_json) as shown:
+        store = open_store_alone(store_uri, endpoint, region, shown)
+        shown.step("looking for what nothing reaches")
+        from kd_core.cache.garbage import collect, plan_collection
+
         tick = shown.work("gc")
         found = plan_collection(store, grace_seconds=grace_seconds, now_seconds=time.time(), unused_namespaces=unused)
         if yes:
             collect(store, found, tick=tick)
     size = sum(item.size_bytes for item in found)
     if as_json:
-        return _print_json({"store": store.uri, "done": yes, "bytes": size, "objects": [asdict(item) for item in found]})
-    from flows.cli.cache_tables import garbage_table
-    from flows.cli.tables import show
+        return print_json({"store": store.uri, "done": yes, "bytes": size, "objects": [asdict(item) for item in found]})
+    from flows.cli.cache_tables import garbage_text
 
     if not found:
         return say(f"Nothing to delete in {store.uri}: everything is reached, or younger than {grace}.")
-    show(garbage_table(found, store.uri, done=yes))
+    say(garbage_text(found, store.uri, done=yes))
     say(f"{len(found):,} objects, {human_bytes(size)} {'were deleted.' if yes else 'would be deleted; do it with --yes.'}")
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))

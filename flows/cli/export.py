@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from flows.cli.console import human_bytes
+from flows.cli.console import display, human_bytes
+from flows.cli.options import open_recipe
 from flows.cli.terminal import say
 
 if TYPE_CHECKING:
@@ -34,17 +35,17 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output and nothing else.")] = False,
 ) -> None:
     """Write the finished student for plain transformers: weights, tokenizer, model card, lineage."""
-    from kd_core.export.lineage import collect_lineage
-    from kd_core.recipe.files import load_recipe
-    from kd_core.store import open_store
+    with display(quiet=as_json) as shown:
+        recipe, store = open_recipe(recipe_file, overrides, shown)
+        shown.step(f"reading the sources and records of {recipe.name}")
+        from kd_core.export.lineage import collect_lineage
 
-    recipe = load_recipe(recipe_file, overrides)
-    store = open_store(recipe.run.store, recipe.run.s3)
-    command = shlex.join(["kd", "run", recipe_file, *(word for o in overrides for word in ("--set", o))])
-    lineage = collect_lineage(recipe, store, seed=seed, command=command)
-    from kd_core.export.student import export_student
+        command = shlex.join(["kd", "run", recipe_file, *(word for o in overrides for word in ("--set", o))])
+        lineage = collect_lineage(recipe, store, seed=seed, command=command)
+        shown.step(f"writing {out}")
+        from kd_core.export.student import export_student
 
-    done = export_student(lineage, store, out, quantize=quantize, onnx=onnx)
+        done = export_student(lineage, store, out, quantize=quantize, onnx=onnx)
     if as_json:
         return print(json.dumps(_plain(done), indent=1))
     say(_text(done))

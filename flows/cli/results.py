@@ -1,25 +1,27 @@
-"""What a finished or half-finished run looks like, read from the store: outcome, status, report files."""
+"""A finished or half-finished run, read from the store: outcome, status, report files."""
 
 import json
 import shlex
-import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from flows.cli.console import human_bytes, human_seconds
+from rich.console import Group
+from rich.text import Text
+
+from flows.cli.console import human_seconds
+from flows.cli.report import measured, sizes, verdict
 from kd_core.artifacts import Artifact, Record, check_sizes, find, read_bytes
-from kd_core.errors import ArtifactError
-from kd_core.evaluate.statistics import METRICS
+from kd_core.errors import ArtifactError, RecipeError
 from kd_core.recipe import Recipe
+from kd_core.recipe.addresses import hide_passwords
 from kd_core.stages.graph import build_graph
 from kd_core.store import Store
 from kd_core.summaries import GateSummary, PublishSummary, of
 from kd_core.train.checkpoints import Checkpoints
 
-__all__ = ["outcome", "outcome_text", "report_files", "status_rows"]
-
-_COLUMNS = 80
+__all__ = ["outcome", "outcome_screen", "report_command", "report_files", "status_rows", "write_report"]
 
 
 def _record(recipe: Recipe, store: Store, name: str) -> Record | None:
@@ -54,62 +56,50 @@ def outcome(recipe: Recipe, store: Store, done: Mapping[str, Artifact]) -> dict[
     gate, published = _record(recipe, store, "gate"), _record(recipe, store, "publish")
     assert gate is not None, "a run ends after the gate"
     assert published is not None, "a run ends after publication"
-    verdict = of(gate, GateSummary)
+    judged = of(gate, GateSummary)
     return {
-        "verdict": {"promote": verdict.promote, "headline": verdict.headline, "reasons": [asdict(reason) for reason in verdict.reasons]},
+        "verdict": {"promote": judged.promote, "headline": judged.headline, "reasons": [asdict(reason) for reason in judged.reasons]},
         "published": asdict(of(published, PublishSummary)),
         "nodes": nodes,
     }
 
 
-def outcome_text(recipe: Recipe, store: Store, done: Mapping[str, Artifact], recipe_file: str, overrides: list[str]) -> str:
-    """The end of a run in a few lines: what was asked, found and decided, then the rules, main numbers, and what to do next."""
+def outcome_screen(recipe: Recipe, store: Store, done: Mapping[str, Artifact], recipe_file: str) -> Group:
+    """The end of a run: what was asked, found and decided, then the rules, main numbers, and what became of it."""
     report = json.loads(report_files(recipe, store, recipe_file)["report.json"])
     record = _record(recipe, store, "publish")
     assert record is not None, "a run ends after publication"
     published = of(record, PublishSummary)
     hits, spent = sum(a.hit for a in done.values()), sum(a.seconds for a in done.values() if not a.hit)
-    finding = report["finding"]
-    lines = ["", *textwrap.wrap(f"{finding['asked']} {finding['found']}", _COLUMNS, break_on_hyphens=False), ""]
-    lines += [f"{finding['title']}."] if finding["claim"] != "shown" and report["verdict"]["promote"] else []
-    lines += [finding["decided"]]
-    lines += [
-        f"  {'holds' if reason['holds'] else 'FAILS'}  {reason['rule']}: {reason['detail']}" for reason in report["verdict"]["reasons"]
-    ]
-    for suite in report["suites"]:
-        lines += ["", f"On {suite}, {report['confidence']:.0%} intervals about {_about(report)}:"]
-        lines += [f"  {name:<14} {_shown(model, suite, report)}" for name, model in report["models"].items()]
-    lines += [""]
-    for name, model in report["models"].items():
-        if model["params"]:
-            lines.append(f"  {name:<14} {model['params']:,} parameters, {human_bytes(model['bytes'])}")
-    used = report["counts"]["Rows learnt from"]
-    lines += ["", "  " + ", ".join(f"{count:,} {what}" for what, count in used.items())]
-    version = f"{published.model} version {published.version}"
+    used = ", ".join(f"{count:,} {what}" for what, count in report["counts"]["Rows learnt from"].items() if count)
     champion = "none" if published.champion_version is None else f"version {published.champion_version}"
-    lines += ["", f"Registered: {version}; champion: {champion} ({published.tracking})"]
-    again = shlex.join(["kd", "report", recipe_file, *(word for o in overrides for word in ("--set", o))])
-    lines += [f"{hits} of {len(done)} nodes were done already; {human_seconds(spent)} of work.", f"Full report:  {again}"]
-    return "\n".join(lines)
+    lines = [
+        f"\n{used}",
+        f"\nRegistered: {published.model} version {published.version}; champion: {champion}",
+        f"in {hide_passwords(published.tracking)}",
+        f"{hits} of {len(done)} nodes were done already; {human_seconds(spent)} of work.",
+    ]
+    return Group("", *verdict(report), *measured(report, without=("truncated",)), *sizes(report), *(Text(line) for line in lines))
 
 
-def _about(report: Mapping[str, Any]) -> str:
-    """What the student's intervals are about, in words."""
-    num_seeds = len(report["seeds"])
-    if num_seeds == 1:
-        return "these checkpoints on new items (1 seed: nothing about the recipe)"
-    return f"the recipe on new items and seeds ({num_seeds} seeds; seed {report['published_seed']} would be published)"
+def report_command(recipe_file: str, overrides: list[str]) -> str:
+    """What shows the whole report of a run."""
+    return shlex.join(["kd", "report", recipe_file, *(word for o in overrides for word in ("--set", o))])
 
 
-def _shown(model: Mapping[str, Any], suite: str, report: Mapping[str, Any]) -> str:
-    """One model's metrics on a suite, with their intervals, and the items where some have no value."""
-    prefix = "" if suite == report["suite"] else f"{suite}/"
-    shown = []
-    for metric in (name for name in METRICS if name != "truncated"):
-        if (found := model["metrics"].get(prefix + metric)) is not None:
-            items = f" on {found['n']} of {found['n'] + found['left_out']} items" if found["left_out"] else ""
-            shown.append(f"{metric} {found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]{items}")
-    return ", ".join(shown) or "not measured"
+def write_report(files: Mapping[str, bytes], folder: Path) -> Path:
+    """Write the report's files into a folder; returns it.
+
+    Raises:
+        RecipeError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+    except OSError as error:
+        raise RecipeError(f"{folder}: the report cannot be written there ({error.strerror}); name another folder with --output") from error
+    return folder
 
 
 def status_rows(recipe: Recipe, store: Store) -> list[dict[str, Any]]:

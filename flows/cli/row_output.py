@@ -17,7 +17,7 @@ from flows.cli.terminal import printable
 
 __all__ = ["print_rows"]
 
-_SHOWN_ROWS = 100
+_SHOWN_ROWS, _COLUMNS_IN_PIPE = 100, 160
 
 
 def print_rows(columns: Sequence[str], rows: Iterable[Sequence[Any]], form: Literal["table", "json", "csv"]) -> None:
@@ -57,7 +57,8 @@ def _print_table(columns: Sequence[str], rows: Iterator[Sequence[Any]]) -> None:
     from flows.cli.cache_tables import rows_table
     from flows.cli.tables import show
 
-    show(rows_table(columns, [list(map(_plain, row)) for row in islice(rows, _SHOWN_ROWS)]))
+    table = rows_table(columns, [list(map(_plain, row)) for row in islice(rows, _SHOWN_ROWS)])
+    show(table, columns_in_pipe=_COLUMNS_IN_PIPE)
     if next(rows, None) is not None:
         print(f"... these are the first {_SHOWN_ROWS} rows; --csv or --json prints all")
 

@@ -1,11 +1,12 @@
 """``kd student ...``: the student of a recipe, before there is one. Shows what kd_core.student finds; owns no logic."""
 
-import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
+from flows.cli.console import display
+from flows.cli.options import HELP, AsJson, Overrides, RecipeFile, print_json
 from flows.cli.terminal import say
 
 if TYPE_CHECKING:
@@ -20,13 +21,8 @@ student_app = typer.Typer(
     help="Look at the student of a recipe, before there is one.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings=HELP,
 )
-
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file, for example recipes/quickstart.yaml.")]
-Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="PATH=VALUE", help="Change a field: --set student.every_nth_block=2. May be repeated.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output and nothing else.")]
 
 _NAMES = {
     "dtype": "run in",
@@ -48,29 +44,22 @@ def _group() -> None:
 @student_app.command("describe")
 def describe_command(recipe_file: RecipeFile, overrides: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
     """Show the student's size and cost beside the teacher's. Loads no weights, computes nothing."""
-    from kd_core.recipe.files import load_recipe
-    from kd_core.stages.vocabulary import trimmed_tokens
-    from kd_core.store import open_store
-    from kd_core.student.describe import describe
+    with display(quiet=as_json) as shown:
+        shown.step(f"reading {recipe_file}")
+        from kd_core.recipe.files import load_recipe
 
-    recipe = load_recipe(recipe_file, overrides)
-    kept = None if recipe.student.vocabulary is None else trimmed_tokens(recipe, open_store(recipe.run.store, recipe.run.s3))
-    found = describe(recipe, kept_tokens=kept)
+        recipe = load_recipe(recipe_file, overrides)
+        shown.step("reading configurations of models")
+        from kd_core.stages.vocabulary import trimmed_tokens
+        from kd_core.store import open_store
+        from kd_core.student.describe import describe
+
+        kept = None if recipe.student.vocabulary is None else trimmed_tokens(recipe, open_store(recipe.run.store, recipe.run.s3))
+        found = describe(recipe, kept_tokens=kept)
     if as_json:
-        teacher = None if found.teacher is None else asdict(found.teacher)
-        ratios = found.ratios()
-        say(
-            json.dumps(
-                {
-                    "student": asdict(found.student),
-                    "teacher": teacher,
-                    "ratios": None if ratios is None else dict(ratios),
-                    "untrimmed": found.untrimmed,
-                },
-                indent=1,
-            )
-        )
-        return
+        teacher, ratios = None if found.teacher is None else asdict(found.teacher), found.ratios()
+        said = {"student": asdict(found.student), "teacher": teacher, "ratios": None if ratios is None else dict(ratios)}
+        return print_json({**said, "untrimmed": found.untrimmed})
     from flows.cli.tables import show
 
     show(_table(found))
@@ -79,18 +68,15 @@ def describe_command(recipe_file: RecipeFile, overrides: Overrides = [], as_json
 
 
 def _table(found: "Description") -> "Table":
-    from rich.table import Table
+    from flows.cli.tables import table
 
-    table = Table(title="Student (nothing has been run)", title_justify="left", box=None, header_style="bold", pad_edge=False)
-    table.add_column("")
-    for column in ("student", "teacher", "student / teacher"):
-        table.add_column(column, justify="right")
+    made = table("Student (nothing has been run)", ("",), ("student", "teacher", "ratio"))
     theirs = {} if found.teacher is None else asdict(found.teacher)
     ratios = found.ratios() or {}
     for name, value in asdict(found.student).items():
         ratio = f"{ratios[name]:.3f}" if name in ratios else "-"
-        table.add_row(_NAMES[name], _text(value), _text(theirs.get(name)), ratio)
-    return table
+        made.add_row(_NAMES[name], _text(value), _text(theirs.get(name)), ratio)
+    return made
 
 
 def _text(value: int | str | None) -> str:

@@ -1,16 +1,14 @@
-"""Tables and short texts for people; one function a command."""
+"""Tables and short texts for people, each within 80 columns; one function a command."""
 
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
 
 from flows.cli.console import CleanConsole, human_bytes, human_seconds
-from flows.cli.terminal import say
 from kd_core.recipe.core_yaml import write_value
 
 if TYPE_CHECKING:
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
     from kd_core.planning.plan import Plan
     from kd_core.planning.soft_labels import SoftLabelOption
 
-__all__ = ["doctor_table", "plan_table", "show", "show_markdown", "stack_json", "stack_text", "status_table"]
+__all__ = ["doctor_table", "plan_table", "show", "stack_json", "stack_text", "status_table", "table"]
 
 _MARKS = {
     "hit": "[green]hit[/]",
@@ -31,18 +29,24 @@ _MARKS = {
 _FINDINGS = {"ok": "[green]ok[/]", "failed": "[red]failed[/]", "skipped": "[dim]skipped[/]"}
 
 
-def show(table: RenderableType) -> None:
-    """Print a table, or several to standard output; wide enough not to fold when it is no terminal."""
-    console = CleanConsole(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
+def show(what: RenderableType, *, columns_in_pipe: int | None = None) -> None:
+    """Print a table, or several, to standard output: as wide as the terminal or COLUMNS says, 80 columns where neither does.
+
+    Args:
+        what: to print.
+        columns_in_pipe: columns where no terminal reads it, for tables whose columns are not ours; None: as above.
+    """
+    CleanConsole(highlight=False, width=None if sys.stdout.isatty() else columns_in_pipe).print(what)
 
 
-def show_markdown(text: str) -> None:
-    """Print Markdown to standard output: set on a terminal, as it is elsewhere."""
-    if sys.stdout.isatty():
-        CleanConsole().print(Markdown(text))
-    else:
-        say(text)
+def table(title: str | None, left: Sequence[str], right: Sequence[str] = ()) -> Table:
+    """An empty table without lines: columns of text to the left, then numbers to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="dim", pad_edge=False)
+    for column in left:
+        made.add_column(Text(column), overflow="fold")
+    for column in right:
+        made.add_column(Text(column), justify="right", overflow="fold")
+    return made
 
 
 def _quoted(text: str) -> Text:
@@ -54,33 +58,32 @@ def _quoted(text: str) -> Text:
     return Text("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))
 
 
-def _number(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"
+def _options(columns: Sequence[tuple[str, Sequence[str]]]) -> list[tuple[str, Sequence[str]]]:
+    """Columns in which something stands: a price that no recipe states takes no room."""
+    return [(name, cells) for name, cells in columns if any(cell not in ("", "-") for cell in cells)]
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < 3 else "right", overflow="fold")
-    return table
+def _columns(title: str, texts: Sequence[tuple[str, Sequence[str]]], numbers: Sequence[tuple[str, Sequence[str]]]) -> Table:
+    """A table from its columns."""
+    made = table(title, [name for name, _ in texts], [name for name, _ in numbers])
+    for row in zip(*(cells for _, cells in (*texts, *numbers)), strict=True):
+        made.add_row(*row)
+    return made
 
 
 def plan_table(plan: "Plan", filled_in: Mapping[str, Any]) -> Group:
     """What the recipe leaves to its defaults; one line a stage, with what the rest costs; other target policies; what figures rest on."""
-    columns = ("stage", "fingerprint", "status", "rows", "cached", "tokens", "to store", "requests", "time", "price")
-    table = _table("Plan (nothing has been run)", *columns)
-    for s in plan.stages:
-        counts = map(_number, (s.rows, s.rows_cached, s.tokens))
-        costs = _costs(s.bytes, (s.requests,), s.seconds, s.price)
-        table.add_row(s.name, s.fingerprint[:12], _MARKS[s.status], *counts, *costs)
-    table.add_section()
     total = plan.total
-    least = "at least" if total.unknown else ""
-    table.add_row("in all", least, "", "", "", "", *_costs(total.bytes, (total.requests,), total.seconds, total.price))
-    parts: list[RenderableType] = [table]
+    lines = [(s.name, _MARKS[s.status], s.rows, s.rows_cached, s.tokens, s.bytes, s.seconds, s.price) for s in plan.stages]
+    lines.append(("in all", "at least" if total.unknown else "", None, None, None, total.bytes, total.seconds, total.price))
+    names, marks, rows, cached, tokens, sizes, seconds, prices = map(list, zip(*lines, strict=True))
+    counts = [(name, [*map(_number, cells[:-1]), ""]) for name, cells in (("rows", rows), ("cached", cached), ("tokens", tokens))]
+    costs = [("to store", [*map(_size, sizes)]), ("time", [*map(_time, seconds)]), *_options([("price", [*map(_price, prices)])])]
+    title = "Plan (nothing has been run)"
+    parts: list[RenderableType] = [_columns(title, [("stage", names), ("status", marks)], [*counts, *costs])]
     if filled_in:
-        lines = [_quoted(f"  {path} = {write_value(value)}") for path, value in filled_in.items()]
-        parts = ["Filled in, as the recipe does not say it:", *lines, "", table]
+        defaults = [_quoted(f"  {path} = {write_value(value)}") for path, value in filled_in.items()]
+        parts = ["Filled in, as the recipe does not say it:", *defaults, "", *parts]
     if total.price_a_month is not None:
         parts.append(f"Keeping what is added costs {total.price_a_month:.4f} a month.")
     if plan.soft_label_options:
@@ -89,15 +92,16 @@ def plan_table(plan: "Plan", filled_in: Mapping[str, Any]) -> Group:
 
 
 def _options_table(options: "Sequence[SoftLabelOption]") -> Table:
-    columns = ("policy", "", "cached", "tokens", "bytes a token", "to store", "writes", "reads an epoch", "time", "price", "a month")
-    table = _table("Soft labels under other policies", *columns)
-    for o in options:
-        each = "-" if o.bytes_a_token is None else f"{o.bytes_a_token:,.1f}"
-        costs = _costs(o.bytes, (o.write_requests, o.epoch_requests), o.seconds, o.price)
-        month = "-" if o.price_a_month is None else f"{o.price_a_month:.4f}"
-        mark = "this recipe" if o.chosen else ""
-        table.add_row(_policy_name(o.policy), mark, _number(o.rows_cached), _number(o.tokens), each, *costs, month)
-    return table
+    numbers = [
+        ("cached", [_number(o.rows_cached) for o in options]),
+        ("bytes/token", ["-" if o.bytes_a_token is None else f"{o.bytes_a_token:,.1f}" for o in options]),
+        ("to store", [_size(o.bytes) for o in options]),
+        ("time", [_time(o.seconds) for o in options]),
+        *_options([("price", [_price(o.price) for o in options]), ("a month", [_price(o.price_a_month) for o in options])]),
+    ]
+    names = [f"{'[bold]' if o.chosen else ''}{_policy_name(o.policy)}" for o in options]
+    mine = ["*" if o.chosen else "" for o in options]
+    return _columns("Soft labels under other policies (*: this recipe)", [("policy", names), ("", mine)], numbers)
 
 
 def _policy_name(policy: dict[str, Any]) -> str:
@@ -109,27 +113,38 @@ def _policy_name(policy: dict[str, Any]) -> str:
     return str(policy["kind"])
 
 
-def _costs(size: int | None, requests: tuple[int | None, ...], seconds: float | None, price: float | None) -> list[str]:
-    bytes_text = "-" if size is None else human_bytes(size)
-    time = "-" if seconds is None else human_seconds(seconds)
-    return [bytes_text, *map(_number, requests), time, "-" if price is None else f"{price:.4f}"]
+def _number(value: int | None) -> str:
+    """A count; in millions where its digits would take the room of other columns."""
+    return "-" if value is None else f"{value:,}" if value < 10_000_000 else f"{value / 1e6:,.1f} M"
+
+
+def _size(value: int | None) -> str:
+    return "-" if value is None else human_bytes(value)
+
+
+def _time(value: float | None) -> str:
+    return "-" if value is None else human_seconds(value)
+
+
+def _price(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.2f}" if value >= 10 else f"{value:.4f}"
 
 
 def status_table(rows: Sequence[dict[str, Any]], store: str) -> Table:
     """One line a node."""
-    table = _table(f"Status in {store}", "node", "fingerprint", "status", "took", "resumes at step")
+    made = table(f"Status in {store}", ("node", "fingerprint", "status"), ("took", "resumes at step"))
     for row in rows:
-        took = "-" if row["seconds"] is None else human_seconds(row["seconds"])
-        table.add_row(row["name"], row["fingerprint"][:12], _MARKS.get(row["status"], row["status"]), took, _number(row["resumes_at_step"]))
-    return table
+        step = _number(row["resumes_at_step"])
+        made.add_row(row["name"], row["fingerprint"][:12], _MARKS.get(row["status"], row["status"]), _time(row["seconds"]), step)
+    return made
 
 
 def doctor_table(findings: "Sequence[Finding]") -> Table:
     """One line a check."""
-    table = _table("Doctor", "check", "result", "found")
+    made = table("Doctor", ("check", "result", "found"))
     for finding in findings:
-        table.add_row(finding.name, _FINDINGS[finding.status], _quoted(finding.detail))
-    return table
+        made.add_row(finding.name, _FINDINGS[finding.status], _quoted(finding.detail))
+    return made
 
 
 def stack_json(info: "StackInfo") -> dict[str, Any]:

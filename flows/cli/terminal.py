@@ -8,8 +8,6 @@ import re
 import sys
 from typing import TextIO
 
-from kd_core.recipe.addresses import hide_passwords
-
 __all__ = ["printable", "say"]
 
 _OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -27,4 +25,6 @@ def printable(text: str) -> str:
 
 def say(text: object, *, file: TextIO | None = None) -> None:
     """Print text for people; to standard output if no file is given."""
+    from kd_core.recipe.addresses import hide_passwords  # with all of pydantic: half a second, which a first line need not wait for
+
     print(printable(hide_passwords(str(text))), file=file or sys.stdout)

@@ -4,8 +4,8 @@ A finished record is believed first, then the sources (files and generated famil
 fetched), then the recipe's own limits. What none of them tells is None.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
 
@@ -33,6 +33,7 @@ class PromptCounts:
         train: of them, for training.
         gold: of those, with a worked gold answer.
         items: of all suites.
+        suites: PROMPT_SCHEMA of each suite by its name; empty where nothing was read.
     """
 
     table: pa.Table | None
@@ -40,6 +41,7 @@ class PromptCounts:
     train: int | None
     gold: int | None
     items: int | None
+    suites: Mapping[str, pa.Table] = field(default_factory=dict)
 
     def mean_characters(self, column: str) -> float | None:
         """Mean length of column 'prompt' or 'gold' in characters; None where there are none, or nothing was read."""
@@ -65,15 +67,15 @@ class Counts:
             suite_tables = suite_items(self.basis.recipe, lambda name: pq.read_table(BytesIO(read_bytes(self.basis.store, done, name))))
             table = pq.read_table(BytesIO(read_bytes(self.basis.store, record, "prompts.parquet")))
             expect_measurable(self.basis.recipe, suite_tables)
-            items = sum(suite.num_rows for suite in suite_tables.values())
         elif any(isinstance(source, DatasetSource) for source in sources):
             return self._guessed_prompts()
         else:
             found = collect_prompts(self.basis.recipe)
             expect_measurable(self.basis.recipe, found.suites)
-            table, items = found.table, sum(suite.num_rows for suite in found.suites.values())
+            table, suite_tables = found.table, found.suites
         train = table.filter(pc.equal(table["split"], "train"))
-        return PromptCounts(table, table.num_rows, train.num_rows, train.num_rows - train["gold"].null_count, items)
+        items = sum(suite.num_rows for suite in suite_tables.values())
+        return PromptCounts(table, table.num_rows, train.num_rows, train.num_rows - train["gold"].null_count, items, suite_tables)
 
     def _guessed_prompts(self) -> PromptCounts:
         split = self.basis.recipe.prompts.split

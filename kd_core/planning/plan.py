@@ -33,7 +33,7 @@ from kd_core.summaries import (
     parse,
 )
 
-__all__ = ["Plan", "PlanTotal", "StagePlan", "make_plan", "plan_json"]
+__all__ = ["Plan", "PlanTotal", "StagePlan", "make_plan", "plan_json", "plan_of", "read_known"]
 
 Status = Literal["hit", "partial", "miss"]
 
@@ -120,8 +120,18 @@ def make_plan(recipe: Recipe, store: Store) -> Plan:
         IntegrityError: the store holds a damaged record.
         VersionError: the store holds a record or commit of another version.
     """
+    return plan_of(read_known(recipe, store))
+
+
+def read_known(recipe: Recipe, store: Store) -> Known:
+    """Draw a recipe's graph and read the records of what is done; errors as ``make_plan``."""
     nodes = build_graph(recipe, store)
-    known = Known(Basis(recipe, store, nodes, {name: find(store, node.stage, node.fingerprint) for name, node in nodes.items()}))
+    return Known(Basis(recipe, store, nodes, {name: find(store, node.stage, node.fingerprint) for name, node in nodes.items()}))
+
+
+def plan_of(known: Known) -> Plan:
+    """Plan from what is known; errors as ``make_plan``."""
+    recipe, nodes = known.basis.recipe, known.basis.nodes
     groups: dict[str, list[Node]] = {}
     for node in nodes.values():
         groups.setdefault(node.group, []).append(node)

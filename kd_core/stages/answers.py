@@ -58,7 +58,7 @@ def answers_stage(job: Job) -> AnswersSummary:
     cache = RowCache(job.store, "answers", fingerprint(about))
     cache.describe(about)
     progress = Progress(job, len(dict(rows)), "answers")
-    engine, run = _engine(job, answers, cache, rows), recipe.run
+    engine, run = _engine(job, answers, cache, rows, progress), recipe.run
     ordered = engine.order(rows)
     snapshot, computed = work_in_shards(
         cache,
@@ -85,14 +85,16 @@ def answers_stage(job: Job) -> AnswersSummary:
     return AnswersSummary(sharded_rows(cache, snapshot, keys, computed - len(failed)), tokens, reasons)
 
 
-def _engine(job: Job, answers: Answers, cache: RowCache, rows: Sequence[AnswerRequest]) -> "_LocalEngine | _ServerEngine":
+def _engine(
+    job: Job, answers: Answers, cache: RowCache, rows: Sequence[AnswerRequest], progress: Progress
+) -> "_LocalEngine | _ServerEngine":
     teacher = job.recipe.teacher
     if not isinstance(teacher, ServerTeacher):
-        return _LocalEngine(job, answers)
+        return _LocalEngine(job, answers, progress)
     allowed = math.floor(job.recipe.run.max_failed_answers * len(rows))
     held = cache.snapshot().lines
     session = Session(proven=any(key in held for key, _ in rows), max_failed=allowed)
-    return _ServerEngine(job, teacher, answers, session=session, keep=lambda rows: cache.commit(rows, num_tokens=0))
+    return _ServerEngine(job, teacher, answers, session=session, keep=lambda rows: cache.commit(rows, num_tokens=0), progress=progress)
 
 
 def _packed_answers(rows: pa.Table) -> Packed:
@@ -102,8 +104,8 @@ def _packed_answers(rows: pa.Table) -> Packed:
 class _LocalEngine:
     """The transformers teacher answering shards; loaded at the first shard, so a full cache loads nothing."""
 
-    def __init__(self, job: Job, answers: Answers) -> None:
-        self.job, self.answers = job, answers
+    def __init__(self, job: Job, answers: Answers, progress: Progress) -> None:
+        self.job, self.answers, self.progress = job, answers, progress
         self._loaded: LoadedModel | None = None
         self.failed: dict[str, dict[str, Any]] = {}  # it answers every row
         with job.files(job.inputs["teacher"]) as files:
@@ -121,7 +123,8 @@ class _LocalEngine:
         step = self.job.recipe.run.generate_rows
         for start in range(0, len(shard), step):
             part = shard[start : start + step]
-            found = generate(self._loaded, [row["prompt_ids"] for _, row in part], keys=[key for key, _ in part], answers=self.answers)
+            prompts, keys = [row["prompt_ids"] for _, row in part], [key for key, _ in part]
+            found = generate(self._loaded, prompts, keys=keys, answers=self.answers, on_tokens=lambda n: self.progress.made(n, "tokens"))
             for (key, row), answer in zip(part, found, strict=True):
                 text = decode_answer(self.tokenizer, answer.ids, prompt_ids=row["prompt_ids"])
                 said = {"answer_ids": answer.ids, "text": text, "finish_reason": answer.finish_reason, "error": None}
@@ -132,11 +135,20 @@ class _LocalEngine:
 class _ServerEngine:
     """A server teacher answering shards. Answers are committed as they come; a failed row is kept apart, with its reason."""
 
-    def __init__(self, job: Job, teacher: ServerTeacher, answers: Answers, *, session: Session, keep: Callable[[pa.Table], object]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        teacher: ServerTeacher,
+        answers: Answers,
+        *,
+        session: Session,
+        keep: Callable[[pa.Table], object],
+        progress: Progress,
+    ) -> None:
         if job.recipe.run.teacher_url is None:
             raise RecipeError("run.teacher_url: a server teacher needs its address; add --set run.teacher_url=http://host:port/v1")
         self.job, self.teacher, self.answers, self.url = job, teacher, answers, job.recipe.run.teacher_url
-        self.session, self.keep, self.kept_at = session, keep, time.monotonic()
+        self.session, self.keep, self.kept_at, self.progress = session, keep, time.monotonic(), progress
         self.failed: dict[str, dict[str, Any]] = {}
 
     def order(self, rows: list[AnswerRequest]) -> list[AnswerRequest]:
@@ -156,6 +168,7 @@ class _ServerEngine:
 
         def done(found: tuple[int, ServerAnswer]) -> None:
             (key, row), answer = shard[found[0]], found[1]
+            self.progress.made(1, "answers")
             said: dict[str, Any] = {"answer_ids": [], "text": answer.text, "finish_reason": answer.finish_reason, "error": answer.error}
             full = {"key": key, "prompt_id": row["prompt_id"], "sample_index": row["sample_index"], "prompt_ids": [], **said}
             if answer.error is not None:

@@ -1,9 +1,10 @@
 """Object storage: one protocol, a local directory and S3, and the one function that chooses between them."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_core.errors import StoreError
+from kd_core.errors import StoreAccessError
 from kd_core.store.base import ObjectInfo, Store, check_key
 from kd_core.store.local import LocalStore
 from kd_core.store.s3 import S3Store
@@ -22,14 +23,21 @@ def open_store(uri: str, options: "S3Options") -> Store:
         options: how to reach S3; unused for a local directory.
 
     Raises:
-        StoreError: another scheme, or a bucket that cannot be reached (the message says why and what to do).
+        StoreAccessError: another scheme, a file in the place of a directory, or a bucket that cannot be reached (the message says why, and
+            what to do).
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:
+        path = Path(uri).absolute()
+        file = next((place for place in (path, *path.parents) if os.path.exists(place) and not os.path.isdir(place)), None)
+        if file is not None:
+            raise StoreAccessError(
+                f"store {uri!r}: {file} is a file, and a store is a directory; name another one (a recipe's is run.store)"
+            )
         return LocalStore(Path(uri))
     bucket, _, prefix = rest.partition("/")
     if scheme != "s3" or not bucket:
-        raise StoreError(f"store {uri!r} is not understood; use s3://bucket/prefix or a local directory")
+        raise StoreAccessError(f"store {uri!r} is not understood; use s3://bucket/prefix or a local directory")
     return S3Store(bucket, prefix.strip("/"), options=options)
 
 
@@ -37,6 +45,6 @@ def open_bucket(bucket: str, options: "S3Options") -> Store:
     """Open somebody's bucket, whose objects are read under whatever they are called.
 
     Raises:
-        StoreError: it cannot be reached.
+        StoreAccessError: it cannot be reached.
     """
     return S3Store(bucket, "", options=options, any_key=True)

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from kd_core.errors import StoreError
+from kd_core.errors import StoreAccessError, StoreError
 from kd_core.fingerprint import sha256_bytes, sha256_file
 from kd_core.store.base import ObjectInfo, check_key
 
@@ -28,6 +28,9 @@ _ADVICE = {
     errno.EPERM: "; the file system must support hard links: point run.store at one that does",
     errno.ENOTSUP: "; the file system must support hard links: point run.store at one that does",
 }
+
+_DENIED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTSUP, errno.ENOTDIR)
+"""Errors of the place itself: no other object there fares better."""
 
 
 def _temporary(directory: Path) -> Path:
@@ -81,6 +84,12 @@ def _same(path: Path, data: bytes | Path) -> bool:
     return path.stat().st_size == len(data) and sha256_file(path) == sha256_bytes(data)
 
 
+def _refuse(error: OSError) -> None:
+    """A directory that cannot be listed is no empty one; one that is not there is."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
 class LocalStore:
     """Objects as files below one directory, which is made at the first write."""
 
@@ -99,20 +108,22 @@ class LocalStore:
         return self._root / check_key(key)
 
     @contextmanager
-    def _errors(self, doing: str, key: str) -> Iterator[None]:
+    def _errors(self, doing: str, key: str, *, writes: bool = False) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError as error:
-            raise StoreError(f"{self.uri}/{key}: cannot {doing}: no such object") from error
         except OSError as error:
-            advice = _ADVICE.get(error.errno or 0, "")
-            raise StoreError(f"{self.uri}/{key}: cannot {doing}: {error.strerror or error}{advice}") from error
+            number, reason = error.errno or 0, error.strerror or str(error)
+            if number == errno.ENOENT:
+                reason = "its directory cannot be made; point run.store elsewhere" if writes else "no such object"
+            denied = number in _DENIED or (writes and number == errno.ENOENT)
+            kind = StoreAccessError if denied else StoreError
+            raise kind(f"{self.uri}/{key}: cannot {doing}: {reason}{_ADVICE.get(number, '')}") from error
 
     def create(self, key: str, data: bytes | Path) -> bool:
         """Write an object if there is none; see ``Store.create``."""
         path = self._path(key)
         size = data.stat().st_size if isinstance(data, Path) else len(data)
-        with self._errors(f"write {size:,} bytes", key):
+        with self._errors(f"write {size:,} bytes", key, writes=True):
             make_directory(path.parent)
             temporary = _temporary(path.parent)
             try:
@@ -163,7 +174,7 @@ class LocalStore:
             check_key(prefix.removesuffix("/"))
         found = []
         with self._errors("list", prefix):
-            for directory, _, names in os.walk(self._root / prefix.rpartition("/")[0]):
+            for directory, _, names in os.walk(self._root / prefix.rpartition("/")[0], onerror=_refuse):
                 base = Path(directory).relative_to(self._root).as_posix()
                 keys = (name if base == "." else f"{base}/{name}" for name in names if "~" not in name)
                 found += [info for key in keys if key.startswith(prefix) and (info := self.info(key)) is not None]

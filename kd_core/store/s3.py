@@ -22,7 +22,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kd_core.errors import StoreError
+from kd_core.errors import StoreAccessError, StoreError
 from kd_core.fingerprint import sha256_bytes, sha256_file
 from kd_core.recipe.addresses import check_address, hide_passwords, redact_url
 from kd_core.store.base import ObjectInfo, check_key
@@ -121,7 +121,7 @@ class S3Store:
 
         Raises:
             RecipeError: the endpoint's address is refused.
-            StoreError: no credentials, no such bucket, no right to it, or no server there.
+            StoreAccessError: no credentials, no such bucket, no right to it, or no server there.
         """
         from boto3.session import Session
         from botocore.config import Config
@@ -152,12 +152,15 @@ class S3Store:
                 "s3", endpoint_url=options.endpoint, region_name=options.region, config=config
             )
         except (BotoCoreError, ValueError) as error:
-            raise StoreError(
+            raise StoreAccessError(
                 f"{self.uri}: cannot set up S3: {hide_passwords(str(error))}; correct run.s3, or the AWS_* variables and files "
                 "it is read with"
             ) from error
         self._endpoint: str = redact_url(self._client.meta.endpoint_url)  # AWS_ENDPOINT_URL may hold a password
-        self._call("", lambda: self._client.head_bucket(Bucket=bucket))
+        try:
+            self._call("", lambda: self._client.head_bucket(Bucket=bucket))
+        except StoreError as error:
+            raise StoreAccessError(str(error)) from error
 
     @property
     def uri(self) -> str:

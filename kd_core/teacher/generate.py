@@ -7,7 +7,7 @@ which rows share its batch (up to floating-point ties) and a resumed run gives w
 Generation defaults shipped with a model are not used: only what the recipe says.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +62,14 @@ def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, *, temperature: float, t
 
 
 @torch.inference_mode()
-def generate(loaded: LoadedModel, prompts: Sequence[Sequence[int]], *, keys: Sequence[str], answers: Answers) -> list[Generated]:
+def generate(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    keys: Sequence[str],
+    answers: Answers,
+    on_tokens: Callable[[int], None] | None = None,
+) -> list[Generated]:
     """Answer a batch of prompts.
 
     Args:
@@ -70,6 +77,7 @@ def generate(loaded: LoadedModel, prompts: Sequence[Sequence[int]], *, keys: Seq
         prompts: token ids of each prompt, not empty.
         keys: a row key (32 hex digits) a prompt: names its random stream.
         answers: temperature, top_p, max_tokens (num_samples is the caller's business).
+        on_tokens: hears after every step how many tokens it made; None: nobody does.
 
     Returns:
         One answer a prompt, in order.
@@ -105,6 +113,8 @@ def generate(loaded: LoadedModel, prompts: Sequence[Sequence[int]], *, keys: Seq
             results[row].append(token)
             if stopped:
                 reasons[row] = "stop"
+        if on_tokens is not None:
+            on_tokens(len(alive))
         going_B = (~stopped_B).nonzero()[:, 0]
         if len(going_B) == 0:
             break

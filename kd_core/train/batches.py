@@ -124,12 +124,14 @@ class StepPlan:
 
     Attributes:
         num_supervised: supervised tokens of the whole step, all ranks together: what the loss is divided by.
+        num_tokens: all tokens of its rows, all ranks together.
         batches: row numbers of this rank's batches, at least one.
         num_passes: forward passes of every rank; above ``len(batches)`` the first batch is run again with share 0.
         seed: of the step's random numbers.
     """
 
     num_supervised: int
+    num_tokens: int
     batches: tuple[tuple[int, ...], ...]
     num_passes: int
     seed: int
@@ -183,8 +185,8 @@ class Feed:
                 self._features.prefetch(batch)
         dealt = self._dealt(step)
         cuts = [self._cut(numbers) for numbers in dealt]
-        num_supervised = int(sum(self._supervised[numbers].sum() for numbers in dealt))
-        return StepPlan(num_supervised, cuts[self._rank], max(map(len, cuts)), (self._seed << 32) + step)
+        num_supervised, num_tokens = (int(sum(counts[numbers].sum() for numbers in dealt)) for counts in (self._supervised, self._lengths))
+        return StepPlan(num_supervised, num_tokens, cuts[self._rank], max(map(len, cuts)), (self._seed << 32) + step)
 
     def read(self, plan: StepPlan, number: int, *, soft: bool, features: bool = False) -> MicroBatch:
         """The batch of a pass (0-based) of a step.

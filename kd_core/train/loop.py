@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from kd_core.errors import TrainingError
 from kd_core.failpoints import reach
 from kd_core.losses.objective import step_weights
-from kd_core.progress import Tick, Ticker
+from kd_core.progress import Pace, Tick, Ticker
 from kd_core.recipe import Objective, Run, Training
 from kd_core.summaries import TrainingRun, UsedRows
 from kd_core.teacher.models import pick_device
@@ -152,7 +152,7 @@ def train(
     state.check(feed.first_rows(start, 2), layout)
     products = torch.bfloat16 if training.dtype == "bfloat16" else torch.float32
     meter = Meter(model, num_columns=num_columns, device=accelerator.device, dtype=products)
-    history, done = state.history, start
+    history, done, pace = state.history, start, Pace()
     tick(Tick(start, training.steps, "steps"))
     stopped = False
     with sigterm_waits() as stop, as_trained(state.model, packed=packed, run=run):
@@ -164,6 +164,7 @@ def train(
             means = state.gradients(feed, plan, weights, meter)
             norms["gradient_norm"] = state.step(step, learning_rate=rate, weight_decay=decay)
             done, history.supervised_tokens = step + 1, history.supervised_tokens + plan.num_supervised
+            pace.add(rows=training.batch_rows, tokens=plan.num_tokens)
             spike = history.is_spike(done, means["loss"])
             due = training.validate_every_steps is not None and done % training.validate_every_steps == 0
             validated = state.validate(done, data.validation, layout) if due or done == training.steps else {}
@@ -172,7 +173,7 @@ def train(
                 acting = {"hard_weight": weights.hard, "soft_weight": weights.soft, "temperature": weights.temperature}
                 acting |= {} if features is None else {"feature_weight": weights.feature}
                 history.log(done, {**means, **norms, **acting, "learning_rate": rate, "weight_decay": decay, **validated})
-                tick(Tick(done, training.steps, "steps", f"loss {means['loss']:.4f}"))
+                tick(Tick(done, training.steps, "steps", f"loss {means['loss']:.4f}, {pace.read()}"))
             if last or done % max(_LOG_EVERY, training.steps // _SPEED_READINGS) == 0:
                 history.speed.append({"step": done, **meter.read()})
             saved = not last and done % run.checkpoint_every_steps == 0

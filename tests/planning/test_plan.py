@@ -602,7 +602,7 @@ def test_people_see_the_options_and_where_figures_come_from(data: Path, empty: L
     text = capsys.readouterr().out
     shown = [line for line in text.splitlines() if line.startswith(("sampled,", "dense"))]
     assert [line.split("  ")[0] for line in shown] == [f"sampled, {n} draws at T 1" for n in (2, 4, 8)] + ["dense"]
-    assert ["this recipe" in line for line in shown] == [False, True, False, False]
+    assert [" * " in line for line in shown] == [False, True, False, False]
     assert "Keeping what is added costs" in text
     assert "- scoring: " in text
 

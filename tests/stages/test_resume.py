@@ -168,7 +168,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(copy, kd, kd_process, 
             next(held.iterdir()).unlink()
         out, err = process.communicate(timeout=120)
         assert (process.returncode, out) == (130, "")
-        [line] = [line for line in err.splitlines() if not line.startswith(("+ ", "= "))]
+        [line] = [line for line in err.splitlines() if not line.startswith(("+ ", "= ", "  "))]
         assert line.startswith("kd: stopped.")
         _, *again = shlex.split(line.partition(":  ")[2])
         assert again == words

@@ -73,6 +73,6 @@ def test_plan_and_run_refuse_a_suite_of_one_item_before_training(kd: Callable[..
     changes = [f"prompts.sources={source}", "evaluation.suites.0.limit=1", "prompts.split.test=0.3", f"run.store={tmp_path / 'store'}"]
     for command in (("plan",), ("run", "--local")):
         called = kd(*command, QUICKSTART, *(word for change in changes for word in ("--set", change)))
-        assert called.code == 1
-        assert "suite held_out has 1 item, which says nothing of others" in called.err
+        assert called.code == 2
+        assert "suite held_out has 1 item, which says nothing of others" in called.out + called.err, "a plan prints what will fail"
         assert "+ prompts" not in called.err + called.out

@@ -155,3 +155,11 @@ def test_samples_follow_the_stated_distribution(temperature: float, top_p: float
     found = sample_tokens(logits_1V.expand(repeats, -1), uniform_B, temperature=temperature, top_p=top_p)
     share_V = torch.bincount(found, minlength=5) / repeats
     assert bool(((share_V - nucleus_V).abs() <= 5 * (nucleus_V * (1 - nucleus_V) / repeats).sqrt()).all())
+
+
+def test_tokens_are_told_of_step_by_step(tiny_model) -> None:
+    told: list[int] = []
+    found = generate(tiny_model(seed=3), PROMPTS, keys=KEYS, answers=SAMPLED, on_tokens=told.append)
+    assert told[0] == len(PROMPTS)
+    assert sum(told) == sum(len(answer.ids) for answer in found)
+    assert len(told) == max(len(answer.ids) for answer in found)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from kd_core.errors import SoftLabelError, TrainingError
 from kd_core.losses.divergences import FORWARD_KL
-from kd_core.progress import silent
+from kd_core.progress import Tick, silent
 from kd_core.recipe import Constant, Decay, Dense, Objective, ReduceOnPlateau, Run, Sampled, SoftLabels, Training
 from kd_core.softlabels.capture import row_key, score_rows
 from kd_core.store import LocalStore
@@ -493,3 +494,11 @@ def test_a_diverged_run_ends_with_advice(student, tmp_path) -> None:
             objective=HARD,
             training=Training(steps=20, batch_rows=2, learning_rate=0.1),
         )
+
+
+def test_ticks_tell_the_loss_and_the_pace(student: torch.nn.Module, data: TrainingData, tmp_path: Path) -> None:
+    ticks: list[Tick] = []
+    fit(student, tmp_path, data=data, tick=ticks.append)
+    assert [tick.note for tick in ticks if tick.done == 0] == [""]
+    assert len(ticks) > 1
+    assert all(re.fullmatch(r"loss \d+\.\d{4}, [\d,.]+ rows/s, [\d,.]+ tokens/s", tick.note) for tick in ticks[1:])

@@ -53,7 +53,7 @@ def test_ls_lists_both_tables(there, finished):
 
 def test_a_store_that_is_not_there_is_an_error_and_is_not_made(there, tmp_path):
     called = there("ls", "--store", str(tmp_path / "gone"))
-    assert (called.code, called.out) == (1, "")
+    assert (called.code, called.out) == (2, "")
     assert f"no store at {tmp_path / 'gone'}: name one with --store" in called.err
     assert not (tmp_path / "gone").exists()
 
@@ -168,7 +168,7 @@ def test_explode_to_screen_and_files(there, tmp_path):
         (("explode", "--out", "x.txt"), 2, "write to a name that ends in .parquet or .csv"),
         (("explode", "--key", "nowhere"), 1, "has no row nowhere"),
         (("explode", "--namespace", "zz"), 1, "'zz' names 0 namespaces"),
-        (("ls", "--store", "gs://bucket"), 1, "use s3://bucket/prefix or a local directory"),
+        (("ls", "--store", "gs://bucket"), 2, "use s3://bucket/prefix or a local directory"),
     ],
 )
 def test_what_goes_wrong_is_one_line(there, words, code, said):

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from flows.cli.console import CleanConsole, Display
 from flows.cli.row_output import print_rows
-from flows.cli.tables import show_markdown
+from flows.cli.tables import show
 from flows.cli.terminal import printable, say
 from kd_core.progress import Tick
 
@@ -60,7 +60,7 @@ def test_errors_and_reports_are_clean(kd, tmp_path: Path, capsys: pytest.Capture
         assert called.code == 2
         assert r"\x1b[2J" in called.err
         assert not OBEYED.search(called.err)
-    show_markdown(HOSTILE)
+    show(HOSTILE)
     say(f"{HOSTILE} postgresql://me:canary@host/db")
     said = capsys.readouterr().out
     assert not OBEYED.search(said)
