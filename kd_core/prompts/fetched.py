@@ -22,6 +22,8 @@ __all__ = ["KEPT_BYTES", "open_fetched"]
 
 KEPT_BYTES = 32 * 2**30
 """Bytes kept on disk; one larger object is still kept, alone."""
+_WHOLE_BYTES = 2**20
+"""Up to here an object is got whole, so that a server that knows no ranges can give small ones; larger ones come block by block."""
 
 _lock = threading.Lock()
 _kept: dict[tuple[object, ...], Path] = {}
@@ -43,7 +45,10 @@ def open_fetched(store: "Store", info: "ObjectInfo", state: tuple[object, ...]) 
         if state not in _kept:
             _make_room(info.size_bytes)
             path = _folder() / str(next(_numbers))
-            store.download(info.key, path)
+            if info.size_bytes <= _WHOLE_BYTES:
+                path.write_bytes(store.get(info.key))
+            else:
+                store.download(info.key, path)
             _kept[state] = path
         return _kept[state].open("rb")
 
