@@ -10,9 +10,10 @@ import pyarrow.compute as pc
 from kd_core.planning.known import Known
 from kd_core.prompts import turns_of
 from kd_core.recipe import (
+    DatasetSource,
+    FileSource,
     PretrainedStudent,
     PretrainedTeacher,
-    ReasoningGymSource,
     Recipe,
     ServerTeacher,
     StudentFromConfig,
@@ -74,7 +75,8 @@ def _used(known: Known, limit: RowLimit) -> UsedRows | None:
 
 def turn_notes(known: Known) -> Iterator[str]:
     """One sentence on which turns of chats are learnt."""
-    if all(isinstance(source, ReasoningGymSource) or source.messages is None for source in known.basis.recipe.prompts.sources):
+    sources = known.basis.recipe.prompts.sources
+    if not any(isinstance(source, FileSource | DatasetSource) and source.messages is not None for source in sources):
         return
     table, several = known.counts.prompts.table, ""
     if table is not None:

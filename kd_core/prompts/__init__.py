@@ -8,9 +8,9 @@ from kd_core.prompts.turns import Turn, messages_of, shown, turns_of, user_words
 
 __all__ = [
     "INPUTS_FILE",
+    "PROMPT_SCHEMA",
     "Inputs",
     "InputsWriter",
-    "PROMPT_SCHEMA",
     "PromptRow",
     "PromptSet",
     "Turn",

@@ -190,7 +190,7 @@ def _clean_rows(
     return kept
 
 
-def _clean_turns(raw: RawRow, task: Task) -> tuple[Turn, ...]:
+def _clean_turns(raw: RawRow, task: AnyTask) -> tuple[Turn, ...]:
     """The turns of a prompt, cleaned; none where the user says nothing.
 
     Raises:
@@ -200,7 +200,7 @@ def _clean_turns(raw: RawRow, task: Task) -> tuple[Turn, ...]:
     turns = tuple(Turn(turn.role, _clean_or_none(turn.content, raw.at) or "") for turn in said)
     if not any(turn.role == "user" and turn.content for turn in turns):
         return ()
-    if len(turns) > 1 and task.template == "plain":
+    if len(turns) > 1 and not (isinstance(task, Task) and task.template == "chat"):
         roles = ", ".join(turn.role for turn in turns[:4]) + (" ..." if len(turns) > 4 else "")
         raise SourceError(f"{raw.at}: a prompt of {len(turns)} turns ({roles}) needs the model's chat template; set task.template: chat")
     return turns

@@ -135,8 +135,14 @@ def _with_images(rows: Iterator[tuple[str, RawRow]], source: FileSource, where: 
     if source.path.startswith("s3://"):
         raise SourceError(f"{where}.path: images that a table on s3:// names are not read; copy table and images here, or use a folder")
     for label, row in rows:
-        media = None if not row.prompt else named_image(row.prompt, beside=_file_of(row.at), at=row.at)
+        media = None if not row.prompt else named_image(_only_text(row), beside=_file_of(row.at), at=row.at)
         yield label, RawRow(row.at, None, row.gold, row.reference, media)
+
+
+def _only_text(row: RawRow) -> str:
+    if not isinstance(row.prompt, str):
+        raise SourceError(f"{row.at}: a chat names no image; give the source a prompt, the column of paths")
+    return row.prompt
 
 
 def _file_of(at: str) -> str:
@@ -146,9 +152,8 @@ def _file_of(at: str) -> str:
 
 def _image_hashes(source: FileSource, where: str, s3: S3Options) -> str:
     """Fingerprint of the images that a table names, in its order."""
-    paths = (
-        Path(_file_of(row.at)).parent / row.prompt for _, row in islice(_file_source_rows(source, where, s3), source.limit) if row.prompt
-    )
+    rows = (row for _, row in islice(_file_source_rows(source, where, s3), source.limit))
+    paths = (Path(_file_of(row.at)).parent / _only_text(row) for row in rows if row.prompt)
     return fingerprint([file_sha256(local_file(path)) if path.is_file() else None for path in paths])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 __all__ = ["from_folder"]
 
 _FILES = ("file", "folder")
+_MODELS = ("pretrained", "trained_classifier")
 
 
 def from_folder(data: Any, folder: Path) -> None:
@@ -34,7 +35,7 @@ def _walk(data: Any, folder: Path, seen: set[int]) -> None:
         kind, path, model = data.get("kind"), data.get("path"), data.get("model")
         if kind in _FILES and isinstance(path, str):
             data["path"] = _beside(path, folder)
-        if kind == "pretrained" and isinstance(model, str) and data.get("revision") is None and _is_directory(model, folder):
+        if kind in _MODELS and isinstance(model, str) and data.get("revision") is None and _is_directory(model, folder):
             data["model"] = _beside(model, folder)
     for value in data.values() if isinstance(data, dict) else data:
         _walk(value, folder, seen)
