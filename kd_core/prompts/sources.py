@@ -71,7 +71,7 @@ def source_identity(source: Source, *, s3: S3Options, where: str = "source", ima
             _form(source, where)
             files = find_source_files(source.path, where=where, s3=s3)
             content = [{"name": file.name, "sha256": file_sha256(file)} for file in files]
-            pictures = _image_hashes(source, where, s3) if images else None
+            pictures = _image_hashes(source, where, s3) if images and source.messages is None else None
             return {"files": content, **source.model_dump(mode="json", exclude={"path"}), "images": pictures}
         case DatasetSource():
             _form(source, where)
