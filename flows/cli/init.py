@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -22,12 +22,18 @@ _LONG_SECONDS = 3600.0
 def init(
     data: Annotated[
         str | None,
-        typer.Option("--data", metavar="DATA", help="A file or a glob (.jsonl, .json, .csv, .tsv, .parquet, also .gz, .zst), or a hub id."),
+        typer.Option(
+            "--data",
+            metavar="DATA",
+            help="A file, a glob (.jsonl, .json, .csv, .tsv, .parquet; .gz, .zst), a folder of a folder of images a class, or a hub id.",
+        ),
     ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(
-            "--teacher", metavar="MODEL", help="A hub id, a directory, pkg://package/file.gguf, or a server: http://host:8000/v1."
+            "--teacher",
+            metavar="MODEL",
+            help="A hub id, a directory, pkg://package/file.gguf, or a server: http://host:8000/v1; of classes none is needed.",
         ),
     ] = None,
     student: Annotated[
@@ -39,7 +45,7 @@ def init(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The recipe to write; never one that is there.")] = Path("recipe.yaml"),
 ) -> None:
     """Write a first recipe for your data, and show its plan. Asks for what it is not told."""
-    from kd_core.first_recipe import look_at, recognise, student_of, teacher_of, write_recipe
+    from kd_core.first_recipe import class_student_of, class_teacher_of, look_at, recognise, write_recipe
     from kd_core.recipe.core_yaml import read_yaml
     from kd_core.recipe.files import parse_recipe
 
@@ -48,20 +54,16 @@ def init(
     folder = out.parent
     if not folder.is_dir():
         raise RecipeError(f"--out: there is no folder {str(folder)!r}; make it first")
-    asking = data is None or teacher is None
-    if asking and not sys.stdin.isatty():
-        missing = " and ".join(flag for flag, value in (("--data", data), ("--teacher", teacher)) if value is None)
-        raise RecipeError(f"kd init asks for what it is not told, and there is no terminal to ask on; give {missing} (kd init --help)")
-    sample = _told(data, "Your data: a file, a glob, or a hub id", lambda word: look_at(word, folder=folder))
-    found = recognise(sample.rows)
+    if data is None:
+        _expect_terminal("--data" if teacher is not None else "--data and --teacher")
+    sample = _told(data, "Your data: a file, a glob, a folder of images, or a hub id", lambda word: look_at(word, folder=folder))
+    found = recognise(sample)
     _explain(sample, found)
-    who = _told(teacher, "The teacher: a hub id, a directory, or a server's address", lambda word: teacher_of(word, folder=folder))
-    default = None if who["kind"] == "server" else "1/2"
-    if student is None and default is None and not asking:
-        raise RecipeError("--student: a server's model has no blocks to give here; name a model, such as a hub id or a directory")
-    question = "The student: 1/2, 1/3 ... of the teacher's blocks, or a model"
-    given = student if student is not None or asking else default
-    learner = _told(given, question, lambda word: student_of(word, teacher=who, folder=folder), default=default)
+    if found.task.get("kind") == "classification":
+        who = class_teacher_of(teacher, image_edge=sample.image_edge, folder=folder)
+        learner = class_student_of(student, image_edge=sample.image_edge, folder=folder)
+    else:
+        who, learner = _models(teacher, student, folder, asked=data is None or teacher is None)
     text = write_recipe(sample, found, teacher=who, student=learner, file=str(out))
     parse_recipe(read_yaml(text, str(out)), origin=str(out))
     try:
@@ -75,6 +77,26 @@ def init(
     except KDError:
         out.unlink()  # what cannot be planned is not left behind
         raise
+
+
+def _expect_terminal(missing: str) -> None:
+    if not sys.stdin.isatty():
+        raise RecipeError(f"kd init asks for what it is not told, and there is no terminal to ask on; give {missing} (kd init --help)")
+
+
+def _models(teacher: str | None, student: str | None, folder: Path, *, asked: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of the teacher and of the student of a recipe whose student writes text."""
+    from kd_core.first_recipe import student_of, teacher_of
+
+    if teacher is None:
+        _expect_terminal("--teacher")
+    who = _told(teacher, "The teacher: a hub id, a directory, or a server's address", lambda word: teacher_of(word, folder=folder))
+    default = None if who["kind"] == "server" else "1/2"
+    if student is None and default is None and not asked:
+        raise RecipeError("--student: a server's model has no blocks to give here; name a model, such as a hub id or a directory")
+    question = "The student: 1/2, 1/3 ... of the teacher's blocks, or a model"
+    given = student if student is not None or asked else default
+    return who, _told(given, question, lambda word: student_of(word, teacher=who, folder=folder), default=default)
 
 
 def _told(word: str | None, question: str, read: Callable[[str], _T], *, default: str | None = None) -> _T:
@@ -92,10 +114,10 @@ def _told(word: str | None, question: str, read: Callable[[str], _T], *, default
 
 
 def _explain(sample: "Sample", found: "Recognised") -> None:
-    say(f"Looked at {len(sample.rows)} rows:")
+    say("Looked at a folder of images, one folder a class:" if sample.image_edge is not None else f"Looked at {len(sample.rows)} rows:")
     for name, value in {**found.fields, **found.task}.items():
         say(f"  {name}: {value!r}{f' ({why})' if (why := found.why.get(name)) else ''}")
-    if "gold" not in found.fields and "messages" not in found.fields:
+    if sample.image_edge is None and not {"gold", "messages"} & found.fields.keys():
         say("  no gold answers: the student learns from the teacher's own")
     if not found.task:
         say("  answers are not verified: nothing says which part of one is final")

@@ -10,6 +10,7 @@ from typing import Any
 
 from kd_core.errors import SourceError
 from kd_core.prompts.files import file_rows, find_source_files
+from kd_core.prompts.images import ENDINGS
 from kd_core.prompts.readers import READERS, format_of
 from kd_core.prompts.values import batch_rows
 from kd_core.recipe import S3Options
@@ -30,18 +31,21 @@ class Sample:
         source: fields of the recipe's source that say where it is.
         rows: at most NUM_ROWS, column name -> text, None, list or mapping.
         name: what a recipe of it may be called.
+        image_edge: longer edge of the first image, pixels, of a folder of images; None of all else.
     """
 
     source: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
     name: str
+    image_edge: int | None = None
 
 
 def look_at(data: str, *, folder: Path) -> Sample:
     """The first rows of what a user names.
 
     Args:
-        data: a path or a glob from the working directory, s3://bucket/key, or a hub id with or without @revision.
+        data: a path or a glob from the working directory, a folder with a folder of images a class, s3://bucket/key, or a hub id with or
+            without @revision.
         folder: where the recipe will be, from which its relative paths start.
 
     Raises:
@@ -52,16 +56,39 @@ def look_at(data: str, *, folder: Path) -> Sample:
         return _of_hub(hub["id"], hub["revision"])
     path = Path(data).expanduser()
     if path.is_dir():
-        raise SourceError(f"--data: {data} is a folder; name a file, or a glob such as '{path / '*.jsonl'}'")
+        return _of_folder(data, path, folder)
     if "://" not in data and not path.exists() and not set("*?[") & set(data):
         raise SourceError(f"--data: there is no file {data!r} here; name a file, or a data set of the hub such as openai/gsm8k")
     rows: list[Mapping[str, Any]] = []
     for file in find_source_files(data, where="--data", s3=S3Options()):
         rows.extend(row for _, row in islice(file_rows(file, None), NUM_ROWS - len(rows)))
-    place = data if "://" in data or path.is_absolute() or data.startswith("~") else os.path.relpath(data, folder)
     parts = [part for part in (PurePosixPath(data).stem.partition(".")[0], path.absolute().parent.name) if slug(part)]
     name = next((part for part in parts if part.lower() not in _GENERAL), "first")
-    return Sample({"kind": "file", "path": place}, _some(rows, data), slug(name))
+    return Sample({"kind": "file", "path": _from(data, folder)}, _some(rows, data), slug(name))
+
+
+def _from(data: str, folder: Path) -> str:
+    """A path as a recipe in a folder names it."""
+    return data if "://" in data or Path(data).is_absolute() or data.startswith("~") else os.path.relpath(data, folder)
+
+
+def _of_folder(data: str, path: Path, folder: Path) -> Sample:
+    """A folder with one folder of images a class."""
+    from PIL import Image
+
+    classes = [one for one in sorted(path.iterdir()) if one.is_dir() and not one.name.startswith(".")]
+    images = [next((file for file in sorted(one.iterdir()) if file.suffix.lower() in ENDINGS), None) for one in classes]
+    found = [file for file in images if file is not None]
+    if len(found) < 2:
+        raise SourceError(
+            f"--data: {data} is a folder without folders of images, one a class; name a file, or a glob such as '{data}/*.jsonl'"
+        )
+    try:
+        with Image.open(found[0]) as image:
+            edge = max(image.size)
+    except OSError as error:
+        raise SourceError(f"--data: {found[0]} is no image that can be read: {error}") from error
+    return Sample({"kind": "folder", "path": _from(data, folder)}, (), slug(path.absolute().name) or "first", edge)
 
 
 def _of_hub(name: str, revision: str | None) -> Sample:

@@ -14,7 +14,7 @@ from kd_core.recipe.addresses import check_address
 from kd_core.teacher.reference import locate
 from kd_core.teacher.server import API_KEY_VARIABLE
 
-__all__ = ["student_of", "teacher_of"]
+__all__ = ["class_student_of", "class_teacher_of", "student_of", "teacher_of"]
 
 _SHARE = re.compile(r"1/([1-9][0-9]?)")
 _PINNED = re.compile(r"(.+)@([0-9a-f]{40})")
@@ -54,6 +54,59 @@ def student_of(word: str, *, teacher: Mapping[str, Any], folder: Path) -> dict[s
     if teacher["kind"] == "server":
         raise RecipeError("--student: a server's model has no blocks to give here; name a model, such as a hub id or a directory")
     return {"kind": "from_teacher", "every_nth_block": int(share[1])}
+
+
+_TEXT_SIZES = {
+    "teacher": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256},
+    "student": {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128},
+}
+_IMAGE_SIZES = {
+    "teacher": {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128},
+    "student": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64},
+}
+_LARGEST_EDGE = 64
+_NEW_TRAINING = {"steps": 600, "batch_rows": 32, "learning_rate": 0.001, "warmup_steps": 50}
+_TUNING = {"steps": 300, "batch_rows": 32, "learning_rate": 0.00005, "warmup_steps": 30}
+
+
+def class_teacher_of(word: str | None, *, image_edge: int | None, folder: Path) -> dict[str, Any]:
+    """Fields of a teacher of classes: a small new one that is trained first, or a pre-trained model that is tuned.
+
+    Args:
+        word: None for a new one, or a model as for ``student_of``.
+        image_edge: longer edge of the images, pixels; None where texts are classified.
+        folder: where the recipe will be.
+
+    Raises:
+        TeacherError, RecipeError: there is no such model, or it is behind a server.
+    """
+    if word is None:
+        return {"kind": "trained_classifier", **_new_classifier("teacher", image_edge), "training": _NEW_TRAINING}
+    if word.startswith(("http://", "https://", "pkg://")):
+        raise RecipeError(f"--teacher: {word} tells no classes; name a model of the hub or a directory, or leave it out for a new one")
+    return {"kind": "trained_classifier", **_model(word, folder, flag="--teacher"), "training": _TUNING}
+
+
+def class_student_of(word: str | None, *, image_edge: int | None, folder: Path) -> dict[str, Any]:
+    """Fields of a student of classes; see ``class_teacher_of``.
+
+    Raises:
+        TeacherError, RecipeError: there is no such model, or a share of the teacher is asked for.
+    """
+    if word is None:
+        return {"kind": "new_classifier", **_new_classifier("student", image_edge)}
+    if _SHARE.fullmatch(word):
+        raise RecipeError(
+            f"--student: {word} of a teacher is for models that write; leave it out for a small new classifier, or name a model"
+        )
+    return {"kind": "pretrained", **_model(word, folder, flag="--student")}
+
+
+def _new_classifier(role: str, image_edge: int | None) -> dict[str, Any]:
+    if image_edge is None:
+        return {"family": "bert", "config": {**_TEXT_SIZES[role], "max_position_embeddings": 128}}
+    edge = min(_LARGEST_EDGE, -(-image_edge // 8) * 8)
+    return {"family": "vit", "config": {"image_size": edge, "patch_size": edge // 4 if edge <= 16 else edge // 8, **_IMAGE_SIZES[role]}}
 
 
 def _model(word: str, folder: Path, *, flag: str) -> dict[str, Any]:

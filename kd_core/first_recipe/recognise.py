@@ -1,4 +1,4 @@
-"""What the columns of somebody's rows are: a prompt and its answer, or the turns of a chat; and how an answer can be verified.
+"""What somebody's rows are: a prompt and its answer, the turns of a chat, or a text and its class; and how an answer can be verified.
 
 Names decide first, then the values. Whatever is found comes with its reason, and nothing is guessed where several readings are
 possible.
@@ -11,6 +11,8 @@ from typing import Any
 from kd_core.curate.forms import Text
 from kd_core.curate.reading import read_form
 from kd_core.errors import SourceError
+from kd_core.first_recipe.data import Sample
+from kd_core.prompts.images import ENDINGS
 from kd_core.prompts.values import decode_json
 
 __all__ = ["Recognised", "recognise"]
@@ -18,6 +20,7 @@ __all__ = ["Recognised", "recognise"]
 _PROMPTS = ("question", "problem", "prompt", "instruction", "query", "user", "q", "input", "text", "sentence", "document", "article")
 _WORKED = ("solution", "rationale", "reasoning", "explanation", "worked_solution", "chain_of_thought")
 _ANSWERS = ("answer", "final_answer", "response", "output", "completion", "target", "gold", "assistant", "a", "summary", "translation")
+_LABELS = ("label_text", "label_name", "label", "category", "class", "intent", "sentiment", "topic", "emotion", "species")
 _BEFORE = {"body": " ", "context": "\n\n", "passage": "\n\n", "story": "\n\n"}
 """Columns that go before a question, and what stands between them."""
 _MARKERS = {"####": "Work it out step by step. End with a line that holds #### and the final answer alone."}
@@ -34,7 +37,7 @@ class Recognised:
 
     Attributes:
         fields: of the recipe's source: prompt, gold and reference, or messages.
-        task: of the recipe's task: answer_marker, verifier, system; empty where no answer can be verified.
+        task: of the recipe's task: answer_marker, verifier, system, or kind and input of classes; empty where no answer can be verified.
         why: field -> the reason for it, a few words.
         unused: columns that no field names.
     """
@@ -45,21 +48,27 @@ class Recognised:
     unused: tuple[str, ...] = ()
 
 
-def recognise(rows: Rows) -> Recognised:
-    """Recognise what rows are by the names and values of their columns.
+def recognise(sample: Sample) -> Recognised:
+    """Recognise what rows are by the names and values of their columns; a folder of folders of images is classes.
 
     Raises:
         SourceError: the prompts cannot be told; it names the columns.
 
-    >>> found = recognise([{"question": "1+1?", "answer": "1 and 1 is 2\\n#### 2"}] * 3)
+    >>> rows = [{"question": "1+1?", "answer": "1 and 1 is 2\\n#### 2"}] * 3
+    >>> found = recognise(Sample({"kind": "file", "path": "x.jsonl"}, rows, "x"))
     >>> dict(found.fields), found.task["answer_marker"], found.task["verifier"]
     ({'prompt': '{question}', 'gold': '{answer}'}, '####', 'math')
     """
+    if sample.image_edge is not None:
+        return Recognised({}, {"kind": "classification", "input": "image"}, {"kind": "a folder of images is a class"})
+    rows = sample.rows
     columns = list(dict.fromkeys(name for row in rows for name in row))
     if (chats := next((name for name in columns if _is_chat(rows, name)), None)) is not None:
         why = {"messages": "lists of turns; of each the last assistant turn is learnt, what stands before it is the prompt"}
         return Recognised({"messages": chats}, why=why, unused=tuple(name for name in columns if name != chats))
     texts = [name for name in columns if _is_text(rows, name)]
+    if (classes := _classes(rows, texts, columns)) is not None:
+        return classes
     prompt, used, reason = _prompt(texts, columns)
     answers = [name for name in texts if name not in used]
     found = _answer(rows, answers, lone=len(answers) == 1 and reason != _NAMED)
@@ -89,6 +98,25 @@ def _is_chat(rows: Rows, column: str) -> bool:
 def _by_name(columns: Sequence[str], names: Sequence[str]) -> str | None:
     plain = {column.lower().replace(" ", "_").replace("-", "_"): column for column in reversed(columns)}
     return next((plain[name] for name in names if name in plain), None)
+
+
+def _classes(rows: Rows, texts: Sequence[str], columns: Sequence[str]) -> Recognised | None:
+    """A text and its class; None where no column is called one, or another is called an answer."""
+    label = _by_name(texts, _LABELS)
+    others = [name for name in texts if _by_name([name], _LABELS) is None]
+    text = _by_name(others, _PROMPTS) or (others[0] if len(others) == 1 else None)
+    if label is None or text is None or _by_name([name for name in others if name != text], (*_WORKED, *_ANSWERS)) is not None:
+        return None
+    if _share(_values(rows, label), lambda value: len(value) <= _SHORT and "\n" not in value.strip()) < _MOST:
+        return None
+    if _share(_values(rows, text), lambda value: value.lower().endswith(ENDINGS)) >= _MOST:
+        raise SourceError(
+            f"--data: column {text!r} names images, and how large they are is not looked at; put them into a folder a class, and name the "
+            "folder above these"
+        )
+    unused = tuple(name for name in columns if name not in (text, label))
+    why = {"prompt": "what is classified", "gold": f"{_NAMED}: its class"}
+    return Recognised({"prompt": f"{{{text}}}", "gold": f"{{{label}}}"}, {"kind": "classification", "input": "text"}, why, unused)
 
 
 def _prompt(texts: Sequence[str], columns: Sequence[str]) -> tuple[str, list[str], str]:

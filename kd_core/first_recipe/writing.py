@@ -13,6 +13,8 @@ _TASK = {
     "system": "makes answers end as the gold ones do",
     "answer_marker": "stands before the final answer",
     "verifier": "equal as numbers or formulas: math; as text: exact",
+    "kind": "which of some classes",
+    "input": "what is classified",
 }
 _COLUMN, _WIDTH = 40, 100
 
@@ -41,9 +43,11 @@ def write_recipe(sample: Sample, found: Recognised, *, teacher: Mapping[str, Any
     lines += [source[0].replace("      ", "    - ", 1), *source[1:]]
     named = {name: value for name, value in teacher.items() if name != "url"}
     lines += ["teacher:", *(_line(1, name, value) for name, value in named.items())]
+    if teacher["kind"] == "trained_classifier":
+        lines[-len(named)] += "  # trained first, on the rows that are not held out"
     if teacher["kind"] == "server":
         lines[-1] += "  # which weights it runs, as you know them: a version or a date"
-    lines.append(_line(0, "student", dict(student), _student(student)))
+    lines += ["student:", *(_line(1, name, value, _student(student) if name == "kind" else "") for name, value in student.items())]
     if "url" in teacher:
         lines += ["run:", _line(1, "teacher_url", teacher["url"], "its key, if it wants one, comes from KD_TEACHER_API_KEY")]
     return "\n".join(lines) + "\n"
@@ -65,6 +69,8 @@ def _quoted(value: Any) -> str:
 
 
 def _student(student: Mapping[str, Any]) -> str:
+    if student["kind"] == "new_classifier":
+        return "a small model with random weights"
     if student["kind"] == "from_teacher":
         return f"blocks of the teacher: one in {student['every_nth_block']}"
     return "goes on learning; with soft labels it must share the teacher's tokenizer"

@@ -18,6 +18,7 @@ from kd_core.curate import final_answer
 from kd_core.errors import SourceError
 from kd_core.prompts.cleaning import Side, clean, prompt_id, side_of
 from kd_core.prompts.decontaminate import Wording, groups, index_suite, overlap, set_aside_common, wording
+from kd_core.prompts.inputs import content_hash
 from kd_core.prompts.rows import PromptRow, RawRow, to_table
 from kd_core.prompts.sources import read_source
 from kd_core.prompts.turns import Turn, prompt_key, prompt_text, user_words
@@ -59,7 +60,7 @@ def collect_prompts(recipe: Recipe, keep: Keep | None = None) -> PromptSet:
 
     Args:
         recipe: the recipe.
-        keep: takes the images; needed where prompts are images.
+        keep: takes the images; None where they are only looked at.
 
     Raises:
         SourceError: a source cannot be read, nothing is left to train on, or a suite is empty.
@@ -100,7 +101,7 @@ def collect_gold(
         suites: the recipe's suites; those of kind source are read and their overlaps removed.
         max_characters: longest prompt, characters.
         s3: how to reach s3:// files.
-        keep: takes the images; needed where prompts are images.
+        keep: takes the images; None where they are only looked at.
 
     A near copy of a prompt in `prompts.sources` that is held out there is not seen here: only its very words are, by their hash.
 
@@ -139,8 +140,7 @@ def _read_one(source: Source, *, where: str, task: AnyTask, s3: S3Options, keep:
         return
     for label, row in read_source(source, where=where, s3=s3, images=task.input == "image"):
         if row.media is not None:
-            assert keep is not None, "whoever collects images keeps them"
-            row = replace(row, prompt=keep(row.media), media=None)
+            row = replace(row, prompt=(keep or content_hash)(row.media), media=None)
         yield label, replace(row, reference=row.gold)
 
 

@@ -2,20 +2,25 @@
 
 import json
 import os
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kd_core.errors import SourceError
-from kd_core.first_recipe import Sample, look_at, recognise, student_of, teacher_of, write_recipe
+from kd_core.first_recipe import Sample, class_student_of, class_teacher_of, look_at, recognise, student_of, teacher_of, write_recipe
 from kd_core.first_recipe.data import slug
 from kd_core.recipe import FileSource, Recipe
 from kd_core.recipe.core_yaml import read_yaml
 from kd_core.recipe.files import parse_recipe
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def sample_of(rows: list[dict[str, Any]]) -> Sample:
+    return Sample({"kind": "file", "path": "x.jsonl"}, rows, "mine")
+
+
 LONG = "a long answer, in several sentences, of which none can be told to be the final one of all of them"
 
 
@@ -42,21 +47,26 @@ LONG = "a long answer, in several sentences, of which none can be told to be the
         ({"prompt": "p", "id": "17"}, {"prompt": "{prompt}"}, {}),
         ({"frage": "p", "antwort": LONG}, {"prompt": "{frage}", "gold": "{antwort}"}, {}),
         ({"words": "p"}, {"prompt": "{words}"}, {}),
+        ({"text": "t", "category": "c"}, {"prompt": "{text}", "gold": "{category}"}, {"kind": "classification", "input": "text"}),
+        ({"tweet": "t", "label": "0", "label_text": "c"}, {"prompt": "{tweet}", "gold": "{label_text}"}, {"kind": "classification"}),
+        ({"question": "t", "answer": LONG, "topic": "c"}, {"prompt": "{question}", "gold": "{answer}"}, {}),
     ],
 )
 def test_columns_are_recognised(row: dict[str, Any], fields: dict[str, str], task: dict[str, str]) -> None:
     rows = [{**row, "other": None}, *({**row} for _ in range(20))]
     if row.get("input") == "":
         rows[3]["input"] = "something"
-    found = recognise(rows)
+    found = recognise(sample_of(rows))
     assert fields.items() <= found.fields.items()
     assert set(found.fields) - set(fields) <= {"gold"}
     assert task.items() <= found.task.items()
     assert bool(found.task) == bool(task)
-    assert set(found.unused) == {"other", "id", "x"} & {*row, "other"}
+    assert set(found.unused) == {"other", "id", "x", "topic", "label"} & {*row, "other"}
     sample = Sample({"kind": "file", "path": "x.jsonl"}, rows, "mine")
-    teacher = {"kind": "pretrained", "model": "big"}
-    text = write_recipe(sample, found, teacher=teacher, student={"kind": "from_teacher", "every_nth_block": 2}, file="recipe.yaml")
+    teacher, student = {"kind": "pretrained", "model": "big"}, {"kind": "from_teacher", "every_nth_block": 2}
+    if found.task.get("kind") == "classification":
+        teacher, student = (of(None, image_edge=None, folder=Path()) for of in (class_teacher_of, class_student_of))
+    text = write_recipe(sample, found, teacher=teacher, student=student, file="recipe.yaml")
     recipe = parse_recipe(read_yaml(text, "written"), origin="written")
     (source,) = recipe.prompts.sources
     assert isinstance(source, FileSource)
@@ -66,9 +76,9 @@ def test_columns_are_recognised(row: dict[str, Any], fields: dict[str, str], tas
 
 def test_what_could_be_read_in_several_ways_is_not_guessed() -> None:
     with pytest.raises(SourceError, match="which of the columns 'x', 'y', 'z' is the prompt"):
-        recognise([{"x": "a", "y": "b", "z": "c"}])
+        recognise(sample_of([{"x": "a", "y": "b", "z": "c"}]))
     with pytest.raises(SourceError, match="which of the columns 'n' is the prompt"):
-        recognise([{"n": ["a"]}])
+        recognise(sample_of([{"n": ["a"]}]))
 
 
 def test_a_server_is_asked_for_its_model_and_named_apart_from_its_address(tmp_path: Path) -> None:
@@ -78,7 +88,7 @@ def test_a_server_is_asked_for_its_model_and_named_apart_from_its_address(tmp_pa
     student = student_of(f"org/small@{commit}", teacher=teacher, folder=tmp_path)
     rows = [{"prompt": "p", "answer": "7"}] * 9
     text = write_recipe(
-        Sample({"kind": "file", "path": "x"}, rows, "mine"), recognise(rows), teacher=teacher, student=student, file="r.yaml"
+        Sample({"kind": "file", "path": "x"}, rows, "mine"), recognise(sample_of(rows)), teacher=teacher, student=student, file="r.yaml"
     )
     recipe: Recipe = parse_recipe(read_yaml(text, "written"), origin="written")
     assert (recipe.teacher.kind, recipe.run.teacher_url) == ("server", "http://127.0.0.1:9/v1")
@@ -124,5 +134,5 @@ def test_a_data_set_of_the_hub_is_pinned(monkeypatch: pytest.MonkeyPatch, tmp_pa
 )
 def test_real_data_sets_are_recognised(path: str, fields: dict[str, str], verifier: str, tmp_path: Path) -> None:
     sample = look_at(str(Path(os.environ["KD_TEST_DATA"]) / path), folder=tmp_path)
-    found = recognise(list(islice(sample.rows, 100)))
+    found = recognise(sample)
     assert (dict(found.fields), found.task["verifier"]) == (fields, verifier)
