@@ -49,7 +49,7 @@ def run() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
         code = 1
     except Exception as error:
-        if _is_interrupt(error):
+        if _ending or _is_interrupt(error):
             _stopped()
         _unexpected(error)
     sys.exit(code if isinstance(code, int) else 0)
@@ -81,7 +81,12 @@ def _settle_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def _terminated(*_: object) -> NoReturn:
+_ending: list[int] = []
+"""Signals that asked this process to end. What breaks after one is its doing: a temporary server of the same group hears it too."""
+
+
+def _terminated(number: int, _: object) -> NoReturn:
+    _ending.append(number)
     raise KeyboardInterrupt
 
 

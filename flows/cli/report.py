@@ -88,7 +88,7 @@ def _estimate(found: Mapping[str, Any] | None) -> str:
 
 def sizes(report: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Parameters, weights and speed of each model, as far as they are known."""
-    found = table(None, ("",), ("parameters", "weights", "tokens/s"))
+    found = table(None, ("",), ("parameters", "weights", "a second"))
     for name, model in report["models"].items():
         speed = model["tokens_per_second"]
         if model["params"]:

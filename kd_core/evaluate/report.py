@@ -195,7 +195,7 @@ _SIZES: tuple[tuple[str, str, Callable[[ModelRow, ModelRow | None], str]], ...] 
     ("Parameters", "Numbers that were learned.", lambda row, teacher: _count(row.params)),
     ("Weights", "Size of the weights' files.", lambda row, teacher: _bytes(row.bytes)),
     ("Memory ratio", "Weights against the teacher's; lower is smaller.", lambda row, teacher: _of_teacher("bytes", row, teacher)),
-    ("Tokens/s", "Generated tokens a second; higher is faster.", lambda row, teacher: _speed(row.tokens_per_second)),
+    ("Speed", "Generated tokens, or classified items, a second; higher is faster.", lambda row, teacher: _speed(row.tokens_per_second)),
     ("Speed-up", "Speed against the teacher's; higher is faster.", lambda row, teacher: _of_teacher("tokens_per_second", row, teacher)),
 )
 

@@ -31,11 +31,15 @@ def tells_classes(job: Job) -> bool:
 
 
 def class_samples(job: Job) -> Iterator[ClassSample]:
-    """Items of the first suite: half of them of classes that were left out, if any were, else of each class in turn."""
+    """Items of the first suite, those first of which the teacher is least sure: half of classes that were left out, if any were, and of
+    each other class in turn.
+    """
     suite = job.recipe.evaluation.suites[0].name
     left_out = set(job.recipe.curate.leave_out_classes or ())
     items = suite_items(job.recipe, lambda name: job.read_table("prompts", name))[suite].to_pylist()
     guesses = {name: _guesses(job, name, suite) for name in _SHOWN if f"evaluate.{name}" in job.inputs}
+    sure = {item_id: classes[0][1] for item_id, classes in guesses.get("teacher", {}).items()}
+    items.sort(key=lambda item: (sure.get(item["prompt_id"], 0.0), item["prompt_id"]))
     with job.files(job.inputs["prompts"]) as files:
         inputs = Inputs(files / INPUTS_FILE)
     images = isinstance(job.recipe.task, ClassificationTask) and job.recipe.task.input == "image"
