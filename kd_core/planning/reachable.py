@@ -30,7 +30,7 @@ def unwritable(directory: Path) -> str | None:
 def refusal(url: str, *, headers: Mapping[str, str]) -> str | None:
     """Why an HTTP server does not serve us: it cannot be reached, is broken, or wants another key; None where it answers.
 
-    An answer that there is no such page is one: not every server has the page that is asked for.
+    An answer that there is no such page, or no such method, is one: not every server has the page that is asked for.
     """
     import httpx
 
@@ -40,7 +40,7 @@ def refusal(url: str, *, headers: Mapping[str, str]) -> str | None:
         return str(error) or type(error).__name__
     if status in (401, 403):
         return f"it answers {status}: the credentials are wrong, or not set"
-    return f"it answers {status}" if status >= 500 else None
+    return f"it answers {status}" if status >= 500 and status != 501 else None
 
 
 def unreachable(database: str) -> str | None:

@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from kd_core.errors import RecipeError, TeacherError
 from kd_core.fingerprint import fingerprint
 from kd_core.prompts.inputs import Inputs
 from kd_core.recipe import ModelRef, WordPieces
 from kd_core.summaries import ClassifierIdentity
-from kd_core.teacher.loaders import UNREADABLE, Place, one_line, quiet, read_classifier, read_config, read_processor
+from kd_core.teacher.loaders import UNREADABLE, Place, new_classifier_of, one_line, quiet, read_classifier, read_config, read_processor
 from kd_core.teacher.models import ModelFacts
 
 __all__ = [
@@ -42,7 +42,6 @@ _LOG = logging.getLogger(__name__)
 
 InputKind = Literal["text", "image"]
 
-_AUTO: Mapping[InputKind, Any] = {"text": AutoModelForSequenceClassification, "image": AutoModelForImageClassification}
 _LONGEST_TEXT = 512
 """Tokens that a text model reads where its config sets no limit; longer texts are cut, and how many is said."""
 _HELD_BYTES = 512 << 20
@@ -181,10 +180,9 @@ def new_classifier(
     config = _config(family, {**settings, **own}, known=settings)
     torch.manual_seed(seed)
     try:
-        model: PreTrainedModel = _AUTO[kind].from_config(config, dtype=torch.float32)
-    except UNREADABLE as error:
-        raise RecipeError(f"family {family}: no {kind} classifier can be made with these settings: {one_line(error)}") from error
-    return model
+        return new_classifier_of(config, images=kind == "image")
+    except TeacherError as error:
+        raise RecipeError(f"family {family}: no {kind} classifier can be made with these settings: {error}") from error
 
 
 def _config(family: str, settings: Mapping[str, Any], *, known: Mapping[str, Any]) -> PretrainedConfig:

@@ -37,6 +37,7 @@ __all__ = [
     "UNREADABLE",
     "Place",
     "empty_model",
+    "new_classifier_of",
     "one_line",
     "quiet",
     "read_classifier",
@@ -141,6 +142,20 @@ def read_classifier(place: Place, *, images: bool, **options: Any) -> PreTrained
         model: PreTrainedModel = auto.from_pretrained(
             place.location, trust_remote_code=place.trust_remote_code, **place.options, use_safetensors=True, **options
         )
+    return model
+
+
+def new_classifier_of(config: PretrainedConfig, *, images: bool) -> PreTrainedModel:
+    """A classifier of a config with random weights in float32, of a family that transformers knows.
+
+    Raises:
+        TeacherError: the config is of no such classifier.
+    """
+    auto = AutoModelForImageClassification if images else AutoModelForSequenceClassification
+    try:
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except UNREADABLE as error:
+        raise TeacherError(one_line(error)) from error
     return model
 
 

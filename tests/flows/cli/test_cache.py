@@ -136,7 +136,7 @@ def test_a_bucket_answers_as_a_directory_does(there, finished, s3_environment):
         assert (there_called.code, there_called.err.splitlines()) == (0, [])
         assert there_called.out == here.out
     called = there("ls", "--store", f"s3://{s3_environment.bucket}-not", "--s3-endpoint", endpoint)
-    assert (called.code, called.out) == (1, "")
+    assert (called.code, called.out) == (2, "")
     assert "there is no bucket" in called.err
 
 
@@ -262,7 +262,7 @@ def test_the_live_teacher_is_the_one_that_made_the_labels(there, finished, monke
 
     from kd_core.cache import parity
 
-    load = parity.load_teacher
+    load = parity.load_text_teacher
 
     def noisy(job):
         teacher = load(job)
@@ -271,7 +271,7 @@ def test_the_live_teacher_is_the_one_that_made_the_labels(there, finished, monke
             weight.add_(0.5 * weight.std() * torch.randn(weight.shape, generator=generator))
         return teacher
 
-    monkeypatch.setattr(parity, "load_teacher", noisy)
+    monkeypatch.setattr(parity, "load_text_teacher", noisy)
     called = there("verify", "--live", finished.recipe_file, "--rows", "5")
     assert called.code == 1
     assert "The live teacher is not the one that made these labels" in called.out
