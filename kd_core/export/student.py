@@ -70,10 +70,11 @@ def export_student(lineage: Lineage, store: Store, out: Path, *, quantize: Quant
         onnx: also an ONNX graph of the float model.
 
     Raises:
-        RecipeError: the directory is in use, or cannot be made.
+        RecipeError: the directory is in use, or cannot be made; or the student writes no text.
         IntegrityError: the student's bytes in the store are damaged.
         KDError: a package is missing, or a form is not the same model.
     """
+    _ = lineage.recipe.text_task  # raises for a recipe whose student writes no text
     _refuse_occupied(out)
     packages: tuple[str, ...] = ()
     for flag, asked, needed in (("--quantize", quantize is not None, QUANTIZED_PACKAGES), ("--onnx", onnx, ONNX_PACKAGES)):

@@ -118,7 +118,7 @@ class Recipe(Frozen):
             RecipeError: it is of another kind.
         """
         if not isinstance(self.task, Task):
-            raise RecipeError(f"task.kind: {self.task.kind} is of no use here: this is for recipes whose student writes text")
+            raise RecipeError(f"task.kind: {self.task.kind} has no use for this yet: it is for recipes whose student writes text")
         return self.task
 
     @property

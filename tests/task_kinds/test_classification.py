@@ -219,4 +219,4 @@ def test_a_plan_knows_classes_and_the_doctor_says_that_it_does_not(kd, tmp_path)
     planned = kd("plan", "classes.yaml", "--json")
     assert planned.code == 0, planned.err
     called = kd("doctor", "classes.yaml")
-    assert "task.kind: classification is of no use here" in called.out + called.err
+    assert "task.kind: classification has no use for this yet" in called.out + called.err
