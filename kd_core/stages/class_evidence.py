@@ -31,8 +31,8 @@ def tells_classes(job: Job) -> bool:
 
 
 def class_samples(job: Job) -> Iterator[ClassSample]:
-    """Items of the first suite, those first of which the teacher is least sure: half of classes that were left out, if any were, and of
-    each other class in turn.
+    """Items of the first suite: of classes that were left out some from the one of which the teacher is least sure to the surest, then of
+    each other class the one of which it is least sure.
     """
     suite = job.recipe.evaluation.suites[0].name
     left_out = set(job.recipe.curate.leave_out_classes or ())
@@ -51,7 +51,7 @@ def class_samples(job: Job) -> Iterator[ClassSample]:
 
 
 def _chosen(items: Sequence[Mapping[str, Any]], left_out: set[str]) -> list[Mapping[str, Any]]:
-    unseen = [item for item in items if item["gold"] in left_out][:_NUM_UNSEEN]
+    unseen = _spread([item for item in items if item["gold"] in left_out], _NUM_UNSEEN)
     by_class: dict[str, list[Mapping[str, Any]]] = {}
     for item in items:
         if item["gold"] not in left_out:
@@ -59,6 +59,13 @@ def _chosen(items: Sequence[Mapping[str, Any]], left_out: set[str]) -> list[Mapp
     queues = [by_class[name] for name in sorted(by_class)]
     turns = [queue[turn] for turn in range(_NUM_SAMPLES) for queue in queues if turn < len(queue)]
     return [*unseen, *turns][:_NUM_SAMPLES]
+
+
+def _spread(items: Sequence[Mapping[str, Any]], number: int) -> list[Mapping[str, Any]]:
+    """So many of the items, at even distances, the first and the last among them."""
+    if len(items) <= number:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (number - 1))] for i in range(number)]
 
 
 def _guesses(job: Job, model: str, suite: str) -> dict[str, tuple[tuple[str, float], ...]]:
