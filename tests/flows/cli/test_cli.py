@@ -91,7 +91,7 @@ def test_a_run_for_people_ends_with_verdict_numbers_and_the_next_command(finishe
     nodes = [node["name"] for node in finished.said["nodes"]]
     assert [line.split()[1] for line in called.err.splitlines()] == nodes
     assert all(line.startswith("= ") and line.endswith("already done") for line in called.err.splitlines())
-    assert called.out.startswith("\nAsked whether a student ")
+    assert called.out.startswith("\nAsked: Can a student ")
     assert all(len(line) <= 80 for line in called.out.split("\n\n")[0].splitlines())
     assert "Promoted by its rules; one seed shows nothing of the recipe.\n" + finished.said["verdict"]["headline"] in called.out
     assert "small-student version 1; champion: version 1" in called.out
@@ -105,7 +105,7 @@ def test_report_writes_three_files_that_agree_with_what_it_prints(finished, kd, 
     assert (called.code, called.err) == (0, "")
     folder = tmp_path / "reports" / "small"
     assert {path.name for path in folder.iterdir()} >= {"report.html", "report.md", "report.json"}
-    assert called.out.startswith("Asked whether a student ")
+    assert called.out.startswith("Asked: Can a student ")
     assert kd("report", "--markdown", finished.recipe_file, *said).out.strip() == (folder / "report.md").read_text().strip()
     assert kd("report", "--json", finished.recipe_file, *said).out.strip() == (folder / "report.json").read_text().strip()
     called = kd("report", finished.recipe_file, *said, "--output", "elsewhere")
