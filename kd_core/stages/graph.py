@@ -203,7 +203,9 @@ def _sources_identity(recipe: Recipe, sources: Sequence[Source], *, where: str) 
 
 def _evaluation_identity(recipe: Recipe) -> dict[str, Any]:
     suites = [suite.model_dump(mode="json", exclude={"source"}) for suite in recipe.evaluation.suites]
-    return {**recipe.evaluation.model_dump(mode="json", include={"generate"}), "suites": suites, "samples": samples_identity(recipe)}
+    unseen = recipe.curate.model_dump(mode="json").get("leave_out_classes")  # what unseen_recall is measured on
+    own = {"suites": suites, "samples": samples_identity(recipe), "unseen": unseen}
+    return {**recipe.evaluation.model_dump(mode="json", include={"generate"}), **own}
 
 
 def _add_verdict(build: _Builder, recipe: Recipe, holder: Entry | None) -> None:
