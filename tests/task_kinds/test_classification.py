@@ -147,7 +147,8 @@ def test_a_class_that_is_left_out_is_in_no_row_and_is_measured_apart(run, kd, tm
     hens = sum(row["unseen_recall"] is not None for row in table(tmp_path, "evaluate.student", "scores.parquet"))
     assert (metrics["unseen_recall"]["value"], metrics["unseen_recall"]["n"], metrics["unseen_recall"]["left_out"]) == (0.0, hens, 0)
     assert hens >= 2
-    before, after = (build_graph(load_recipe(tmp_path / "classes.yaml", more), graph(tmp_path)[0]) for more in ((), ["curate.leave_out_classes=[cat]"]))
+    options: list[list[str]] = [[], ["curate.leave_out_classes=[cat]"]]
+    before, after = (build_graph(load_recipe(tmp_path / "classes.yaml", more), graph(tmp_path)[0]) for more in options)
     assert before["teacher"].fingerprint == after["teacher"].fingerprint
     assert before["evaluate.teacher"].fingerprint != after["evaluate.teacher"].fingerprint  # what is unseen is part of a measurement
 
