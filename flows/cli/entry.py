@@ -22,7 +22,14 @@ from kd_core.errors import KDError, RecipeError, SourceError, StoreAccessError
 __all__ = ["run"]
 
 _INTERRUPTED = 130
-_TELLERS = ("kd_core.stages.run", "kd_core.stages.answers", "kd_core.teacher.server", "kd_core.store.sealed", "kd_core.train.checkpoints")
+_TELLERS = (
+    "kd_core.stages.run",
+    "kd_core.stages.answers",
+    "kd_core.teacher.server",
+    "kd_core.teacher.classifiers",
+    "kd_core.store.sealed",
+    "kd_core.train.checkpoints",
+)
 """Loggers whose warnings are shown: what was healed, passed over or left out."""
 
 

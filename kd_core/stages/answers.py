@@ -1,4 +1,4 @@
-"""Stages in which the teacher works: prepare it, let it answer. What it says of tokens is ``scoring``'s business.
+"""The stage in which the teacher answers prompts.
 
 Answers are kept by row, not by stage: a recipe with more prompts, or another objective, finds the rows that are there
 and pays for the others only.

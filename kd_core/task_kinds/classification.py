@@ -4,32 +4,28 @@ The input's 256-bit hash stands in a row as eight numbers, and the class is the 
 know no difference to a text. Models read the input itself, each through its own processor (``kd_core.teacher.classifiers``).
 """
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from kd_core.errors import SourceError, TeacherError
 from kd_core.evaluate.measure import Measured
-from kd_core.evaluate.statistics import SCORE_SCHEMA
+from kd_core.evaluate.measure_classes import measure_classes
 from kd_core.progress import Tick
 from kd_core.prompts import INPUTS_FILE, Inputs, InputsWriter, PromptSet, collect_gold, collect_prompts
-from kd_core.prompts.inputs import HASH_WORDS, content_hash, hash_words, words_hash
+from kd_core.prompts.inputs import content_hash
 from kd_core.recipe import (
     ClassificationTask,
     NewClassifier,
     PretrainedStudent,
     PretrainedTeacher,
     Recipe,
-    Run,
     SoftLabels,
     TrainedClassifier,
 )
@@ -42,6 +38,7 @@ from kd_core.teacher.classifiers import (
     Classifier,
     InputKind,
     InputReader,
+    check_family,
     classifier_identity,
     load_classifier,
     load_processor,
@@ -52,17 +49,14 @@ from kd_core.teacher.classifiers import (
 )
 from kd_core.teacher.models import pick_device
 from kd_core.teacher.reference import reference_identity
-from kd_core.tokens.batches import TokenRow, sent
-from kd_core.train.batches import MicroBatch
-from kd_core.train.objective_model import ObjectiveModel
-from kd_core.train.speed import Flops
+from kd_core.tokens.batches import TokenRow
+from kd_core.tokens.class_rows import class_row, input_hash, number_of
+from kd_core.train.class_reading import ClassReading
 
 __all__ = ["Classification"]
 
 _SCORED_ITEMS = 256
-"""Items of a forward pass in curation and evaluation."""
-_SHOWN_CLASSES = 5
-"""Likeliest classes of an item that are kept for the report."""
+"""Items of a forward pass in curation."""
 
 
 class Classification:
@@ -79,6 +73,7 @@ class Classification:
         """Leave config and processor in model/: later stages read the classes there."""
         teacher = work.recipe.teacher
         assert isinstance(teacher, PretrainedTeacher), "the recipe allows no other pre-trained teacher"
+        _check_student(work.recipe)
         device = pick_device(work.recipe.run.device)
         loaded = load_classifier(teacher, _input(work.recipe), device=device, inputs=Inputs.none())
         loaded.model.config.save_pretrained(work.directory / "model")
@@ -89,6 +84,7 @@ class Classification:
         """A classifier with random weights, or a pre-trained one that is tuned, and gold classes."""
         recipe, spec = work.recipe, work.recipe.teacher
         assert isinstance(spec, TrainedClassifier), "the recipe allows no other trained teacher"
+        _check_student(recipe)
         with scratch() as folder:
             with InputsWriter(folder / INPUTS_FILE) as writer:
                 gold, counts = collect_gold(
@@ -109,7 +105,7 @@ class Classification:
             )
         index = {name: i for i, name in enumerate(classes)}
         hashes = [_hash(recipe, prompt) for prompt in gold["prompt"].to_pylist()]
-        rows = [_class_row(sha256, index[name]) for sha256, name in zip(hashes, gold["gold"].to_pylist(), strict=True)]
+        rows = [class_row(sha256, index[name]) for sha256, name in zip(hashes, gold["gold"].to_pylist(), strict=True)]
         return NewTeacher(_new_teacher(spec, recipe, inputs, gold["prompt"].to_pylist(), classes), rows, counts)
 
     def save(self, model: TaskModel, directory: Path) -> None:
@@ -144,7 +140,7 @@ class Classification:
                 processor = load_processor(files / "model", kind)
             if kind == "image":
                 processor = new_image_processor(spec.config, like=processor)
-            model = new_classifier(spec.family, spec.config, processor, classes, kind, seed=seed)
+            model = new_classifier(spec.family, spec.config, processor, classes, kind, seed=seed, field="student")
             student = Classifier(model, processor, classes, InputReader(processor, model.config, inputs, kind))
         student.model.float().requires_grad_(True)
         return student
@@ -187,7 +183,7 @@ class Classification:
         classifier = _classifier(teacher)
         scored: list[ScoredRow] = []
         refused: dict[str, str] = {}
-        for part in _parts(rows, max(1, micro_batch_tokens // classifier.reader.cost)):
+        for part in _parts(rows, classifier.reader.batch_size(micro_batch_tokens)):
             targets, finite_N = _targets(classifier, part, policy)
             for (key, _), one, finite in zip(part, split(targets, [1] * len(part)), finite_N.tolist(), strict=True):
                 if finite:
@@ -196,9 +192,9 @@ class Classification:
                     refused[key] = "the teacher gave NaN or infinite logits"
         return Scores(tuple(scored), refused)
 
-    def reading(self, model: TaskModel) -> "_ClassReading":
+    def reading(self, model: TaskModel) -> ClassReading:
         """Inputs by their hash."""
-        return _ClassReading(_classifier(model).reader)
+        return ClassReading(_classifier(model).reader)
 
     def is_right(self, recipe: Recipe, answer: str, reference: str) -> bool:
         """The same class."""
@@ -208,7 +204,15 @@ class Classification:
         self, work: Workplace, model: TaskModel, suites: Mapping[str, pa.Table], *, teacher: TaskModel | None, seed: int
     ) -> Measured:
         """Accuracy, loss of the gold class, distance to the teacher, and recall of classes that were left out."""
-        return _Measurement(work, _classifier(model), None if teacher is None else _classifier(teacher), seed).run(suites)
+        return measure_classes(
+            _classifier(model),
+            suites,
+            teacher=None if teacher is None else _classifier(teacher),
+            hash_of=lambda prompt: bytes.fromhex(_hash(work.recipe, prompt)),
+            unseen=work.recipe.curate.leave_out_classes or (),
+            seed=seed,
+            tick=work.tick,
+        )
 
 
 def _classifier(model: TaskModel) -> Classifier:
@@ -243,6 +247,12 @@ def _classes(work: Workplace) -> tuple[str, ...]:
     return teacher.classes
 
 
+def _check_student(recipe: Recipe) -> None:
+    """Refuse a new student that cannot be made, before its teacher is trained."""
+    if isinstance(recipe.student, NewClassifier):
+        check_family(recipe.student.family, recipe.student.config, field="student")
+
+
 def _new_teacher(spec: TrainedClassifier, recipe: Recipe, inputs: Inputs, prompts: Sequence[str], classes: Sequence[str]) -> Classifier:
     kind, seed = _input(recipe), recipe.seeds[0]
     if spec.reference is not None:
@@ -255,19 +265,11 @@ def _new_teacher(spec: TrainedClassifier, recipe: Recipe, inputs: Inputs, prompt
         longest = spec.config.get("max_position_embeddings", 512)
         processor = new_tokenizer(prompts, spec.word_pieces, longest=longest if isinstance(longest, int) else 512)
     assert spec.family is not None, "a teacher without a reference has a family"
-    model = new_classifier(spec.family, spec.config, processor, classes, kind, seed=seed)
+    model = new_classifier(spec.family, spec.config, processor, classes, kind, seed=seed, field="teacher")
     return Classifier(model, processor, tuple(classes), InputReader(processor, model.config, inputs, kind))
 
 
 # ---------------------------------------------------------------------------------------------- rows
-
-
-def _class_row(sha256: str, number: int) -> TokenRow:
-    return TokenRow((*hash_words(sha256), number), HASH_WORDS)
-
-
-def _hash_of(row: TokenRow) -> bytes:
-    return words_hash(row.ids[:HASH_WORDS])
 
 
 def _curated(recipe: Recipe, row: Mapping[str, Any], name: str, classes: Sequence[str], *, source: str) -> dict[str, Any]:
@@ -276,7 +278,7 @@ def _curated(recipe: Recipe, row: Mapping[str, Any], name: str, classes: Sequenc
             f"prompt {row['prompt_id']} of {row['source']} has the class {name!r}, and the teacher knows {len(classes)} others: "
             f"{', '.join(classes[:10])}{' ...' if len(classes) > 10 else ''}; correct the gold template, or train the teacher on it too"
         )
-    numbers = _class_row(_hash(recipe, row["prompt"]), list(classes).index(name))
+    numbers = class_row(_hash(recipe, row["prompt"]), list(classes).index(name))
     ids = {"ids": list(numbers.ids), "first_supervised": numbers.first_supervised}
     return {"prompt_id": row["prompt_id"], "source": source, "sample_index": 0, "finish_reason": "stop", "text": name, **ids}
 
@@ -302,143 +304,8 @@ def _teacher_classes(kind: Classification, work: Workplace, rows: Sequence[Mappi
 
 @torch.inference_mode()
 def _targets(classifier: Classifier, rows: Sequence[tuple[str, TokenRow]], policy: SoftLabels) -> tuple[Targets, Tensor]:
-    logits_NV = classifier.logits([_hash_of(row) for _, row in rows])
-    labels_N = torch.tensor([row.ids[HASH_WORDS] for _, row in rows], device=logits_NV.device)
+    logits_NV = classifier.logits([input_hash(row) for _, row in rows])
+    labels_N = torch.tensor([number_of(row) for _, row in rows], device=logits_NV.device)
     uniform_N = torch.from_numpy(np.concatenate([position_uniforms(key, 1) for key, _ in rows]))
     targets, finite_N = reduce_logits(logits_NV, labels_N, policy, uniform_N=uniform_N)
     return move(targets, torch.device("cpu")), finite_N.cpu()
-
-
-# ---------------------------------------------------------------------------------------------- training
-
-
-class _ClassObjective(ObjectiveModel):
-    """A classifier with the loss on top: its logits are the model's own, so there is nothing to compare them with."""
-
-    def hidden(self, batch: MicroBatch, *, bf16: bool = False) -> Tensor:
-        """The logits of a batch, float32, shape (N, V)."""
-        with torch.autocast(batch.labels_N.device.type, torch.bfloat16, enabled=bf16):
-            logits_NV: Tensor = self.model(**batch.inputs).logits
-        return logits_NV.float()
-
-    def logits(self, hidden_NH: Tensor) -> Tensor:
-        """The same."""
-        return hidden_NH
-
-    def check(self, rows: list[TokenRow], layout: Any) -> None:
-        """Nothing to check."""
-
-
-@dataclass(frozen=True)
-class _ClassLayout:
-    """Inputs as a batch: each is read by its hash, and a batch is as many as fit the budget."""
-
-    reader: InputReader
-    budget_tokens: int
-    device: torch.device
-    packed: bool = False
-
-    def cut(self, lengths: Sequence[int]) -> list[list[int]]:
-        """So many that the budget holds them, were each as long as the longest."""
-        return [list(part) for part in _parts(range(len(lengths)), max(1, self.budget_tokens // self.reader.cost))]
-
-    def batch(self, rows: Sequence[TokenRow], targets: Targets | None = None, *, share: float = 1.0) -> MicroBatch:
-        """Rows, in this order, as one batch."""
-        inputs = {name: sent(value, self.device) for name, value in self.reader.batch([_hash_of(row) for row in rows]).items()}
-        labels_N = torch.tensor([int(row.ids[HASH_WORDS]) for row in rows])
-        at_N = torch.arange(len(rows)), torch.zeros(len(rows), dtype=torch.int64)
-        found = None if targets is None else move(targets, self.device)
-        rows_N, positions_N = (sent(at, self.device) for at in at_N)
-        num_tokens = len(rows) * self.reader.cost if "input_ids" not in inputs else inputs["input_ids"].numel()
-        return MicroBatch(inputs, (rows_N, positions_N), sent(labels_N, self.device), num_tokens, found, share)
-
-
-@dataclass(frozen=True)
-class _ClassReading:
-    """Reading of inputs by a classifier."""
-
-    reader: InputReader
-    objective_model: type[ObjectiveModel] = _ClassObjective
-
-    def layout(self, model: PreTrainedModel, run: Run, device: torch.device, *, packable: bool) -> _ClassLayout:
-        """Never packed: one position a row."""
-        return _ClassLayout(self.reader, run.micro_batch_tokens, device)
-
-    def backbone(self, model: PreTrainedModel) -> nn.Module:
-        """The whole model."""
-        whole: nn.Module = model
-        return whole
-
-    def flops(self, model: PreTrainedModel, num_columns: int) -> Flops | None:
-        """Not known: families differ too much."""
-        return None
-
-
-# ---------------------------------------------------------------------------------------------- evaluation
-
-
-@dataclass(frozen=True)
-class _Measurement:
-    """One model on the suites of a recipe."""
-
-    work: Workplace
-    model: Classifier
-    teacher: Classifier | None
-    seed: int
-
-    def run(self, suites: Mapping[str, pa.Table]) -> Measured:
-        """Measure it on all of them."""
-        rows: list[dict[str, Any]] = []
-        guesses: list[dict[str, Any]] = []
-        total, seconds = sum(table.num_rows for table in suites.values()), 0.0
-        for suite, table in suites.items():
-            for part in _parts(table.to_pylist(), _SCORED_ITEMS):
-                hashes = [bytes.fromhex(_hash(self.work.recipe, item["prompt"])) for item in part]
-                self.model.reader.batch(hashes)  # read and prepared before the clock runs: that is no work of the model
-                began = time.perf_counter()
-                log_q_NV = self._log_probabilities(self.model, hashes)
-                seconds += time.perf_counter() - began
-                for item, (scores, guess) in zip(part, self._score(part, hashes, log_q_NV), strict=True):
-                    where = {"suite": suite, "item_id": item["prompt_id"], "seed": self.seed}
-                    rows.append({**dict.fromkeys(SCORE_SCHEMA.names), **where, **scores})
-                    guesses.append({**where, **guess})
-                self.work.tick(Tick(len(rows), total, "items"))
-        return Measured(
-            scores=pa.Table.from_pylist(rows, schema=SCORE_SCHEMA),
-            tokens_per_second=total / max(seconds, 1e-9),
-            undecided_samples=0,
-            items_beyond_positions=len(self.model.reader.cut),
-            guesses=pa.Table.from_pylist(guesses),
-        )
-
-    @staticmethod
-    @torch.inference_mode()
-    def _log_probabilities(model: Classifier, hashes: Sequence[bytes]) -> Tensor:
-        return model.logits(hashes).log_softmax(-1).cpu()
-
-    def _score(
-        self, items: Sequence[Mapping[str, Any]], hashes: Sequence[bytes], log_q_NV: Tensor
-    ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        left_out = set(self.work.recipe.curate.leave_out_classes or ())
-        log_p_NV = log_q_NV if self.teacher is self.model else None
-        if self.teacher is not None and self.teacher is not self.model:
-            log_p_NV = self._log_probabilities(self.teacher, hashes)
-        for i, item in enumerate(items):
-            log_q_V, gold = log_q_NV[i], item["gold"]
-            if gold not in self.model.classes:
-                raise SourceError(f"item {item['prompt_id']} of {item['source']} has the class {gold!r}, which the teacher does not know")
-            right = float(self.model.classes[int(log_q_V.argmax())] == gold)
-            scores = {
-                "accuracy": right,
-                "unseen_recall": right if gold in left_out else None,
-                "nll_sum": -float(log_q_V[self.model.classes.index(gold)]),
-                "tokens": 1,
-                "text": self.model.classes[int(log_q_V.argmax())],
-            }
-            if log_p_NV is not None:
-                p_V = log_p_NV[i]
-                scores["kl_sum"] = float((p_V.exp() * (p_V - log_q_V)).sum())
-                scores["agreement_sum"] = float(p_V.argmax() == log_q_V.argmax())
-            top = log_q_V.topk(min(_SHOWN_CLASSES, len(log_q_V)))
-            names = [self.model.classes[j] for j in top.indices.tolist()]
-            yield scores, {"classes": names, "probabilities": top.values.exp().tolist()}

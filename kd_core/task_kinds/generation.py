@@ -126,7 +126,7 @@ class Generation:
         return TokenReading()
 
     def is_right(self, recipe: Recipe, answer: str, reference: str) -> bool:
-        """By the task's verifier."""
+        """Ask the task's verifier."""
         return verify(answer, reference, recipe.text_task)
 
     def measure(

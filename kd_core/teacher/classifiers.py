@@ -4,6 +4,7 @@ A processor is a tokenizer for texts and an image processor for images. A classi
 config's ``id2label``; that order is the teacher's, and every student has it too.
 """
 
+import difflib
 import io
 import logging
 from collections import Counter, OrderedDict
@@ -28,6 +29,7 @@ __all__ = [
     "Classifier",
     "InputKind",
     "InputReader",
+    "check_family",
     "classes_of",
     "classifier_identity",
     "load_classifier",
@@ -101,6 +103,10 @@ class InputReader:
         self.cost = self.longest if kind == "text" else _image_cost(processor, config)
         """Tokens that an input counts as, at most, where a pass is cut to a budget of tokens."""
 
+    def batch_size(self, budget_tokens: int) -> int:
+        """Inputs of a pass within a budget of tokens, were each as long as the longest; at least one."""
+        return max(1, budget_tokens // self.cost)
+
     def batch(self, hashes: Sequence[bytes]) -> dict[str, Tensor]:
         """Inputs of a model, on the CPU: pixel_values, or input_ids and attention_mask padded to the longest text."""
         found = [self._one(sha256) for sha256 in hashes]
@@ -131,6 +137,8 @@ class InputReader:
         ids: list[int] = self._processor(self._inputs.read(sha256).decode(), verbose=False)["input_ids"]
         if len(ids) <= self.longest:
             return ids
+        if not self.cut:
+            _LOG.warning("a text has %d tokens and the model reads %d: it is cut, and so are others as long", len(ids), self.longest)
         self.cut.add(sha256)
         return [*ids[: self.longest - 1], ids[-1]]  # the closing token stays
 
@@ -159,7 +167,7 @@ def _image_size(processor: Any) -> tuple[int, int]:
 
 
 def new_classifier(
-    family: str, settings: Mapping[str, Any], processor: Any, classes: Sequence[str], kind: InputKind, *, seed: int
+    family: str, settings: Mapping[str, Any], processor: Any, classes: Sequence[str], kind: InputKind, *, seed: int, field: str
 ) -> PreTrainedModel:
     """A classifier with random weights in float32.
 
@@ -170,29 +178,37 @@ def new_classifier(
         classes: names of its columns.
         kind: what it reads.
         seed: of the weights.
+        field: where the recipe speaks of it, for messages: 'teacher' or 'student'.
 
     Raises:
         RecipeError: no such family, a setting that it does not have, or one out of range.
     """
+    check_family(family, settings, field=field)
     own = {"num_labels": len(classes), "id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
     if kind == "text":
         own |= {"vocab_size": len(processor), "pad_token_id": processor.pad_token_id}
-    config = _config(family, {**settings, **own}, known=settings)
     torch.manual_seed(seed)
     try:
-        return new_classifier_of(config, images=kind == "image")
-    except TeacherError as error:
-        raise RecipeError(f"family {family}: no {kind} classifier can be made with these settings: {error}") from error
+        return new_classifier_of(AutoConfig.for_model(family, **{**settings, **own}), images=kind == "image")
+    except (TeacherError, *UNREADABLE) as error:
+        raise RecipeError(f"{field}: no classifier of {kind}s can be made of a {family} with this config: {one_line(error)}") from error
 
 
-def _config(family: str, settings: Mapping[str, Any], *, known: Mapping[str, Any]) -> PretrainedConfig:
+def check_family(family: str, settings: Mapping[str, Any], *, field: str) -> None:
+    """Check that transformers knows a family and all these settings of its config; it would take any name, and use none.
+
+    Raises:
+        RecipeError: it does not, or one is of another type.
+    """
     try:
         names = set(AutoConfig.for_model(family).to_dict())
-        if unknown := sorted(set(known) - names):
-            raise RecipeError(f"config: {family} has no {', '.join(unknown)}; it has {', '.join(sorted(names))}")
-        return AutoConfig.for_model(family, **settings)
+        AutoConfig.for_model(family, **settings)
     except UNREADABLE as error:
-        raise RecipeError(f"family {family}: {one_line(error)}") from error
+        raise RecipeError(f"{field}.family: {family}: {one_line(error)}") from error
+    if unknown := sorted(set(settings) - names):
+        close = difflib.get_close_matches(unknown[0], names, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise RecipeError(f"{field}.config: a {family} has no {', '.join(unknown)}{hint} It has {', '.join(sorted(names))}")
 
 
 def new_image_processor(settings: Mapping[str, Any], *, first: bytes | None = None, like: Any = None) -> Any:

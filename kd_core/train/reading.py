@@ -52,5 +52,5 @@ class TokenReading:
         return decoder
 
     def flops(self, model: PreTrainedModel, num_columns: int) -> Flops:
-        """Of matrix products."""
+        """Operations of its matrix products."""
         return text_flops(model, num_columns)

@@ -191,8 +191,11 @@ def test_models_that_were_trained_elsewhere_teach_and_learn(run, kd, tmp_path) -
         ({"curate": {"leave_out_classes": ["cow"]}}, "curate.leave_out_classes: cow: no class of the teacher; it has cat, dog, hen"),
         ({"answers": {"num_samples": 1, "temperature": 0.0, "max_tokens": 4}}, "answers: task.kind: classification has no use for it"),
         ({"student": {"kind": "from_teacher"}}, "student: a classifier is new_classifier, or pretrained"),
-        ({"student": {"kind": "new_classifier", "family": "bart_like"}}, "family bart_like: "),
-        ({"student": {"kind": "new_classifier", "family": "bert", "config": {"hiden_size": 8}}}, "config: bert has no hiden_size; it has "),
+        ({"student": {"kind": "new_classifier", "family": "bart_like"}}, "student.family: bart_like: "),
+        (
+            {"student": {"kind": "new_classifier", "family": "bert", "config": {"hiden_size": 8}}},
+            "student.config: a bert has no hiden_size; did you mean 'hidden_size'?",
+        ),
         ({"task": {"kind": "classification", "input": "image"}}, "animals.csv:2: image 'the "),
         ({"gate": {"rules": [{"kind": "floor", "metric": "pass_at_1", "minimum": 0.5}]}}, "pass_at_1 is not measured by this recipe"),
     ],
