@@ -35,8 +35,8 @@ def silent(tick: Tick) -> None:
 class Pace:
     """Amounts a second of the units that were gone over since the last reading.
 
-    >>> pace = Pace({"rows": 6, "tokens": 4800}, since=time.monotonic() - 2)
-    >>> pace.read()
+    >>> pace = Pace({"rows": 6, "tokens": 4800}, since=10.0)
+    >>> pace.read(now=12.0)
     '3.0 rows/s, 2,400 tokens/s'
     >>> pace.amounts
     {'rows': 0, 'tokens': 0}
@@ -50,9 +50,13 @@ class Pace:
         for unit, amount in amounts.items():
             self.amounts[unit] = self.amounts.get(unit, 0) + amount
 
-    def read(self) -> str:
-        """Rates since the last reading, in words."""
-        now = time.monotonic()
+    def read(self, now: float | None = None) -> str:
+        """Rates since the last reading, in words.
+
+        Args:
+            now: seconds of the monotonic clock; None asks it.
+        """
+        now = time.monotonic() if now is None else now
         seconds = max(now - self.since, 1e-6)
         rates = {unit: amount / seconds for unit, amount in self.amounts.items()}
         self.amounts, self.since = dict.fromkeys(self.amounts, 0), now

@@ -22,7 +22,7 @@ from kd_core.planning.plan import Plan, plan_json, plan_of, read_known
 from kd_core.planning.reachable import refusal, unreachable, unwritable
 from kd_core.prompts.cleaning import clean
 from kd_core.prompts.sources import read_source
-from kd_core.recipe import Recipe, ServerTeacher, TrainedTeacher
+from kd_core.recipe import ClassificationTask, Recipe, ServerTeacher, TrainedTeacher
 from kd_core.recipe.addresses import redact_url
 from kd_core.store import open_store
 
@@ -72,7 +72,7 @@ def look_ahead(recipe: Recipe, *, prefect_url: str | None) -> Outlook:
         known = read_known(recipe, store)
         plan = plan_of(known)
         missing = {name for name, record in known.basis.records.items() if record is None}
-        return Outlook(plan, (*_places(recipe, missing, prefect_url), *_characters(known, missing)))
+        return Outlook(plan, (*_places(recipe, missing, prefect_url), *_families(recipe, missing), *_characters(known, missing)))
     except (RecipeError, SourceError, TeacherError) as error:
         return Outlook(None, (*_lines(error), *_places(recipe, None, prefect_url)))
 
@@ -128,6 +128,18 @@ def _server(recipe: Recipe) -> Iterator[str]:
             f"the teacher at {redact_url(url)} does not answer ({reason}); start the server, set {API_KEY_VARIABLE}, or name another "
             "with --set run.teacher_url=..."
         )
+
+
+def _families(recipe: Recipe, missing: Collection[str]) -> Iterator[str]:
+    """Fault of a new classifier that transformers cannot make."""
+    if not isinstance(recipe.task, ClassificationTask) or not any(name == "teacher" or name.startswith("student.") for name in missing):
+        return
+    from kd_core.teacher.classifiers import check_families  # with transformers: seconds that only such a recipe pays
+
+    try:
+        check_families(recipe)
+    except RecipeError as error:
+        yield str(error)
 
 
 def _characters(known: Known, missing: Collection[str]) -> Iterator[str]:

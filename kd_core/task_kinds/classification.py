@@ -38,7 +38,7 @@ from kd_core.teacher.classifiers import (
     Classifier,
     InputKind,
     InputReader,
-    check_family,
+    check_families,
     classifier_identity,
     load_classifier,
     load_processor,
@@ -73,7 +73,7 @@ class Classification:
         """Leave config and processor in model/: later stages read the classes there."""
         teacher = work.recipe.teacher
         assert isinstance(teacher, PretrainedTeacher), "the recipe allows no other pre-trained teacher"
-        _check_student(work.recipe)
+        check_families(work.recipe)
         device = pick_device(work.recipe.run.device)
         loaded = load_classifier(teacher, _input(work.recipe), device=device, inputs=Inputs.none())
         loaded.model.config.save_pretrained(work.directory / "model")
@@ -84,7 +84,7 @@ class Classification:
         """A classifier with random weights, or a pre-trained one that is tuned, and gold classes."""
         recipe, spec = work.recipe, work.recipe.teacher
         assert isinstance(spec, TrainedClassifier), "the recipe allows no other trained teacher"
-        _check_student(recipe)
+        check_families(recipe)
         with scratch() as folder:
             with InputsWriter(folder / INPUTS_FILE) as writer:
                 gold, counts = collect_gold(
@@ -245,12 +245,6 @@ def _classes(work: Workplace) -> tuple[str, ...]:
     teacher = work.summary("teacher", TeacherSummary).teacher
     assert isinstance(teacher, ClassifierIdentity), "the recipe allows no other teacher"
     return teacher.classes
-
-
-def _check_student(recipe: Recipe) -> None:
-    """Refuse a new student that cannot be made, before its teacher is trained."""
-    if isinstance(recipe.student, NewClassifier):
-        check_family(recipe.student.family, recipe.student.config, field="student")
 
 
 def _new_teacher(spec: TrainedClassifier, recipe: Recipe, inputs: Inputs, prompts: Sequence[str], classes: Sequence[str]) -> Classifier:

@@ -8,7 +8,7 @@ import difflib
 import io
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +16,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from kd_core.errors import RecipeError, TeacherError
 from kd_core.fingerprint import fingerprint
 from kd_core.prompts.inputs import Inputs
-from kd_core.recipe import ModelRef, WordPieces
+from kd_core.recipe import ClassificationTask, ModelRef, NewClassifier, Recipe, TrainedClassifier, WordPieces
 from kd_core.summaries import ClassifierIdentity
 from kd_core.teacher.loaders import UNREADABLE, Place, new_classifier_of, one_line, quiet, read_classifier, read_config, read_processor
 from kd_core.teacher.models import ModelFacts
@@ -29,6 +33,7 @@ __all__ = [
     "Classifier",
     "InputKind",
     "InputReader",
+    "check_families",
     "check_family",
     "classes_of",
     "classifier_identity",
@@ -44,6 +49,11 @@ _LOG = logging.getLogger(__name__)
 
 InputKind = Literal["text", "image"]
 
+_CLASSIFIERS: Mapping[InputKind, Collection[str]] = {
+    "text": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "image": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+}
+"""Families that transformers has classifiers of."""
 _LONGEST_TEXT = 512
 """Tokens that a text model reads where its config sets no limit; longer texts are cut, and how many is said."""
 _HELD_BYTES = 512 << 20
@@ -183,7 +193,7 @@ def new_classifier(
     Raises:
         RecipeError: no such family, a setting that it does not have, or one out of range.
     """
-    check_family(family, settings, field=field)
+    check_family(family, settings, kind, field=field)
     own = {"num_labels": len(classes), "id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
     if kind == "text":
         own |= {"vocab_size": len(processor), "pad_token_id": processor.pad_token_id}
@@ -194,21 +204,49 @@ def new_classifier(
         raise RecipeError(f"{field}: no classifier of {kind}s can be made of a {family} with this config: {one_line(error)}") from error
 
 
-def check_family(family: str, settings: Mapping[str, Any], *, field: str) -> None:
-    """Check that transformers knows a family and all these settings of its config; it would take any name, and use none.
+def check_family(family: str, settings: Mapping[str, Any], kind: InputKind, *, field: str) -> None:
+    """Check that transformers has classifiers of a family, with all these settings: it would take any name of a setting, and use none.
+
+    Args:
+        family: model type in transformers.
+        settings: of its config, by their names there.
+        kind: what the classifier shall read.
+        field: where the recipe speaks of it, for messages: 'teacher' or 'student'.
 
     Raises:
-        RecipeError: it does not, or one is of another type.
+        RecipeError: it has none, or no such setting, or one is of another type.
     """
+    known = _CLASSIFIERS[kind]
+    if family not in known:
+        raise RecipeError(f"{field}.family: transformers has no classifier of {kind}s of the family {family!r}{_meant(family, known)}")
     try:
         names = set(AutoConfig.for_model(family).to_dict())
         AutoConfig.for_model(family, **settings)
     except UNREADABLE as error:
-        raise RecipeError(f"{field}.family: {family}: {one_line(error)}") from error
+        raise RecipeError(f"{field}.config: {one_line(error)}") from error
     if unknown := sorted(set(settings) - names):
-        close = difflib.get_close_matches(unknown[0], names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise RecipeError(f"{field}.config: a {family} has no {', '.join(unknown)}{hint} It has {', '.join(sorted(names))}")
+        raise RecipeError(f"{field}.config: a {family} has no {', '.join(unknown)}{_meant(unknown[0], names)}")
+
+
+def check_families(recipe: Recipe) -> None:
+    """Check the families of a recipe's new classifiers, before the first is trained.
+
+    Raises:
+        RecipeError: as ``check_family``.
+    """
+    assert isinstance(recipe.task, ClassificationTask), "other recipes have no classifiers"
+    teacher, student = recipe.teacher, recipe.student
+    if isinstance(teacher, TrainedClassifier) and teacher.family is not None:
+        check_family(teacher.family, teacher.config, recipe.task.input, field="teacher")
+    if isinstance(student, NewClassifier):
+        check_family(student.family, student.config, recipe.task.input, field="student")
+
+
+def _meant(name: str, known: Collection[str]) -> str:
+    """Which known name a wrong one is like; where none is, some of them."""
+    close = difflib.get_close_matches(name, known, n=1)
+    shown = sorted(known)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(shown[:12])}{' ...' if len(shown) > 12 else ''}"
 
 
 def new_image_processor(settings: Mapping[str, Any], *, first: bytes | None = None, like: Any = None) -> Any:

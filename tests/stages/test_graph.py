@@ -57,6 +57,7 @@ COMMON = {
     "teacher": FROM_TEACHER,
     "answers": FROM_ANSWERS,
     "curate": FROM_CURATE,
+    "curate.leave_out_classes": FROM_CURATE | EVALUATED,  # what recall of the unseen is measured on
     "soft_labels": {"soft_labels"} | STUDENT,
     "hidden_states": {"hidden_states"} | RECORDED,  # where no objective reads them
     "student": LEARNT,

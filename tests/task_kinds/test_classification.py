@@ -191,7 +191,10 @@ def test_models_that_were_trained_elsewhere_teach_and_learn(run, kd, tmp_path) -
         ({"curate": {"leave_out_classes": ["cow"]}}, "curate.leave_out_classes: cow: no class of the teacher; it has cat, dog, hen"),
         ({"answers": {"num_samples": 1, "temperature": 0.0, "max_tokens": 4}}, "answers: task.kind: classification has no use for it"),
         ({"student": {"kind": "from_teacher"}}, "student: a classifier is new_classifier, or pretrained"),
-        ({"student": {"kind": "new_classifier", "family": "bart_like"}}, "student.family: bart_like: "),
+        (
+            {"student": {"kind": "new_classifier", "family": "bart_like"}},
+            "student.family: transformers has no classifier of texts of the family 'bart_like'",
+        ),
         (
             {"student": {"kind": "new_classifier", "family": "bert", "config": {"hiden_size": 8}}},
             "student.config: a bert has no hiden_size; did you mean 'hidden_size'?",
@@ -225,5 +228,11 @@ def test_a_plan_knows_classes_and_the_doctor_says_that_it_does_not(kd, tmp_path)
     (tmp_path / "classes.yaml").write_text(yaml.safe_dump(recipe_of(TEXT, "bert", BERT, "text")))
     planned = kd("plan", "classes.yaml", "--json")
     assert planned.code == 0, planned.err
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(recipe_of(TEXT, "brt", BERT, "text")))
+    found = kd("plan", "wrong.yaml", "--json")
+    assert found.code == 2
+    assert json.loads(found.out)["faults"] == [
+        "teacher.family: transformers has no classifier of texts of the family 'brt'; did you mean 'bert'?"
+    ]
     called = kd("doctor", "classes.yaml")
     assert "task.kind: classification has no use for this yet" in called.out + called.err
