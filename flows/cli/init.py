@@ -1,5 +1,6 @@
 """``kd init``: a first recipe from somebody's data. Says what was recognised and why, writes the file, and shows its plan."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,9 +46,10 @@ def init(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The recipe to write; never one that is there.")] = Path("recipe.yaml"),
 ) -> None:
     """Write a first recipe for your data, and show its plan. Asks for what it is not told."""
-    from kd_core.first_recipe import class_student_of, class_teacher_of, look_at, recognise, write_recipe
+    from kd_core.first_recipe import SCHEMA_FILE, class_student_of, class_teacher_of, look_at, recognise, write_recipe
     from kd_core.recipe.core_yaml import read_yaml
     from kd_core.recipe.files import parse_recipe
+    from kd_core.recipe.schema import recipe_schema
 
     if out.exists():
         raise RecipeError(f"{out} is there already, and is not overwritten; remove it, or name another with --out")
@@ -69,6 +71,9 @@ def init(
     try:
         with out.open("x", encoding="utf-8") as file:
             file.write(text)
+        schema = folder / SCHEMA_FILE
+        schema.parent.mkdir(parents=True, exist_ok=True)
+        schema.write_text(json.dumps(recipe_schema(), indent=1), encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"{out}: cannot be written ({error.strerror}); name another with --out") from error
     say(f"\n{text}")

@@ -3,9 +3,10 @@
 from kd_core.first_recipe.data import Sample, look_at
 from kd_core.first_recipe.models import class_student_of, class_teacher_of, student_of, teacher_of
 from kd_core.first_recipe.recognise import Recognised, recognise
-from kd_core.first_recipe.writing import write_recipe
+from kd_core.first_recipe.writing import SCHEMA_FILE, write_recipe
 
 __all__ = [
+    "SCHEMA_FILE",
     "Recognised",
     "Sample",
     "class_student_of",

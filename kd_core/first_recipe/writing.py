@@ -7,7 +7,7 @@ from kd_core.first_recipe.data import Sample
 from kd_core.first_recipe.recognise import Recognised
 from kd_core.recipe.core_yaml import write_value
 
-__all__ = ["write_recipe"]
+__all__ = ["SCHEMA_FILE", "write_recipe"]
 
 _TASK = {
     "system": "makes answers end as the gold ones do",
@@ -17,6 +17,8 @@ _TASK = {
     "input": "what is classified",
 }
 _COLUMN, _WIDTH = 40, 100
+SCHEMA_FILE = ".kd/recipe.schema.json"
+"""Where a first recipe tells editors to find the schema, beside it."""
 
 
 def write_recipe(sample: Sample, found: Recognised, *, teacher: Mapping[str, Any], student: Mapping[str, Any], file: str) -> str:
@@ -30,6 +32,7 @@ def write_recipe(sample: Sample, found: Recognised, *, teacher: Mapping[str, Any
         file: what the recipe's file will be called.
     """
     lines = [
+        f"# yaml-language-server: $schema={SCHEMA_FILE}",
         f"# A first recipe, written by kd init. Read it, change it, then:  kd run {file}",
         f"# What it leaves out is filled in:  kd plan {file}  shows with what.",
         f"name: {write_value(sample.name)}",

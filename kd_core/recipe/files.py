@@ -64,8 +64,11 @@ def _read_data(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, An
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(f"{path}: cannot be read ({reason}); pass the path of a recipe such as mine.yaml, or a name: {names}") from None
     data = read_yaml(text, str(path))
+    if data is None:
+        raise RecipeError(f"{path}: is empty; kd init writes a first recipe, kd recipes shows some")
     if not isinstance(data, dict):
-        raise RecipeError(f"{path}: expected a mapping of recipe fields, found {type(data).__name__}")
+        found = "a list" if isinstance(data, list) else f"the value {data!r}"
+        raise RecipeError(f"{path}: expected fields, each 'name: value', found {found}")
     from_folder(data, file.parent)
     for override in overrides:
         _apply_override(data, override)

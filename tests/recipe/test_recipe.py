@@ -263,8 +263,8 @@ def test_several_mistakes_are_a_line_each_and_counted() -> None:
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("", "expected a mapping of recipe fields, found NoneType"),
-        ("[]", "expected a mapping of recipe fields, found list"),
+        ("", "is empty; kd init writes a first recipe"),
+        ("[]", "expected fields, each 'name: value', found a list"),
         ("a: 1\nb: {c: 1, c: 2}", "x.yaml:2:11: not valid YAML: key 'c' stands twice"),
         ("a: [", "x.yaml:1:5: not valid YAML: expected the node content"),
         ("1: 2", "x.yaml:1:1: not valid YAML: key 1 is no text; put it in quotes"),

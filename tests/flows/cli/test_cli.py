@@ -163,8 +163,8 @@ def test_one_problem_is_one_line_that_names_the_field(small_recipe, kd, tmp_path
     [
         ("a: [1, 2", ":1:9: not valid YAML"),
         ("name: x\nname: y\n", ":2:1: not valid YAML: key 'name' stands twice"),
-        ("- 1\n- 2\n", ": expected a mapping of recipe fields, found list"),
-        ("", ": expected a mapping of recipe fields, found NoneType"),
+        ("- 1\n- 2\n", ": expected fields, each 'name: value', found a list"),
+        ("", ": is empty; kd init writes a first recipe"),
         ("\x00", ": not valid YAML"),
         (b"\xff\xfe\x00", ": cannot be read (it is not UTF-8 text)"),
     ],
