@@ -181,7 +181,7 @@ def timing(times: list[tuple[float, float]]) -> Timing:
 
 
 def timings(ours: Timing, peer: Timing | None = None) -> str:
-    """For a figure's numerics: 'ms, least/median: ours ...; peer ...'."""
+    """Times as the text of a figure's numerics: 'ms, least/median: ours ...; peer ...'."""
     return f"ms, least/median: ours {ours.text}" + ("" if peer is None else f"; peer {peer.text}")
 
 

@@ -92,7 +92,7 @@ def gkd_steps(teacher: LoadedModel, student: LoadedModel, rows: Sequence[TokenRo
 
 
 def _padded(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """As its own collator gives them: prompts and padding are -100."""
+    """Rows as its own collator gives them: labels of prompts and padding are -100."""
     ids = [torch.tensor(row["ids"]) for row in rows]
     labels = [torch.where(torch.arange(len(i)) >= row["first"], i, -100) for i, row in zip(ids, rows, strict=True)]
     return {

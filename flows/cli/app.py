@@ -70,7 +70,6 @@ def plan(recipe_file: RecipeFile, overrides: Overrides = [], as_json: AsJson = F
         shown.step(f"reading the sources of {recipe.name}, and what {recipe.run.store} holds of it")
         from kd_core.planning.faults import look_ahead, outlook_json
 
-        filled = what_is_filled_in(recipe_file, overrides)
         found = look_ahead(recipe, prefect_url=os.environ.get("PREFECT_API_URL"))
     if as_json:
         print_json({"filled_in": filled, **outlook_json(found)})

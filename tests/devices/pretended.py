@@ -75,12 +75,12 @@ class _OnDevice(Tensor):
         return _run(func, args, kwargs or {})
 
     def tolist(self) -> Any:
-        """As CUDA's: one wait."""
+        """Wait once, as CUDA does."""
         waits.add("tolist")
         return self.held.tolist()
 
     def numpy(self, *_: Any, **__: Any) -> Any:
-        """As CUDA's: refused."""
+        """Refuse, as CUDA does."""
         raise TypeError(f"a tensor on {NAME} has no numpy(); copy it to the CPU first")
 
     def untyped_storage(self) -> torch.UntypedStorage:

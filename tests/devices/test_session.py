@@ -13,7 +13,7 @@ _ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_all_tests_of_devices_pass_on_the_pretended_device() -> None:
-    """In a process of its own, because torch learns of a device for good and before its first backward pass."""
+    """Run them in a process of their own, because torch learns of a device for good and before its first backward pass."""
     command = [sys.executable, "-m", "pytest", "--pretended", "--tb=short", "-p", "no:cacheprovider", "tests"]
     done = subprocess.run(command, cwd=_ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]

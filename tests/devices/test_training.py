@@ -94,7 +94,7 @@ def soft(teacher: LoadedModel, policy: SoftLabels) -> TrainingData:
 def test_training_is_what_it_is_on_the_cpu(
     tiny_model, fit: Fit, runs_on: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch, policy: SoftLabels, packed: bool
 ) -> None:
-    """With validations, an average of the weights, the best of them kept, and a checkpoint every other step."""
+    """Train with validations, an average of the weights, the best of them kept, and a checkpoint every other step."""
     if not packed:
         monkeypatch.setattr("kd_core.train.reading.unpackable", lambda model: "for this test")
     data = soft(tiny_model(), policy)
@@ -179,8 +179,8 @@ def test_a_checkpoint_goes_to_the_device_and_back(
 def test_a_step_waits_for_the_device_at_its_end_only(
     tiny_model, fit: Fit, waits: Counter[str], runs_on: Callable[[str], Run], policy: SoftLabels, most: int
 ) -> None:
-    """For the numbers that are logged and the gradient's norm, which decides whether the weights move; sampled labels, whose entries lie
-    at other places in each micro-batch, once more in each of three.
+    """Numbers that are logged are waited for, and the gradient's norm, which decides whether weights move; sampled labels, whose
+    entries lie at other places in each micro-batch, once more in each of three.
     """
     data, counted = soft(tiny_model(), policy), []
     for steps in (3, 8):

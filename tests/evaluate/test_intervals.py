@@ -118,7 +118,7 @@ def test_order_of_items_and_seeds_changes_nothing(x, data):
 @settings(max_examples=60, deadline=None)
 @given(a=NUMBERS, data=st.data(), shares=st.booleans())
 def test_a_difference_is_symmetric(a, data, shares):
-    """Of shares too, whose two items more are one for each side."""
+    """Shares are no exception: of the two items that are added, each side gets one."""
     b = data.draw(arrays(np.float64, (len(a), data.draw(st.integers(1, 3))), elements=st.floats(-100.0, 100.0, width=16)))
     a, b = ((a + 100.0) / 200.0, (b + 100.0) / 200.0) if shares else (a, b)
     low, high = difference_interval(a, b, 0.95, shares=shares)

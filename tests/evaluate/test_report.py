@@ -373,7 +373,7 @@ def test_sections_without_data_are_left_out():
 
 
 def test_the_same_data_gives_the_same_page(page):
-    """In another process too: no dates, no salted hashes."""
+    """Dates and salted hashes would make it another page in another process."""
     code = "import sys, test_report; sys.stdout.buffer.write(test_report.render_html(test_report.example()).encode())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=__file__.rsplit("/", 1)[0])
     assert run.stdout.decode() == page

@@ -98,7 +98,7 @@ def test_equal_states_have_no_loss_and_no_gradient(loss) -> None:
 
 
 def test_equal_relations_have_no_loss_and_no_gradient() -> None:
-    """Of other vectors too: a rotation of all of them keeps every product."""
+    """A rotation of all vectors keeps every product, so it is no difference."""
     teacher_NA = drawn(9, 6)
     rotation_AA = torch.linalg.qr(drawn(6, 6, seed=3)).Q
     for student_NA in (teacher_NA, teacher_NA @ rotation_AA):

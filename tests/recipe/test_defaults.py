@@ -44,7 +44,7 @@ SOURCES: dict[str, Any] = {
 
 
 def short(*, teacher: str = "pretrained", student: str = "from_teacher", source: str = "gold", **fields: Any) -> dict[str, Any]:
-    """As little as a recipe must say, and some more fields."""
+    """A recipe that says as little as it must, and some more fields."""
     return {
         "name": "mine",
         "task": {"answer_marker": "####", "verifier": "math"},

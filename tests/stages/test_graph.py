@@ -303,7 +303,7 @@ def _change(recipe: Recipe, path: tuple[str | int, ...], holder: BaseModel) -> R
 
 
 def _fingerprints(recipe: Recipe, store: LocalStore) -> dict[str, list[str]]:
-    """By stage and model: the seeds of one model together."""
+    """Fingerprints by stage and model: the seeds of one model together."""
     found: dict[str, list[str]] = {}
     for node in build_graph(recipe, store).values():
         found.setdefault(node.group if node.stage == "train" else node.name, []).append(node.fingerprint)

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kd_core.recipe.schema import recipe_schema
 from kd_core.teacher.models import LoadedModel, save_model
 
 FEW = ("training.steps=2", "training.batch_rows=4", "seeds=[0, 1]", "answers.max_tokens=6", "run={threads: 1, device: cpu}")
@@ -119,6 +120,8 @@ def test_what_is_written_runs_to_its_report(
         assert words in called.out
     text = (tmp_path / "recipe.yaml").read_text()
     assert 10 <= len(text.splitlines()) <= 25
+    named = text.splitlines()[0].removeprefix("# yaml-language-server: $schema=")
+    assert json.loads((tmp_path / named).read_text()) == recipe_schema()
     assert max(map(len, text.splitlines())) <= 140
     run = kd("run", "--local", "recipe.yaml", *(word for change in FEW for word in ("--set", change)))
     assert run.code == 0, run.err
